@@ -1,0 +1,293 @@
+"""Triton kernels against float64 references in Triton's interpreter; test_kernels.py runs this file in a process of its
+own with TRITON_INTERPRET=1 and MAMBA_DETERMINISTIC=1, and borrows the references.
+
+fp32 and fp16 only: the interpreter's bf16 dot is wrong. Tolerances are relative to the largest entry: fp32 3e-6 (sums
+of some tens to thousands of rounded terms), fp16 4e-3 (inputs of the products rounded to 11 bits, several in a row)."""
+import contextlib
+import os
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import train_jepa as K
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs inside test_kernels.py")
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 4e-3}
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=("fp32", "fp16"))
+
+
+def off(a, b):
+    """Largest difference relative to the largest entry of b."""
+    a, b = a.double(), b.double()
+    return ((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item() if b.numel() else 0.0
+
+
+def ssd_naive(x, dt, A, B, C, D, initial_state=None):
+    """The recurrence, step by step, in float64."""
+    x, dt, A, B, C, D = (t.double() for t in (x, dt, A, B, C, D))
+    h = x.new_zeros(x.shape[0], x.shape[2], x.shape[3], B.shape[2]) if initial_state is None else initial_state.double()
+    ys = []
+    for t in range(x.shape[1]):
+        h = h * (dt[:, t] * A).exp()[..., None, None]
+        h = h + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, None, None]
+        ys.append((h * C[:, t, None, None]).sum(-1) + D[:, None] * x[:, t])
+    return torch.stack(ys, 1), h
+
+
+def conv_naive(u, weight, bias, initial=None):
+    K_ = weight.shape[-1]
+    before = u.new_zeros(u.shape[0], K_ - 1, u.shape[2]) if initial is None else initial
+    padded = torch.cat((before, u), 1).double()
+    pre = F.conv1d(padded.transpose(1, 2), weight.double(), bias.double(), groups=u.shape[2]).transpose(1, 2)
+    return F.silu(pre), padded[:, padded.shape[1] - (K_ - 1):]
+
+
+def head_naive(h, weight, bias, targets, softcap, softcap_type, temperature=1.0):
+    """nll and lse in float64 from the definition."""
+    x = h.double() @ weight.double().T + (0 if bias is None else bias.double())
+    if softcap and softcap_type == "poly":
+        u = (x / softcap).clamp(-2, 2)
+        x = softcap * (u * (1 - u**2 / 3 + u**4 / 15)).clamp(-1, 1)
+    elif softcap:
+        x = softcap * (x / softcap).tanh()
+    lse = (x / temperature).logsumexp(1)
+    return lse - (x / temperature).gather(1, targets[:, None]).squeeze(1), lse
+
+
+def ssd_case(dtype, b=2, T=50, H=3, P=16, N=16, initial=False, device="cpu", seed=0):
+    """Random SSD inputs as the mixer makes them: x, B, C are slices of one wider tensor."""
+    g = torch.Generator().manual_seed(seed)
+    xbc = torch.randn(b, T, H * P + 2 * N, generator=g).to(device, dtype)
+    x, B, C = xbc[..., :H * P].unflatten(-1, (H, P)), xbc[..., H * P:H * P + N], xbc[..., H * P + N:]
+    dt = (torch.rand(b, T, H, generator=g) * 0.5 + 0.01).to(device)
+    A, D = -torch.rand(H, generator=g).to(device) - 0.1, torch.randn(H, generator=g).to(device)
+    inputs = [x, dt, A, B, C, D] + ([torch.randn(b, H, P, N, generator=g).to(device)] if initial else [])
+    return [t.detach().requires_grad_() for t in inputs]
+
+
+def outputs_and_grads(f, inputs, seed=1):
+    """Outputs of f and the gradients of a random linear form of them."""
+    outputs = f(*inputs)
+    g = torch.Generator().manual_seed(seed)
+    total = sum((o.double() * torch.randn(o.shape, generator=g).to(o.device)).sum() for o in outputs)
+    return [o.detach() for o in outputs], torch.autograd.grad(total, inputs)
+
+
+def compare(f, reference, inputs, tolerance):
+    got, want = outputs_and_grads(f, inputs), outputs_and_grads(reference, inputs)
+    worst = [off(a, b) for a, b in zip(got[0] + list(got[1]), want[0] + list(want[1]))]
+    assert max(worst) <= tolerance, [f"{w:.1e}" for w in worst]
+
+
+def ssd_by(form, chunk):
+    return lambda x, dt, A, B, C, D, h0=None: form(x, dt, A, B, C, D, chunk=chunk, initial_state=h0)
+
+
+def head_inputs(dtype, n, V, E=16, scale=1.0, bias=True, device="cpu"):
+    g = torch.Generator().manual_seed(n + V)
+    h, w = torch.randn(n, E, generator=g) * scale, torch.randn(V, E, generator=g)
+    inputs = [h.to(device, dtype), w.to(device, dtype)] + ([torch.randn(V, generator=g).to(device)] if bias else [])
+    targets = torch.randint(V, (n,), generator=g).to(device)
+    targets[0], targets[-1] = 0, V - 1
+    return [t.requires_grad_() for t in inputs], targets
+
+
+def check_head(inputs, targets, softcap, softcap_type, z_loss, tolerance, rows=0):
+    """Loss and gradients of the fused head against float64, with an upstream factor; nll of tokens at temperatures."""
+    bias = inputs[2] if len(inputs) == 3 else None
+    options = dict(softcap=softcap, softcap_type=softcap_type)
+    loss, mean = K.token_loss_fused(*inputs[:2], bias, targets, z_loss=z_loss, rows=rows, **options)
+    got = torch.autograd.grad(loss * 0.125, inputs)
+    nll, lse = head_naive(*inputs[:2], bias, targets, softcap, softcap_type)
+    want = torch.autograd.grad((nll.mean() + z_loss * lse.square().mean()) * 0.125, inputs)
+    assert not mean.requires_grad and off(mean, nll.mean()) <= tolerance
+    assert off(loss, nll.mean() + z_loss * lse.square().mean()) <= tolerance
+    assert max(off(a, b) for a, b in zip(got, want)) <= tolerance, [f"{off(a, b):.1e}" for a, b in zip(got, want)]
+    for T in (1.0, 0.7):
+        tokens = K.token_nll_fused(*inputs[:2], bias, targets, temperature=T, rows=rows, **options)
+        assert off(tokens, head_naive(*inputs[:2], bias, targets, softcap, softcap_type, T)[0]) <= tolerance
+
+
+def snap_items(device="cpu", dtype=torch.bfloat16, wide=1300):
+    """Masters of many magnitudes with rows of zeros, ties, subnormal and saturating FP8 values, all formats."""
+    g, items = torch.Generator().manual_seed(0), []
+    for fmt, param in (("int", 7), ("int", 15), ("int", 31), ("sigma", 0.1), ("fp8", 0), ("bf16", 0)):
+        for shape in ((9, wide), (7, 64), (3, 4), (640,), (5, 1, 4)):
+            w = torch.randn(shape, generator=g)
+            if w.dim() == 2:
+                w *= 10.0 ** torch.randint(-7, 4, (shape[0], 1), generator=g)
+                w[1] = 0
+                w[2] = torch.arange(shape[1]) % 15 - 7.5  # ties on the INT4 grid
+            if fmt == "fp8":
+                w.view(-1)[:6] = torch.tensor([2.0**-10, 3 * 2.0**-10, -1e-9, 500.0, -449.0, 0.0155])
+            w = w.to(device)
+            items.append((w, torch.empty(shape, dtype=dtype, device=device), fmt, param))
+    return items
+
+
+def check_snap(items):
+    K.FusedSnap(items)()
+    for w, out, fmt, param in items:
+        want = K.snap_rows_torch(w, fmt, param).to(out.dtype)
+        assert torch.equal(out.view(torch.int16), want.view(torch.int16)), (fmt, param, tuple(w.shape))
+
+
+# -- what the subprocess runs ------------------------------------------------------------------------------------------
+@pytest.fixture
+def cuda_stubs(monkeypatch):
+    """What mamba-ssm asks of a GPU at launch."""
+    monkeypatch.setattr(torch.cuda, "device", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: types.SimpleNamespace(multi_processor_count=8))
+
+
+@DTYPES
+@pytest.mark.parametrize("V, n, rows", ((300, 21, 8), (256, 9, 0), (4500, 3, 0)), ids=("ragged", "bytes", "two-blocks"))
+@pytest.mark.parametrize("softcap, kind, z_loss", ((15.0, "poly", 1e-2), (30.0, "tanh", 0.0), (0.0, "poly", 1e-4)))
+def test_head(dtype, V, n, rows, softcap, kind, z_loss):
+    inputs, targets = head_inputs(dtype, n, V, bias=kind == "poly")
+    check_head(inputs, targets, softcap, kind, z_loss, TOLERANCE[dtype], rows)
+
+
+@pytest.mark.parametrize("softcap, kind", ((15.0, "poly"), (30.0, "tanh"), (0.0, "poly")))
+def test_head_large_logits_and_zero_rows(softcap, kind):
+    inputs, targets = head_inputs(torch.float32, 7, 300, scale=100.0)
+    with torch.no_grad():
+        inputs[0][3] = 0
+    check_head(inputs, targets, softcap, kind, 1e-4, 1e-4)  # fp32 knows a logit of 1000 to 1e-4
+
+
+@DTYPES
+@pytest.mark.parametrize("T", (1, 3, 40))
+@pytest.mark.parametrize("initial", (False, True), ids=("zeros", "initial"))
+def test_conv(dtype, T, initial):
+    g = torch.Generator().manual_seed(T)
+    wide = torch.randn(2, T, 160, generator=g).to(dtype)
+    inputs = [wide[..., 13:143], torch.randn(130, 1, 4, generator=g), torch.randn(130, generator=g)]
+    inputs += [torch.randn(2, 3, 130, generator=g).to(dtype)] if initial else []
+    inputs = [t.detach().requires_grad_() for t in inputs]  # u keeps the stride of the wider tensor
+    by = lambda f: lambda u, w, b, i=None: f(u, w, b, initial=i)
+    compare(by(K.causal_conv_silu_triton), conv_naive, inputs, TOLERANCE[dtype])
+    compare(by(K.causal_conv_silu), conv_naive, inputs, TOLERANCE[dtype])
+
+
+def test_conv_other_kernel_sizes():
+    for k in (2, 3):
+        inputs = [t.requires_grad_() for t in (torch.randn(1, 20, 8), torch.randn(8, 1, k), torch.randn(8))]
+        compare(lambda *a: K.causal_conv_silu_triton(*a), conv_naive, inputs, 3e-6)
+
+
+def test_snap_bit_equal():
+    check_snap(snap_items())
+    check_snap(snap_items(dtype=torch.float16, wide=70)[:6])
+    check_snap([item for item in snap_items(wide=1304) if item[0].shape[-1] % 8 == 0])  # wide loads
+
+
+def test_snap_shows_nan():
+    w, out = torch.ones(2, 8), torch.empty(2, 8, dtype=torch.bfloat16)
+    w[0, 3] = float("nan")
+    for fmt, param in (("int", 7), ("fp8", 0), ("bf16", 0)):
+        K.FusedSnap([(w, out, fmt, param)])()
+        assert out[0, 3].isnan() and not out[1].isnan().any()
+
+
+@DTYPES
+@pytest.mark.parametrize("T, initial", ((35, False), (35, True), (16, False), (3, True)))
+def test_ssd_fused(dtype, T, initial):
+    compare(ssd_by(K.ssd_triton, 16), ssd_naive, ssd_case(dtype, T=T, N=32, initial=initial), TOLERANCE[dtype])
+
+
+def test_ssd_fused_real_tile():
+    """The tile of the configurations: chunk, headdim and state of 64; a row of zeros; strong and weak decay."""
+    inputs = ssd_case(torch.float32, b=1, T=80, H=2, P=64, N=64, initial=True)
+    with torch.no_grad():
+        inputs[0][:, 5] = 0
+        inputs[2][0], inputs[2][1] = -16.0, -1e-3
+    compare(ssd_by(K.ssd_triton, 64), ssd_naive, inputs, 3e-6)
+
+
+@DTYPES
+@pytest.mark.parametrize("T, initial", ((20, False), (17, True)))
+def test_ssd_mamba_ssm(dtype, T, initial, cuda_stubs):
+    compare(ssd_by(K.ssd_mamba_ssm, 16), ssd_naive, ssd_case(dtype, T=T, H=2, initial=initial), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("name", ("ssd_triton", "ssd_mamba_ssm"))
+@pytest.mark.parametrize("pick", (0, 1), ids=("y", "state"))
+def test_gradient_through_one_output_alone(name, pick, cuda_stubs):
+    inputs = ssd_case(torch.float32, b=1, T=20, H=1)
+    used = inputs if pick == 0 else inputs[:4]  # C and D do not reach the state
+    got = torch.autograd.grad(ssd_by(getattr(K, name), 16)(*inputs)[pick].sum(), used)
+    want = torch.autograd.grad(ssd_naive(*inputs)[pick].sum(), used)
+    assert max(map(off, got, want)) <= 3e-6
+
+
+def test_opcheck(cuda_stubs):
+    inputs, targets = head_inputs(torch.float32, 5, 40)
+    torch.library.opcheck(K._head_train, (*inputs, targets, 15.0, K.POLY, 1e-4, 2))
+    u, w, b, i = (torch.randn(s, requires_grad=True) for s in ((2, 5, 6), (6, 1, 4), (6,), (2, 3, 6)))
+    torch.library.opcheck(K._conv_silu, (u, w, b, i))
+    torch.library.opcheck(K._conv_silu, (u, w, b, None))
+    inputs = ssd_case(torch.float32, b=1, T=6, H=1, initial=True)
+    torch.library.opcheck(K._ssd_fused, (*inputs, 16, True))
+    torch.library.opcheck(K._ssd_fused, (*inputs[:6], None, 16, True))
+    few = ("test_schema", "test_autograd_registration", "test_faketensor")  # the interpreter takes seconds per run
+    torch.library.opcheck(K._ssd_mamba_ssm, (*inputs, 16), test_utils=few)
+    torch.library.opcheck(K._ssd_mamba_ssm, (*inputs[:6], None, 16), test_utils=few)
+
+
+def check_fake_strides(op, args):
+    """Inductor trusts the fake's strides, and opcheck does not compare them."""
+    real = op(*args)
+    with FakeTensorMode() as mode:
+        fake = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args))
+    for r, f in zip(*((o,) if isinstance(o, torch.Tensor) else o for o in (real, fake))):
+        assert (r.shape, r.stride(), r.dtype) == (f.shape, f.stride(), f.dtype)
+
+
+def test_fake_strides(cuda_stubs):
+    with torch.no_grad():
+        inputs, targets = head_inputs(torch.float16, 5, 40)
+        check_fake_strides(K._head_train, (*inputs, targets, 15.0, K.POLY, 1e-4, 2))
+        check_fake_strides(K._head_nll, (*inputs, targets, 15.0, K.POLY, 1.0, 2))
+        u, w, b, i, d = (torch.randn(s) for s in ((2, 5, 9), (6, 1, 4), (6,), (2, 3, 6), (2, 5, 6)))
+        check_fake_strides(K._conv_silu, (u[..., 2:8], w, b, i))
+        check_fake_strides(K._conv_silu_bwd, (d, u[..., 2:8], w, b, i))
+        *inputs, h0 = ssd_case(torch.float16, b=2, T=18, H=2, initial=True)
+        y, final, states = K._ssd_fused(*inputs, h0, 16, True)
+        check_fake_strides(K._ssd_fused, (*inputs, h0, 16, True))
+        check_fake_strides(K._ssd_fused_bwd, (y, final, *inputs, h0, states, 16))
+        check_fake_strides(K._ssd_mamba_ssm, (*inputs, h0, 16))
+        check_fake_strides(K._ssd_mamba_ssm_bwd, (y, final, *inputs, h0, 16))
+
+
+def one_graph(form, u, w, b, dt, A, D, head, bias, targets, H=2, P=16, N=16):
+    """conv -> SSD -> head as the model strings them together."""
+    v, _ = K.causal_conv_silu_triton(u[..., 8:8 + H * P + 2 * N], w, b)
+    x, B, C = v[..., :H * P].unflatten(-1, (H, P)), v[..., H * P:H * P + N], v[..., H * P + N:]
+    y, final = form(x, F.softplus(dt), A, B, C, D)
+    loss, _ = K.token_loss_fused(y.flatten(2).flatten(0, 1), head, bias, targets, softcap=15.0, z_loss=1e-4)
+    return loss + final.square().mean()
+
+
+def one_graph_inputs(dtype=torch.float32, device="cpu", b=1, T=10, H=2, P=16, N=16, V=40):
+    g = torch.Generator().manual_seed(0)
+    C = H * P + 2 * N
+    shapes = ((b, T, C + 10), (C, 1, 4), (C,), (b, T, H), (H,), (H,), (V, H * P), (V,))
+    made = [torch.randn(s, generator=g).to(device) for s in shapes]
+    made[4] = -made[4].abs() - 0.1
+    made[0], made[6] = made[0].to(dtype), made[6].to(dtype)
+    return [t.requires_grad_() for t in made], torch.randint(V, (b * T,), generator=g).to(device)
+
+
+@pytest.mark.parametrize("name", ("ssd_triton", "ssd_mamba_ssm"))
+def test_compiles_to_one_graph(name, cuda_stubs):
+    form = lambda *a: getattr(K, name)(*a, chunk=16)
+    inputs, targets = one_graph_inputs()
+    plain = one_graph(form, *inputs, targets)
+    compiled = torch.compile(one_graph, fullgraph=True, backend="aot_eager")(form, *inputs, targets)
+    assert off(compiled, plain) <= 1e-6
+    for a, b in zip(torch.autograd.grad(compiled, inputs), torch.autograd.grad(plain, inputs)):
+        assert off(a, b) <= 1e-5

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Set-up where needed, linter, then every test:   bash tests/run.sh [quick] [pytest arguments]
+# quick: without the tests marked slow, in about two minutes.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash setup_jepa.sh demo
+source ./setup_jepa.sh
+arguments=()
+if [[ "${1-}" == quick ]]; then
+    shift
+    arguments=(-m "not slow")
+fi
+"$PY" -m ruff check --config tests/ruff.toml .
+exec "$PY" -m pytest -c tests/pytest.ini tests ${arguments[@]+"${arguments[@]}"} "$@"

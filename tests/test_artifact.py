@@ -1,0 +1,693 @@
+"""The container, the codecs, the artifact: round trips to the bit; files that are damaged, foreign or hostile."""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import random
+import struct
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train_jepa as tj
+
+FUZZ = int(os.environ.get("FUZZ_COUNT", 2000))  # mutated files per run; 10,000 for the long test
+CONFIG = {"MODEL_DIM": 64, "TOKENIZER": "byte", "temperature": 0.97, "nested": {"a": [1, None, True]}}
+GRIDS = ["int4", "int5", "int6", "int8a", "int4s0.35", "int8", "int8f", "fp8", "bf16", "fp16", "fp32"]
+CODECS = ["rans", "zlib", "zstd", "brotli", "lzma"]
+
+
+def bits(t):
+    return t.contiguous().view(torch.int32)
+
+
+def small(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    t = {
+        f"{grid}.{i}": (torch.randn(shape, generator=g) * 0.03 * (i + 1), tj.Grid.parse(grid))
+        for grid in GRIDS
+        for i, shape in enumerate([(33, 15), (7, 64), (5, 1, 4), (11,)])
+    }
+    return t | {
+        "zero": (torch.zeros(9, 9), tj.Grid.parse("int4")),
+        "none": (torch.zeros(0, 3), tj.Grid.parse("int4")),
+        "scalar": (torch.tensor(1.5), tj.Grid.parse("bf16")),
+    }
+
+
+def full_bpe(seed=0):
+    """The stored tensors of the full BPE model, 32.8M numbers; all matrices from N(0, 0.03^2)."""
+    g = torch.Generator().manual_seed(seed)
+    t, d, e, v = {}, 640, 336, 8192
+
+    def put(name, grid, *shape):
+        t[name] = (torch.randn(shape, generator=g) * 0.03 + (0 if len(shape) == 2 else 1), tj.Grid.parse(grid))
+
+    put("token_embed", "fp8", v, e)
+    put("embed_proj", "int4", d, e)
+    put("embed_proj_rev", "int4", e, d)
+    put("vocab_bias", "bf16", v)
+    put("skip", "bf16", 5, d)
+    for i in range(10):
+        put(f"blocks.{i}.in_proj", "int4", 2 * d + 128 + 10, d)
+        put(f"blocks.{i}.out_proj", "int4", d, d)
+        put(f"blocks.{i}.conv", "bf16", d + 128, 1, 4)
+        for name, n in (
+            ("conv_bias", d + 128),
+            ("norm", d),
+            ("ssm_scale", d),
+            ("mix", 2 * d),
+            ("dt_bias", 10),
+            ("A_log", 10),
+        ):
+            put(f"blocks.{i}.{name}", "bf16", n)
+        if i % 2 == 0:
+            put(f"blocks.{i}.fc", "int4", 4 * d, d)
+            put(f"blocks.{i}.down", "int4", d, 4 * d)
+    return t
+
+
+def same(tensors, got):
+    assert list(tensors) == list(got)
+    for name, (w, grid) in tensors.items():
+        assert got[name].shape == w.shape and torch.equal(bits(got[name]), bits(tj.snap(w, grid))), name
+
+
+def reseal(data: bytes) -> bytes:
+    return data + hashlib.sha256(data).digest()
+
+
+def rebuild(path, edit=None, text=None, payload=None):
+    """The file with another header (edited or given as text) or payload; prefix sizes and checksum made right."""
+    data = path.read_bytes()
+    magic, version, stored, raw = tj.PREFIX.unpack(data[: tj.PREFIX.size])
+    header = json.loads(zlib.decompress(data[tj.PREFIX.size : tj.PREFIX.size + stored]))
+    if edit:
+        header = edit(header) or header
+    text = json.dumps(header).encode() if text is None else text
+    head = zlib.compress(text)
+    body = data[tj.PREFIX.size + stored : -32] if payload is None else payload
+    path.write_bytes(reseal(tj.PREFIX.pack(magic, version, len(head), len(text)) + head + body))
+    return path
+
+
+@pytest.fixture
+def artifact(tmp_path):
+    tj.write_artifact(tmp_path / "model.jepa", CONFIG, small(), ("rans",))
+    return tmp_path / "model.jepa"
+
+
+def refused(path, match=".", reader=None):
+    with pytest.raises(tj.UserError, match=match) as caught:
+        (reader or tj.read_artifact)(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------ round trips
+@pytest.mark.parametrize("codecs", [*((c,) for c in CODECS), tuple(CODECS)])
+def test_file_round_trip_to_the_bit(tmp_path, codecs):
+    tensors = small()
+    report = tj.write_artifact(tmp_path / "m", CONFIG, tensors, codecs)
+    config, got, grids = tj.read_artifact(tmp_path / "m")
+    same(tensors, got)
+    assert config == CONFIG and {n: str(g) for n, g in grids.items()} == {n: str(g) for n, (_, g) in tensors.items()}
+    assert report["bytes"] == (tmp_path / "m").stat().st_size and report["codec"] in codecs
+    assert (
+        set(report["codec_bytes"]) == set(codecs)
+        and min(report["codec_bytes"].values()) == report["codec_bytes"][report["codec"]]
+    )
+    first = (tmp_path / "m").read_bytes()
+    tj.write_artifact(tmp_path / "m", CONFIG, tensors, codecs)
+    assert (tmp_path / "m").read_bytes() == first and os.listdir(tmp_path) == ["m"]
+
+
+def test_empty_models(tmp_path):
+    for tensors in (
+        {},
+        {"a": (torch.zeros(0, 5), tj.Grid.parse("int4"))},
+        {"b": (torch.zeros(3, 0), tj.Grid.parse("fp8"))},
+        {"c": (torch.zeros(1), tj.Grid.parse("bf16"))},
+        {"d": (torch.zeros(1, 1), tj.Grid.parse("int4"))},
+    ):
+        tj.write_artifact(tmp_path / "m", {}, tensors)
+        same(tensors, tj.read_artifact(tmp_path / "m")[1])
+
+
+def test_rans_on_every_kind_of_stream():
+    rng = np.random.default_rng(0)
+    for lengths in ([0], [1], [2], [3, 0, 1], [4097, 4096, 4095], [70_000, 5, 33_333], [9_000_000]):
+        for make in (
+            lambda n: rng.integers(0, 256, n),
+            lambda n: np.full(n, 7),
+            lambda n: rng.geometric(0.9, n).clip(0, 255),
+            lambda n: np.where(rng.random(n) < 1e-5, 200, 3),
+        ):
+            data = make(sum(lengths)).astype(np.uint8)
+            coded = tj.rans_encode(data, lengths)
+            assert np.array_equal(tj.rans_decode(coded, lengths, "x"), data)
+            if sum(lengths) > 10**6:  # tables, lanes and the precision of frequencies cost under 0.2% of 8 bits
+                assert len(coded) < tj.entropy_bytes(data) + 0.002 * len(data) + 1200
+
+
+def test_frequencies_sum_and_cover():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        counts = (rng.random(256) < rng.random()) * rng.geometric(10.0 ** -rng.integers(0, 7), 256)
+        f = tj.frequencies(counts)
+        assert ((f > 0) == (counts > 0)).all() and f.sum() == (1 << tj.BITS if counts.any() else 0)
+
+
+def test_estimate_predicts_the_file(tmp_path):
+    """Under 2% for models of 0.3 to 1 MB of several grids; the large one is held in test_full_model."""
+    g = torch.Generator().manual_seed(0)
+    for grid, tail in (
+        ("int4", 0.0),
+        ("int5", 0.3),
+        ("int4s0.35", 0.5),
+        ("int4s0.5", 0.0),
+        ("int8", 0.2),
+        ("fp8", 0.4),
+    ):
+        tensors = {
+            f"m{i}": (
+                torch.randn(400, 320, generator=g) * (torch.randn(400, 1, generator=g) * tail).exp() * 0.03,
+                tj.Grid.parse(grid),
+            )
+            for i in range(5)
+        }
+        estimate = tj.estimate_bytes(tensors, CONFIG)["bytes"]
+        real = tj.write_artifact(tmp_path / "m", CONFIG, tensors, ("rans", "zlib", "zstd"))["bytes"]
+        assert abs(estimate / real - 1) < 0.02, (grid, estimate, real)
+    zero = {"down": (torch.zeros(400, 320), tj.Grid.parse("int4"))}
+    normal = {"down": (torch.randn(400, 320, generator=g), tj.Grid.parse("int4"))}
+    assert abs(tj.estimate_bytes(zero, normal=True)["bytes"] / tj.estimate_bytes(normal)["bytes"] - 1) < 0.02
+
+
+def test_rows_of_unlike_statistics_cost_less_than_their_common_histogram(tmp_path):
+    w = torch.cat([torch.randn(500, 256), torch.randn(500, 256) ** 5])[torch.randperm(1000)]
+    report = tj.write_artifact(tmp_path / "m", {}, {"w": (w, tj.Grid.parse("int4"))}, ("rans",))
+    assert report["bytes"] < 0.95 * report["entropy_bytes"]
+
+
+@pytest.mark.skipif(not os.environ.get("SLOW"), reason="SLOW=1: the full model, all codecs, about 20 s")
+def test_full_model(tmp_path):
+    tensors = full_bpe()
+    assert sum(w.numel() for w, _ in tensors.values()) > 32.7e6
+    began = time.perf_counter()
+    report = tj.write_artifact(tmp_path / "m", CONFIG, tensors)
+    wrote = time.perf_counter()
+    got = tj.read_artifact(tmp_path / "m")[1]
+    print(report, f"write {wrote - began:.1f} s, read {time.perf_counter() - wrote:.2f} s")
+    same(tensors, got)
+    assert report["bytes"] <= 13_900_000 and abs(report["bytes"] / report["entropy_bytes"] - 1) < 0.02
+    assert wrote - began < 35 and abs(tj.estimate_bytes(tensors)["bytes"] / report["bytes"] - 1) < 0.02
+
+
+def test_full_model_with_our_coder_alone(tmp_path):
+    tensors = full_bpe()
+    report = tj.write_artifact(tmp_path / "m", CONFIG, tensors, ("rans",))
+    assert report["bytes"] <= 13_900_000 and abs(report["bytes"] / report["entropy_bytes"] - 1) < 0.02
+    same(tensors, tj.read_artifact(tmp_path / "m")[1])
+
+
+def test_snap_and_file_agree_for_awkward_weights(tmp_path):
+    for name in GRIDS:
+        grid, g = tj.Grid.parse(name), torch.Generator().manual_seed(1)
+        tensors = {
+            "zeros": (-torch.zeros(40, 30), grid),
+            "denormal": (torch.full((3, 3), -1e-41), grid),
+            "halves": (torch.arange(-14, 15).reshape(1, -1) * 0.5, grid),
+            "strided": (torch.randn(30, 50, generator=g).T, grid),
+            "scales": (torch.randn(60, 33, generator=g) * torch.logspace(-9, 4, 60)[:, None], grid),
+        }
+        tj.write_artifact(tmp_path / "m", {}, tensors, ("rans",))
+        same(tensors, tj.read_artifact(tmp_path / "m")[1])
+
+
+# ------------------------------------------------------------------------------------------------ tensors (checkpoints)
+def checkpoint_tensors():
+    g = torch.Generator().manual_seed(0)
+    return {
+        "w": torch.randn(40, 50, generator=g),
+        "double": torch.randn(7, generator=g, dtype=torch.float64),
+        "half": torch.randn(3, 3, generator=g).bfloat16(),
+        "count": torch.tensor(1 << 60),
+        "rng": torch.get_rng_state(),
+        "mask": torch.tensor([[True, False]]),
+        "empty": torch.empty(0, 4),
+        "strided": torch.randn(6, 4, generator=g).T,
+        "nan": torch.tensor([math.nan, -0.0, math.inf]),
+    }
+
+
+def test_tensors_round_trip(tmp_path):
+    tensors, meta = checkpoint_tensors(), {"step": 7, "loss": [0.1, 2.5e-300], "hash": "a" * 64, "big": 1 << 70}
+    size = tj.write_tensors(tmp_path / "c", "checkpoint", meta, tensors)
+    got_meta, got = tj.read_tensors(tmp_path / "c", "checkpoint")
+    assert size == (tmp_path / "c").stat().st_size and got_meta == meta and list(got) == list(tensors)
+    for name, t in tensors.items():
+        assert got[name].dtype == t.dtype and got[name].shape == t.shape and got[name].is_contiguous()
+        assert torch.equal(got[name].reshape(-1).view(torch.uint8), t.contiguous().reshape(-1).view(torch.uint8)), name
+    got["w"].add_(1)  # writable memory of its own
+    refused(tmp_path / "c", "'checkpoint' file; a 'artifact'")
+    with pytest.raises(tj.UserError, match="complex"):
+        tj.write_tensors(tmp_path / "d", "checkpoint", {}, {"z": torch.zeros(2, dtype=torch.complex64)})
+    assert os.listdir(tmp_path) == ["c"]
+
+
+def test_meta_that_is_not_json_is_an_error_before_anything_is_written(tmp_path):
+    for meta in ({"x": math.nan}, {"x": torch.zeros(1)}, {"x": object()}):
+        with pytest.raises((ValueError, TypeError)):
+            tj.write_tensors(tmp_path / "c", "checkpoint", meta, {})
+    assert not os.listdir(tmp_path)
+
+
+class FullDisk:
+    """A file that refuses to hold more than a few bytes."""
+
+    def __init__(self, file, limit):
+        self.file, self.left = file, limit
+
+    def write(self, data):
+        self.left -= len(data)
+        if self.left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.file.write(data)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *fault):
+        self.file.close()
+
+
+@pytest.mark.parametrize("limit", [0, 100, 5000])
+def test_disk_full_keeps_the_old_file(tmp_path, monkeypatch, limit):
+    path = tmp_path / "c"
+    tj.write_tensors(path, "checkpoint", {"step": 1}, checkpoint_tensors())
+    before = path.read_bytes()
+    monkeypatch.setattr(
+        tj,
+        "open",
+        lambda name, mode="r": FullDisk(open(name, mode), limit) if "w" in mode else open(name, mode),
+        raising=False,
+    )
+    with pytest.raises(tj.UserError, match="No space left") as caught:
+        tj.write_tensors(path, "checkpoint", {"step": 2}, checkpoint_tensors())
+    assert str(path) in str(caught.value)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["c"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_fault_or_interrupt_while_syncing_keeps_the_old_file(tmp_path, monkeypatch, call):
+    path = tmp_path / "c"
+    tj.write_tensors(path, "checkpoint", {"step": 1}, {})
+    before = path.read_bytes()
+    for fault, seen in (
+        (OSError(errno.EIO, "Input/output error"), tj.UserError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ):
+
+        def fail(*a, fault=fault):
+            raise fault
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, fail)
+            with pytest.raises(seen):
+                tj.write_tensors(path, "checkpoint", {"step": 2}, {})
+        assert path.read_bytes() == before and os.listdir(tmp_path) == ["c"]
+
+
+def test_unwritable_places(tmp_path):
+    for path in (tmp_path / "missing" / "m", tmp_path):
+        with pytest.raises(tj.UserError, match="cannot be written"):
+            tj.write_tensors(path, "checkpoint", {}, {})
+    assert not os.listdir(tmp_path)
+
+
+def test_a_codec_that_fails_is_an_error(tmp_path, monkeypatch):
+    def fail(codec, data):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(tj, "compress", fail)
+    with pytest.raises(RuntimeError, match="codec (zlib|zstd|lzma|brotli) failed: no room"):
+        tj.write_artifact(tmp_path / "m", {}, small())
+    assert not os.listdir(tmp_path)
+
+
+def test_codecs_that_are_not_installed_are_named(tmp_path, monkeypatch):
+    tj.write_artifact(tmp_path / "z", {}, small(), ("zstd",))
+    tj.write_artifact(tmp_path / "b", {}, small(), ("brotli",))
+    monkeypatch.setattr(tj, "brotli", None)
+    monkeypatch.setattr(tj, "zstandard", None)
+    report = tj.write_artifact(tmp_path / "m", {}, small())
+    assert sorted(report["codec_missing"]) == ["brotli", "zstd"] and set(report["codec_bytes"]) == {
+        "lzma",
+        "zlib",
+        "rans",
+    }
+    refused(tmp_path / "z", "package zstandard")
+    refused(tmp_path / "b", "package brotli")
+
+
+def test_large_brotli_is_estimated_close_and_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(tj, "PIECE", 1 << 13)
+    tensors = {f"m{i}": (torch.randn(200, 256), tj.Grid.parse("int4")) for i in range(8)}
+    report = tj.write_artifact(tmp_path / "m", {}, tensors)
+    assert report["codec"] == "rans" and report["codec_estimated"] == ["brotli"] and report["codec_bytes"]["zstd"]
+    real = tj.write_artifact(tmp_path / "m", {}, tensors, ("brotli",))
+    assert (
+        real["codec_estimated"] == []
+        and abs(report["codec_bytes"]["brotli"] / real["codec_bytes"]["brotli"] - 1) < 0.005
+    )
+    repeated = {f"m{i}": (torch.randn(200, 256), tj.Grid.parse("int4")) for i in range(1)}
+    repeated |= {f"n{i}": repeated["m0"] for i in range(8)}  # here brotli wins, and is run in full
+    report = tj.write_artifact(tmp_path / "m", {}, repeated, ("rans", "zlib", "brotli"))
+    assert report["codec_estimated"] in ([], ["brotli"]) and report["codec"] not in report["codec_estimated"]
+    same(repeated, tj.read_artifact(tmp_path / "m")[1])
+
+
+# ------------------------------------------------------------------------------------------------ damage
+def test_every_truncation_and_extension(artifact):
+    data = artifact.read_bytes()
+    for n in [*range(0, 60), *range(60, len(data), 97), *range(len(data) - 40, len(data))]:
+        artifact.write_bytes(data[:n])
+        refused(artifact)
+    artifact.write_bytes(data + b"\0")
+    refused(artifact, "checksum")
+
+
+def test_every_bit_of_the_prefix_and_many_others(artifact):
+    data, rng = artifact.read_bytes(), random.Random(0)
+    places = [
+        *range(8 * tj.PREFIX.size),
+        *rng.sample(range(8 * len(data)), 500),
+        *range(8 * len(data) - 256, 8 * len(data), 3),
+    ]
+    for bit in places:
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        artifact.write_bytes(flipped)
+        refused(artifact)
+
+
+def test_foreign_files(tmp_path):
+    import io
+    import pickle
+
+    buffer = io.BytesIO()
+    torch.save({"a": torch.zeros(3)}, buffer)
+    shard = np.zeros(256, "<i4")
+    shard[:3] = 20240520, 1, 0
+    for i, data in enumerate(
+        [
+            b"",
+            b"\0",
+            b"hello\n",
+            pickle.dumps({"a": 1}),
+            buffer.getvalue(),
+            shard.tobytes(),
+            os.urandom(5000),
+            zlib.compress(b"x" * 1000),
+            b"JEPAFILE",
+            b"JEPAFILE" * 20,
+        ]
+    ):
+        path = tmp_path / f"f{i}"
+        path.write_bytes(data)
+        refused(path)
+        refused(path, reader=lambda p: tj.read_tensors(p, "checkpoint"))
+    refused(tmp_path, "cannot be read")
+    refused(tmp_path / "missing", "No such file")
+    (tmp_path / "link").symlink_to(tmp_path / "link")
+    refused(tmp_path / "link", "cannot be read")
+
+
+# ------------------------------------------------------------------------------------------------ hostile files
+def entry(header, **change):
+    header["sections"][0].update(change)
+
+
+def drop(header, key):
+    del header["sections"][0][key]
+
+
+def tensor(header, i, j, value):
+    header["meta"]["tensors"][i][j] = value
+
+
+EDITS = {
+    "other kind": (lambda h: h.update(kind="checkpoint"), "artifact"),
+    "kind is a list": (lambda h: h.update(kind=[1]), "artifact"),
+    "extra field": (lambda h: h.update(more=1), "fields"),
+    "no meta": (lambda h: h.pop("meta") and None, "fields"),
+    "meta is a list": (lambda h: h.update(meta=[]), "types"),
+    "sections is a dict": (lambda h: h.update(sections={}), "types"),
+    "header is a list": (lambda h: [h], "fields"),
+    "section is a list": (lambda h: h.update(sections=[[]]), "section"),
+    "section lacks": (lambda h: drop(h, "raw"), "fields"),
+    "section more": (lambda h: entry(h, path="/etc/passwd"), "fields"),
+    "negative": (lambda h: entry(h, stored=-1), "size"),
+    "fraction": (lambda h: entry(h, stored=10.0), "size"),
+    "truth as size": (lambda h: entry(h, raw=True), "size"),
+    "text as size": (lambda h: entry(h, raw="12"), "size"),
+    "huge stored": (lambda h: entry(h, stored=1 << 45), "add up"),
+    "very huge": (lambda h: entry(h, stored=1 << 400), "size"),
+    "huge raw": (lambda h: entry(h, raw=1 << 45, shape=[1 << 45]), "disagree"),
+    "shape": (lambda h: entry(h, shape=[3]), "disagree"),
+    "deep shape": (lambda h: entry(h, shape=[1] * 9), "disagree"),
+    "negative shape": (lambda h: entry(h, shape=[-1]), "disagree"),
+    "unknown dtype": (lambda h: entry(h, dtype="object"), "dtype"),
+    "dtype list": (lambda h: entry(h, dtype=[]), "dtype"),
+    "unknown codec": (lambda h: entry(h, codec="pickle"), "codec"),
+    "codec null": (lambda h: entry(h, codec=None), "codec"),
+    "other codec": (lambda h: entry(h, codec="zstd"), "damaged"),
+    "as lzma": (lambda h: entry(h, codec="lzma"), "lzma"),
+    "as brotli": (lambda h: entry(h, codec="brotli"), "brotli"),
+    "as zlib": (lambda h: entry(h, codec="zlib"), "zlib"),
+    "raw codec": (lambda h: entry(h, codec="raw"), "disagree"),
+    "name": (lambda h: entry(h, name=5), "name"),
+    "twice": (lambda h: h["sections"].append(dict(h["sections"][0], stored=0)), "twice"),
+    "no sections": (lambda h: h.update(sections=[]), "add up"),
+    "meta fields": (lambda h: h["meta"].update(x=1), "fields"),
+    "config list": (lambda h: h["meta"].update(config=[]), "fields"),
+    "tensors dict": (lambda h: h["meta"].update(tensors={}), "form"),
+    "tensor name": (lambda h: tensor(h, 0, 0, 3), "form"),
+    "same tensor": (lambda h: tensor(h, 0, 0, h["meta"]["tensors"][1][0]), "twice"),
+    "grid": (lambda h: tensor(h, 0, 1, "int3"), "grid"),
+    "grid type": (lambda h: tensor(h, 0, 1, {"a": 1}), "grid"),
+    "other grid": (lambda h: tensor(h, 0, 1, "int5"), "disagree"),
+    "shape swapped": (lambda h: tensor(h, 0, 2, [15, 33]), "disagree"),
+    "huge shape": (lambda h: tensor(h, 0, 2, [1 << 30, 1 << 30]), "more than"),
+    "rows": (lambda h: tensor(h, 0, 2, [1 << 39, 0]), "more than"),
+    "shape text": (lambda h: tensor(h, 0, 2, "ab"), "form"),
+    "nested shape": (lambda h: tensor(h, 0, 2, [[3]]), "form"),
+    "tensor more": (lambda h: h["meta"]["tensors"].append(["new", "int4", [5, 5]]), "disagree"),
+    "tensor less": (lambda h: h["meta"]["tensors"].pop() and None, "disagree"),
+    "streams": (lambda h: h["meta"].update(streams=[]), "disagree"),
+    "streams null": (lambda h: h["meta"].update(streams=None), "disagree"),
+    "stream": (lambda h: h["meta"]["streams"].__setitem__(0, -5), "disagree"),
+    "streams shifted": (lambda h: h["meta"]["streams"].reverse(), "damaged|disagree"),
+    "huge stream": (lambda h: h["meta"]["streams"].__setitem__(0, 1 << 62), "disagree"),
+}
+
+
+@pytest.mark.parametrize("label", EDITS)
+def test_edited_header_with_a_right_checksum(artifact, label):
+    edit, match = EDITS[label]
+    refused(rebuild(artifact, edit), match)
+
+
+@pytest.mark.parametrize(
+    "text,match",
+    [
+        (b"", "JSON"),
+        (b"{", "JSON"),
+        (b"\xff\xfe", "JSON"),
+        (b"[" * 100_000, "JSON"),
+        (b'{"a":' * 50_000, "JSON"),
+        (b"null", "fields"),
+        (b'{"kind":"artifact","kind":"artifact"}', "duplicate"),
+        (b'{"kind":NaN}', "range"),
+        (b'{"kind":-Infinity}', "range"),
+        (b'{"kind":1e999}', "range"),
+        (b"9" * 5000, "JSON"),
+        (b'"' + b"a" * (1 << 20) + b'"', "fields"),
+        (b'{"kind":"\\ud800"}', "fields"),
+    ],
+)
+def test_header_text(artifact, text, match):
+    refused(rebuild(artifact, text=text), match)
+
+
+def test_header_that_inflates_without_end(artifact):
+    bomb = zlib.compress(b" " * (1 << 28))
+    for raw in (100, 1 << 20, tj.MAX_HEADER, tj.MAX_HEADER + 1, (1 << 32) - 1):
+        artifact.write_bytes(reseal(tj.PREFIX.pack(tj.MAGIC, tj.VERSION, len(bomb), raw) + bomb))
+        refused(artifact)
+    for stored in (0, len(bomb) + 1, (1 << 32) - 1):
+        artifact.write_bytes(reseal(tj.PREFIX.pack(tj.MAGIC, tj.VERSION, stored, 100) + bomb))
+        refused(artifact)
+
+
+def peak(reset=False) -> int:
+    """Largest resident memory of this process so far, in bytes; reset: from now on."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text().split()
+    return int(status[status.index("VmHWM:") + 1]) * 1024
+
+
+@pytest.mark.parametrize("codec", ["zlib", "zstd", "brotli", "lzma"])
+def test_decompression_bombs(codec, tmp_path):
+    fast = {
+        "zlib": zlib.compress,
+        "lzma": lambda data: tj.compress("lzma", data),
+        "zstd": tj.zstandard.compress,
+        "brotli": lambda data: tj.brotli.compress(data, quality=5),
+    }
+    bomb = fast[codec](b"\0" * (100 << 20))
+    before = peak(reset=True)
+    for raw in (0, 1, 1000, 1 << 20):
+        with pytest.raises(tj.UserError, match=f"{codec} data"):
+            tj.decompress(codec, bomb, raw, "x")
+    assert peak() - before < 32 << 20  # of 100 MB of zeros
+    good = tj.compress(codec, b"abc" * 1000)
+    for n in range(len(good)):
+        try:
+            assert tj.decompress(codec, good[:n], 3000, "x") == b"abc" * 1000  # a trailer may be missing, no data
+        except tj.UserError:
+            pass
+    for raw in (2999, 3001, 1 << 40):
+        with pytest.raises(tj.UserError):
+            tj.decompress(codec, good, raw, "x")
+
+
+def test_hostile_rans():
+    rng = np.random.default_rng(0)
+    lengths = [5000, 300]
+    data = rng.geometric(0.3, 5300).clip(0, 255).astype(np.uint8)
+    coded = tj.rans_encode(data, lengths)
+    for n in [*range(0, 80), len(coded) - 4, len(coded) - 1]:
+        with pytest.raises(tj.UserError):
+            tj.rans_decode(coded[:n], lengths, "x")
+    for wrong in ([5300], [5300, 0], [300, 5000], [5000, 301], [4999, 300], [], [5000, 300, 0]):
+        with pytest.raises(tj.UserError):
+            tj.rans_decode(coded, wrong, "x")
+    size = struct.unpack("<I", coded[:4])[0]
+    for table in (np.zeros(512, "<u2"), np.full(512, 128 + 1, "<u2"), np.full(512, 65535, "<u2")):
+        packed = zlib.compress(np.ascontiguousarray(table.view(np.uint8).reshape(-1, 2).T).tobytes())
+        with pytest.raises(tj.UserError):
+            tj.rans_decode(struct.pack("<I", len(packed)) + packed + coded[4 + size :], lengths, "x")
+    for state in (0, 1, (1 << 31) - 1, 1 << 63, (1 << 64) - 1):
+        hostile = bytearray(coded)
+        hostile[4 + size : 12 + size] = struct.pack("<Q", state)
+        with pytest.raises(tj.UserError):
+            tj.rans_decode(hostile, lengths, "x")
+
+
+def test_claims_within_bounds_that_the_data_do_not_keep(artifact):
+    """A tensor table that promises 512 MB from a few kB: refused without the memory."""
+
+    def promise(header):
+        header["meta"] = {"config": {}, "tensors": [["w", "fp32", [1 << 27]]], "streams": [1 << 27] * 4}
+        entry(header, raw=1 << 29, shape=[1 << 29])
+
+    before = peak(reset=True)
+    began = time.perf_counter()
+    for codec in ("rans", "zlib", "zstd", "brotli", "lzma"):
+        refused(rebuild(artifact, lambda h, c=codec: promise(h) or entry(h, codec=c)))
+    assert peak() - before < 64 << 20 and time.perf_counter() - began < 5
+
+
+def test_a_stored_nan_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tj, "all_finite", lambda t: True)
+    for grid in ("bf16", "fp16", "fp32"):
+        tj.write_artifact(tmp_path / grid, {}, {"w": (torch.tensor([1.0, math.nan]), tj.Grid.parse(grid))})
+    monkeypatch.undo()
+    for grid in ("bf16", "fp16", "fp32"):
+        refused(tmp_path / grid, "NaN")
+
+
+def test_a_check_of_the_caller_comes_before_decoding(artifact, monkeypatch):
+    def check(config, shapes):
+        assert config == CONFIG and shapes["int4.0"] == (33, 15)
+        raise tj.UserError(f"{artifact}: another model")
+
+    monkeypatch.setattr(tj, "rans_decode", None)
+    refused(artifact, "another model", lambda p: tj.read_artifact(p, check))
+
+
+def mutate(data: bytes, rng: random.Random) -> bytes:
+    """One of: flips, a cut, an insertion, a copied span, numbers of prefix or header overwritten; mostly resealed."""
+    body, way = bytearray(data[:-32]), rng.randrange(7)
+    at = rng.randrange(len(body))
+    if way == 0:
+        for _ in range(rng.choice((1, 1, 8))):
+            body[rng.randrange(len(body))] ^= 1 << rng.randrange(8)
+    elif way == 1:
+        del body[at:]
+    elif way == 2:
+        body[at:at] = rng.randbytes(rng.randrange(1, 40))
+    elif way == 3:
+        body[at : at + rng.randrange(1, 40)] = body[rng.randrange(len(body)) :][: rng.randrange(40)]
+    elif way == 4:
+        place = rng.choice((8, 12, 16, at))
+        body[place : place + 4] = struct.pack(
+            "<I", rng.choice((0, 1, 255, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1))
+        )
+    elif way == 5:  # the header's own numbers and words
+        stored = tj.PREFIX.unpack(body[: tj.PREFIX.size])[2]
+        text = bytearray(zlib.decompress(body[tj.PREFIX.size : tj.PREFIX.size + stored]))
+        for _ in range(rng.randrange(1, 4)):
+            spot = rng.randrange(len(text))
+            text[spot : spot + rng.randrange(3)] = rng.choice(
+                (b"9", b"0", b"-", b"[", b"}", b",", b"99999999999", b"1e9", b'"', b"int4", b"null")
+            )
+        head = zlib.compress(bytes(text))
+        body = tj.PREFIX.pack(tj.MAGIC, tj.VERSION, len(head), len(text)) + head + body[tj.PREFIX.size + stored :]
+    else:
+        span = rng.randrange(1, 100)
+        body[at : at + span] = rng.choice((b"\0", b"\xff")) * min(span, len(body) - at)
+    return reseal(bytes(body)) if rng.random() < 0.85 else bytes(body) + data[-32:]
+
+
+def fuzz(count: int, folder: Path, seed: int = 0) -> dict:
+    """Mutated artifacts and checkpoints: refused by UserError, or read; bounded time and memory. Returns the counts."""
+    rng, outcome, slowest = random.Random(seed), {"refused": 0, "read": 0}, 0.0
+    tensors = {k: v for k, v in small().items() if k.endswith((".0", "zero"))}
+    samples = []
+    for codecs in (("rans",), ("zlib",), ("zstd",), ("brotli",), ("lzma",)):
+        tj.write_artifact(folder / "m", CONFIG, tensors, codecs)
+        samples.append(((folder / "m").read_bytes(), tj.read_artifact))
+    tj.write_tensors(folder / "m", "checkpoint", {"step": 3}, checkpoint_tensors())
+    samples += [((folder / "m").read_bytes(), lambda p: tj.read_tensors(p, "checkpoint"))] * 3
+    before = peak(reset=True)
+    for _ in range(count):
+        data, reader = rng.choice(samples)
+        (folder / "m").write_bytes(mutate(data, rng))
+        began = time.perf_counter()
+        try:
+            reader(folder / "m")  # a resealed change of a weight is another valid model
+            outcome["read"] += 1
+        except tj.UserError as error:
+            outcome["refused"] += 1
+            assert "\n" not in str(error) and len(str(error)) < 1000
+        slowest = max(slowest, time.perf_counter() - began)
+    return outcome | {"slowest_s": slowest, "memory_bytes": peak() - before}
+
+
+def test_fuzz(tmp_path):
+    outcome = fuzz(FUZZ, tmp_path)
+    print(f"{FUZZ} mutated files: {outcome}")
+    assert outcome["refused"] + outcome["read"] == FUZZ and outcome["refused"] > FUZZ / 2
+    assert outcome["slowest_s"] < 5 and outcome["memory_bytes"] < 128 << 20

@@ -1,0 +1,314 @@
+"""Train, store, reload, score: as a user does it, in processes of their own; bad input; compilation."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import harness
+import numpy as np
+import pytest
+from harness import SYSTEM_B, TINY, losses_of, run
+
+import train_jepa as tj
+
+KEYS = """steps train_seconds ms_per_step tokens_per_second val_loss val_bpb roundtrip_val_bpb temperature
+ tempered_val_bpb sliding_val_bpb sliding_stride artifact_bytes code_bytes total_bytes fits codec codec_bytes
+ eval_params train_only_params world_size seed device eval_seconds diagnostics""".split()
+SCORES = ("roundtrip_val_bpb", "tempered_val_bpb", "sliding_val_bpb", "temperature")
+
+
+@pytest.fixture(autouse=True)
+def _data(demo_data):
+    pass
+
+
+def command(folder: Path, *arguments: str, script: Path | None = None, timeout: float = 300, **knobs):
+    """`python train_jepa.py ...` with nothing of ours in the environment but `knobs`."""
+    return subprocess.run([sys.executable, str(script or harness.ROOT / "train_jepa.py"), *arguments], cwd=folder,
+                          text=True, capture_output=True, timeout=timeout, env=harness.plain_environment(**knobs))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, demo_data):
+    """A finished run of system A with every way of scoring, started as a user would."""
+    folder = tmp_path_factory.mktemp("trained")
+    knobs = TINY | dict(RUNS_DIR=folder, RUN_ID="r", ITERATIONS=6, VAL_LOSS_EVERY=3, TEMP_SCALING=1, SLIDING_EVAL=1,
+                        SLIDING_EVAL_STRIDE=8, DIAGNOSTICS=1, PROBE_STEPS=2, VAL_MAX_TOKENS=1000)
+    done = command(folder, **knobs)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return folder / "r", done
+
+
+@pytest.mark.slow
+def test_every_file_and_every_key_of_a_run(trained):
+    path, done = trained
+    names = {p.name for p in path.iterdir()}
+    assert names >= {"log.txt", "metrics.jsonl", "config.json", "model.jepa", "result.json", "curves.png"}
+    assert not [name for name in names if "tmp" in name]
+    result = json.loads((path / "result.json").read_text())
+    assert not [key for key in KEYS if key not in result]
+    assert result["steps"] == 6 and result["sliding_stride"] == 8 and result["world_size"] == 1 and result["seed"] == 7
+    assert result["artifact_bytes"] == (path / "model.jepa").stat().st_size
+    assert result["code_bytes"] == (harness.ROOT / "train_jepa.py").stat().st_size
+    assert result["total_bytes"] == result["artifact_bytes"] + result["code_bytes"] and result["fits"] is True
+    assert result["codec"] in result["codec_bytes"] and all(size > 0 for size in result["codec_bytes"].values())
+    assert all(math.isfinite(result[key]) for key in (*SCORES, "val_loss", "val_bpb", "ms_per_step", "eval_seconds"))
+    config = json.loads((path / "config.json").read_text())
+    assert config["MODEL_DIM"] == 64 and set(config) == set(tj.Config.knobs())
+    assert (path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.slow
+def test_the_log_opens_with_source_versions_hardware_and_configuration(trained):
+    path, done = trained
+    log = (path / "log.txt").read_text()
+    source = (harness.ROOT / "train_jepa.py").read_text()
+    assert log.startswith(source)
+    assert re.search(r"sha256 [0-9a-f]{64}", log) and re.search(r"machine: .*torch", log)
+    assert re.search(r"(?m)^MODEL_DIM +64 +environment$", log) and re.search(r"(?m)^D_CONV +4 +default$", log)
+    for pattern in ("step:1/6 ce:", r"step:3/6 val_loss:[\d.]+ val_bpb:", "artifact: ", "roundtrip ",
+                    "sliding stride:8", "size: .*FITS", "done: "):
+        assert re.search("(?m)^" + pattern, log) and re.search("(?m)^" + pattern, done.stdout), pattern
+    assert max(map(len, done.stdout.splitlines())) < 2500 and "\r" not in done.stdout + done.stderr
+    kinds = [(line["kind"], line["step"]) for line in harness.metrics(path)]
+    assert kinds == [("validation", 0), ("train", 1), ("train", 2), ("train", 3), ("validation", 3), ("train", 4),
+                     ("train", 5), ("train", 6), ("validation", 6)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("other", [{}, dict(SEED=99, VAL_BATCH_SIZE=777, SLIDING_BATCH_SIZE=3, MODEL_DIM=640,
+                                            NUM_LAYERS=9, QUANT_BITS=6, MICRO_BATCHES=2, TIE_EMBEDDINGS=1,
+                                            LOSS_SCHEDULE="staged")],
+                         ids=["plain", "other_seed_defaults_batch"])
+def test_artifact_and_script_alone_in_an_empty_folder_give_the_same_bpb(trained, tmp_path, other):
+    path, _ = trained
+    shutil.copy(path / "model.jepa", tmp_path)
+    shutil.copy(harness.ROOT / "train_jepa.py", tmp_path)
+    done = command(tmp_path, "MODE=eval", "ARTIFACT=model.jepa", script=tmp_path / "train_jepa.py", VAL_MAX_TOKENS=1000,
+                   DATA_PATH=TINY["DATA_PATH"], SLIDING_EVAL=1, SLIDING_EVAL_STRIDE=8, DEVICE="cpu", **other)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report, result = json.loads(done.stdout.splitlines()[-1]), json.loads((path / "result.json").read_text())
+    for key in SCORES:
+        assert report[key] == pytest.approx(result[key], abs=1e-6), key
+    printed = lambda text: re.findall(r"(?m)^(?:roundtrip|tempered|sliding) .*", text)
+    if not other:
+        assert printed(done.stdout) == printed(trained[1].stdout)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "__pycache__") == ["model.jepa", "train_jepa.py"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base,knobs", [(TINY, {}), (TINY, dict(QAT_FRACTION=0, QUANT_BITS=6)), (SYSTEM_B, {}),
+                                        (TINY, dict(QUANT_STEP="sigma", TIE_EMBEDDINGS=2, EMBED_DIM=32))],
+                         ids=["A", "A_without_QAT", "B", "sigma_tie2"])
+def test_round_trip_equals_evaluating_the_snapped_weights_in_memory(tmp_path, base, knobs):
+    """The final masters (or averages), snapped in memory, are scored before the artifact is written."""
+    patch = f"""
+write = tj.Run.write_model
+def first(self):
+    self.trainer.weights.load("average", qat=True)
+    Path({str(tmp_path / 'bpb')!r}).write_text(repr(self.evaluator.standard()[0].bpb))
+    self.trainer.weights.load("average")
+    return write(self)
+tj.Run.write_model = first
+"""
+    child = run(tmp_path, patch, base, ITERATIONS=4, **knobs)
+    assert child.code == 0, child.text()[-2000:]
+    result = json.loads((tmp_path / "r/result.json").read_text())
+    assert result["roundtrip_val_bpb"] == pytest.approx(float((tmp_path / "bpb").read_text()), abs=1e-9)
+    if not knobs and base is TINY:
+        assert result["roundtrip_val_bpb"] != result["val_bpb"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", ["ma", "am"])
+def test_a_hybrid_pattern_trains_stores_reloads_and_scores(tmp_path, mixer):
+    child = run(tmp_path, MIXER=mixer, NUM_HEADS=4, NUM_KV_HEADS=2, ITERATIONS=4)
+    assert child.code == 0, child.text()[-2000:]
+    result = json.loads((tmp_path / "r/result.json").read_text())
+    alone = run(tmp_path, MODE="eval", ARTIFACT=tmp_path / "r/model.jepa")
+    assert json.loads(alone.text().splitlines()[-1])["roundtrip_val_bpb"] == result["roundtrip_val_bpb"]
+    sampled = run(tmp_path, MODE="sample", ARTIFACT=tmp_path / "r/model.jepa", PROMPT="Hi", SAMPLE_TOKENS=5)
+    assert sampled.code == 0 and sampled.text().startswith("Hi")
+
+
+@pytest.mark.slow
+def test_bpe_run_trains_reloads_and_scores_without_the_tokenizer(tmp_path, demo_data):
+    knobs = dict(TOKENIZER="bpe", VOCAB_SIZE=8192, DATA_PATH=demo_data.bpe, EMBED_DIM=32, TIE_EMBEDDINGS=1,
+                 ITERATIONS=2, VAL_MAX_TOKENS=640)
+    child = run(tmp_path, TOKENIZER_PATH=demo_data.tokenizer, **knobs)
+    assert child.code == 0, child.text()[-2000:]
+    result = json.loads((tmp_path / "r/result.json").read_text())
+    assert 0.25 < result["val_bpb"] / result["val_loss"] < 0.5
+    alone = run(tmp_path, MODE="eval", ARTIFACT=tmp_path / "r/model.jepa", DATA_PATH=demo_data.bpe, VAL_MAX_TOKENS=640)
+    report = json.loads(alone.text().splitlines()[-1])
+    assert report["roundtrip_val_bpb"] == pytest.approx(result["roundtrip_val_bpb"], abs=1e-9)
+
+
+# -- bad input ----------------------------------------------------------------------------------------------------
+
+def shards(folder: Path, train=None, val=None) -> Path:
+    folder.mkdir()
+    for part, tokens in (("train", train), ("val", val)):
+        tj.write_shard(folder / f"fineweb_{part}_000000.bin", np.full(5000, 65) if tokens is None else tokens)
+    return folder
+
+
+def spoil(folder: Path, part: str, how) -> Path:
+    path = folder / f"fineweb_{part}_000000.bin"
+    data = bytearray(path.read_bytes())
+    path.write_bytes(how(data) or data)
+    return folder
+
+
+def bad_inputs(tmp: Path, demo) -> dict:
+    bpe = dict(TOKENIZER="bpe", VOCAB_SIZE=8192, DATA_PATH=demo.bpe, TOKENIZER_PATH=demo.tokenizer)
+    empty = tmp / "empty"
+    empty.mkdir()
+    no_val = shards(tmp / "noval")
+    (no_val / "fineweb_val_000000.bin").unlink()
+    data = lambda name, how, part="train": dict(DATA_PATH=spoil(shards(tmp / name), part, how))
+    return {
+        "no folder": (dict(DATA_PATH=tmp / "none"), "fineweb_(train|val)_.*setup_jepa.sh"),
+        "empty folder": (dict(DATA_PATH=empty), "DATA_PATH"),
+        "no validation": (dict(DATA_PATH=no_val), "fineweb_val_"),
+        "truncated shard": (data("cut", lambda d: d[:-7]), "promises 5000 tokens"),
+        "truncated header": (data("head", lambda d: d[:100], "val"), "not a token shard"),
+        "foreign shard": (data("text", lambda d: b"Once upon a time " * 200), "not a token shard"),
+        "other version": (data("v", lambda d: d[:4] + b"\7" + d[5:]), "version 7"),
+        "token too large": (dict(DATA_PATH=shards(tmp / "big", val=np.full(5000, 300))), "300.*VOCAB_SIZE=256"),
+        "training token": (dict(DATA_PATH=shards(tmp / "big2", train=np.full(5000, 256))), "256.*VOCAB_SIZE=256"),
+        "too little": (dict(DATA_PATH=shards(tmp / "few", val=np.full(20, 65))), "do not fill one row"),
+        "no tokenizer": (bpe | dict(TOKENIZER_PATH=""), "TOKENIZER_PATH"),
+        "tokenizer missing": (bpe | dict(TOKENIZER_PATH=tmp / "no.model"), "no.model"),
+        "tokenizer no model": (bpe | dict(TOKENIZER_PATH=harness.__file__), "not a SentencePiece model"),
+        "other vocabulary": (bpe | dict(VOCAB_SIZE=4096), "8192 pieces, but VOCAB_SIZE=4096"),
+        "indivisible batch": (dict(TRAIN_BATCH_TOKENS=250), "TRAIN_BATCH_TOKENS=250.*128"),
+        "d_inner": (dict(MODEL_DIM=72), "EXPAND.MODEL_DIM=72.*64"),
+        "QUANT_BITS": (dict(QUANT_BITS=3), "QUANT_BITS=3"),
+        "misspelled": (dict(JEPA_WIEGHT=1), "JEPA_WIEGHT.*JEPA_WEIGHT"),
+        "no number": (dict(MATRIX_LR="fast"), "MATRIX_LR=fast"),
+    }
+
+
+NAMES = ["no folder", "empty folder", "no validation", "truncated shard", "truncated header", "foreign shard",
+         "other version", "token too large", "training token", "too little", "no tokenizer", "tokenizer missing",
+         "tokenizer no model", "other vocabulary", "indivisible batch", "d_inner", "QUANT_BITS", "misspelled",
+         "no number"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bad_input_is_one_line_exit_code_2_and_no_run_folder(tmp_path, demo_data, name):
+    cases = bad_inputs(tmp_path, demo_data)
+    assert sorted(cases) == sorted(NAMES)
+    knobs, pattern = cases[name]
+    child = run(tmp_path, **knobs)
+    assert child.code == 2, child.text()[-1500:]
+    assert len(child.errors()) == 1 and re.search(pattern, child.errors()[0]), child.text()[-1500:]
+    assert "Traceback" not in child.text() and not (tmp_path / "r").exists()
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory, demo_data):
+    folder = tmp_path_factory.mktemp("artifact")
+    assert run(folder, ITERATIONS=1).code == 0
+    return (folder / "r/model.jepa").read_bytes()
+
+
+def of_another_model(tmp: Path, data: bytes) -> bytes:
+    """The header says NUM_LAYERS=3, the tensors are of two layers; a right checksum."""
+    (tmp / "a.jepa").write_bytes(data)
+    meta, sections = _read(tmp / "a.jepa")
+    meta["config"]["model"]["NUM_LAYERS"] = 3
+    tj.write_container(tmp / "a.jepa", meta.pop("__kind__"), meta, sections)
+    return (tmp / "a.jepa").read_bytes()
+
+
+def _read(path: Path):
+    import zlib
+    data = path.read_bytes()
+    stored = tj.PREFIX.unpack(data[:tj.PREFIX.size])[2]
+    kind = json.loads(zlib.decompress(data[tj.PREFIX.size:tj.PREFIX.size + stored]))["kind"]
+    meta, sections = tj.read_container(path, kind)
+    return meta | {"__kind__": kind}, sections
+
+
+@pytest.mark.parametrize("how,pattern", [("cut", "checksum|truncated"), ("flipped", "checksum"), ("empty", "too few"),
+                                         ("text", "magic|too few"), ("another", "tensors are not those|another model"),
+                                         ("missing", "No such file")])
+@pytest.mark.parametrize("mode", ["eval", "sample"])
+def test_a_bad_artifact_is_one_line_and_exit_code_2(tmp_path, artifact, mode, how, pattern):
+    path, data = tmp_path / "model.jepa", artifact
+    if how != "missing":
+        flipped = bytearray(data)
+        flipped[len(data) // 2] ^= 4
+        path.write_bytes({"cut": lambda: data[:-100], "flipped": lambda: bytes(flipped), "empty": lambda: b"",
+                          "text": lambda: b"hello " * 100, "another": lambda: of_another_model(tmp_path, data)}[how]())
+    child = run(tmp_path, MODE=mode, ARTIFACT=path)
+    assert child.code == 2 and len(child.errors()) == 1 and re.search(pattern, child.errors()[0]), child.text()[-1500:]
+    assert "Traceback" not in child.text() and not (tmp_path / "r").exists()
+
+
+# -- compilation --------------------------------------------------------------------------------------------------
+
+GRAPHS = """
+import torch._dynamo as dynamo
+from torch._dynamo.utils import counters
+dynamo.config.error_on_recompile = False
+train, facts = tj.Run.train, {}
+def watched(self):
+    facts["before"] = dict(counters["stats"])
+    dynamo.config.error_on_recompile = True
+    train(self)
+    facts["after"] = dict(counters["stats"])
+    facts["breaks"] = sum(counters["graph_break"].values())
+    Path(os.environ["RUNS_DIR"], "graphs").write_text(json.dumps(facts))
+tj.Run.train = watched
+"""
+CROSSING = {
+    "A": (TINY, dict(QAT_FRACTION=0.4, SIGREG_SCHEDULE=1, SWA_START=0.5, SIGREG_RESAMPLE=1, JEPA_ANNEAL=0.6,
+                     CARRY_STATE=1, VAL_LOSS_EVERY=5)),
+    "B_staged": (SYSTEM_B, dict(VAL_LOSS_EVERY=4, QAT_FRACTION=0.5)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CROSSING)
+def test_one_graph_no_recompile_across_all_boundaries_and_the_losses_of_the_eager_run(tmp_path, name):
+    """Everything is compiled before the first step; fp32 by the same kernels: losses to 1e-4."""
+    base, knobs = CROSSING[name]
+    assert run(tmp_path, "", base, RUN_ID="eager", **knobs).code == 0
+    child = run(tmp_path, GRAPHS, base, timeout=300, RUN_ID="compiled", COMPILE_MODE="aot_eager", **knobs)
+    assert child.code == 0, child.text()[-3000:]
+    facts = json.loads((tmp_path / "graphs").read_text())
+    assert facts["breaks"] == 0 and facts["before"] == facts["after"], facts
+    eager, compiled = (losses_of(tmp_path / run_id) for run_id in ("eager", "compiled"))
+    assert len(eager) == len(compiled) > 12
+    assert all(abs(a - b) <= 1e-4 * max(abs(a), 0.1) for a, b in zip(eager, compiled)), (eager, compiled)
+
+
+@pytest.mark.slow
+def test_a_resumed_compiled_run_does_not_recompile_either(tmp_path):
+    knobs = dict(COMPILE_MODE="aot_eager", CHECKPOINT_EVERY=3, CARRY_STATE=1)
+    assert run(tmp_path, "before_step(5, lambda trainer: (time.sleep(0.5), die()))", **knobs).code == 137
+    child = run(tmp_path, GRAPHS, timeout=300, **knobs)
+    assert child.code == 0 and "resumed at step 3" in child.text(), child.text()[-3000:]
+    facts = json.loads((tmp_path / "graphs").read_text())
+    assert facts["before"] == facts["after"] and facts["breaks"] == 0
+
+
+@pytest.mark.slow
+def test_qat_changes_the_forward_pass_under_compile(tmp_path):
+    """LR 0: the weights stand still, so any change of the loss on the same batch comes from the grid."""
+    patch = """
+tj.Batches.__call__ = (lambda call: lambda self, position, micro: call(self, 0, micro))(tj.Batches.__call__)
+"""
+    knobs = dict(MATRIX_LR=0, SCALAR_LR=0, EMBED_LR=0, HEAD_LR=0, QAT_FRACTION=0.5, SIGREG_LAMBDA=0, JEPA_STEPS=0,
+                 WARMUP_STEPS=0, ITERATIONS=6, COMPILE_MODE="aot_eager", QUANT_BITS=4)
+    child = run(tmp_path, patch, timeout=300, **knobs)
+    assert child.code == 0, child.text()[-3000:]
+    ce = [line["ce"] for line in harness.metrics(tmp_path / "r") if line["kind"] == "train"]
+    assert ce[0] == ce[1] == ce[2] != ce[3] == ce[4] == ce[5]

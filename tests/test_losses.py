@@ -1,0 +1,276 @@
+"""Loss terms against naive float64 versions written here from their formulas."""
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_jepa as tj
+from train_jepa import chunk_means, covariance_term, latent_rollout, sigreg, sigreg_null, token_loss, token_loss_fused
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def directions(count, width, seed=9):
+    return F.normalize(normal(count, width, seed=seed), dim=-1)
+
+
+# -- SIGReg ------------------------------------------------------------------------------------------------------------
+
+def naive_sigreg(z, directions, knots, axis):
+    """One direction, one knot, one position at a time, in float64 numpy."""
+    z, directions = z.double().numpy(), directions.double().numpy()
+    ts = np.linspace(0.2, 4.0, knots)
+    step = ts[1] - ts[0]
+    groups = {"batch": [z[:, s] for s in range(z.shape[1])], "time": list(z), "both": [z.reshape(-1, z.shape[2])]}[axis]
+    total, count = 0.0, 0
+    for samples in groups:
+        for direction in directions:
+            projected = samples @ direction
+            for i, t in enumerate(ts):
+                phi = math.exp(-t * t / 2)
+                weight = (step if i in (0, knots - 1) else 2 * step) * phi
+                total += weight * ((np.cos(t * projected).mean() - phi) ** 2 + np.sin(t * projected).mean() ** 2)
+            count += 1
+    return total / count
+
+
+@pytest.mark.parametrize("axis", ["batch", "time", "both"])
+@pytest.mark.parametrize("knots", [2, 5, 17])
+def test_sigreg_is_its_formula(axis, knots):
+    z, rays = normal(5, 4, 6) * 1.5 + 0.3, directions(7, 6)
+    # fp32 cosines of arguments up to some tens: 1e-6 each
+    assert sigreg(z, rays, knots, axis).item() == pytest.approx(naive_sigreg(z, rays, knots, axis), rel=2e-5)
+
+
+@pytest.mark.parametrize("axis, samples", [("batch", 5), ("time", 4), ("both", 20)])
+def test_sigreg_scale_multiplies_by_the_pooled_samples(axis, samples):
+    z, rays = normal(5, 4, 6), directions(7, 6)
+    assert sigreg(z, rays, 17, axis, True).item() == pytest.approx(samples * sigreg(z, rays, 17, axis).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("samples, level", [(64, 0.0164), (8, 0.131)])
+def test_sigregs_null_level_is_the_specified_one(samples, level):
+    assert sigreg_null(samples) == pytest.approx(level, rel=0.005)  # the published figures have three digits
+    # Monte Carlo: 32 directions of independent coordinates at 200 positions; scatter of one term about its mean / 80
+    found = sigreg(normal(samples, 200, 32), torch.eye(32), 17).item()
+    assert found == pytest.approx(level, rel=0.05)
+
+
+def test_sigreg_of_a_collapsed_latent_is_far_above_its_null_level():
+    assert sigreg(torch.zeros(64, 10, 8), directions(16, 8)) > 20 * sigreg_null(64)
+
+
+def test_sigreg_works_in_fp32_on_bf16_latents_and_gives_them_gradients():
+    z = normal(8, 3, 6).bfloat16().requires_grad_()
+    loss = sigreg(z, directions(5, 6))
+    loss.backward()
+    expected = naive_sigreg(z.detach(), directions(5, 6), 17, "batch")
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected, rel=2e-5)
+    assert z.grad.abs().max() > 0
+
+
+def test_sigregs_gradient_is_that_of_its_formula():
+    z = normal(4, 3, 5, dtype=torch.float64)
+    rays = directions(6, 5)
+    found = torch.autograd.grad(sigreg(leaf := z.float().requires_grad_(), rays), leaf)[0]
+    for index in ((0, 0, 0), (3, 2, 4), (1, 1, 2)):
+        step = torch.zeros_like(z)
+        step[index] = 1e-5
+        slope = (naive_sigreg(z + step, rays, 17, "batch") - naive_sigreg(z - step, rays, 17, "batch")) / 2e-5
+        assert found[index].item() == pytest.approx(slope, rel=1e-3, abs=1e-6)
+
+
+def test_sigreg_averages_the_characteristic_function_not_the_loss():
+    parts, rays = (normal(6, 4, 5), normal(6, 4, 5, seed=1)), directions(7, 5)
+    seen = []
+    for part in parts:
+        sigreg(part, rays, average=lambda t: seen.append(t) or t)
+    found = sigreg(parts[0], rays, average=lambda t: (seen[0] + seen[1]) / 2)
+    assert found.item() == pytest.approx(sigreg(torch.cat(parts), rays).item(), rel=1e-5)
+
+
+# -- covariance term ---------------------------------------------------------------------------------------------------
+
+def naive_covariance_term(z):
+    flat = z.double().numpy().reshape(-1, z.size(-1))
+    cov = np.cov(flat, rowvar=False)
+    off_diagonal = (cov**2).sum(where=~np.eye(len(cov), dtype=bool))
+    return np.maximum(0, 1 - np.sqrt(np.diag(cov))).mean() + 0.04 * off_diagonal / len(cov)
+
+
+def test_covariance_term_is_its_formula():
+    z = normal(3, 5, 4) @ normal(4, 4, seed=2) * 0.6 + 5
+    assert covariance_term(z).item() == pytest.approx(naive_covariance_term(z), rel=2e-5)
+
+
+def test_covariance_term_closed_forms():
+    collapsed = torch.full((4, 6, 8), 3.0)
+    assert covariance_term(collapsed).item() == pytest.approx(1, abs=2e-4)             # sqrt(1e-8) = 1e-4
+    corners = torch.tensor([[a, b] for a in (-2.0, 2.0) for b in (-2.0, 2.0)]).view(2, 2, 2)
+    assert covariance_term(corners).item() == 0                                        # spread out and uncorrelated
+    copied = torch.tensor([[-1.0, -1.0], [1.0, 1.0]]).view(1, 2, 2)                    # variance 2, covariance 2
+    assert covariance_term(copied).item() == pytest.approx(0.04 * 2 * 4 / 2, rel=1e-6)
+    small = corners / 2 * 3**0.5 / 2 * 0.5                                             # variance 1/4 per dimension
+    assert covariance_term(small).item() == pytest.approx(0.5, rel=1e-5)
+
+
+def test_covariance_term_of_a_collapsed_latent_has_a_finite_gradient():
+    z = torch.ones(2, 3, 4, requires_grad=True)
+    covariance_term(z).backward()
+    assert z.grad.isfinite().all()
+
+
+# -- rollout -----------------------------------------------------------------------------------------------------------
+
+def head(**knobs) -> tj.JepaHead:
+    torch.manual_seed(3)
+    config = tj.Config.from_env(dict(MODEL_DIM="64", **{name: str(value) for name, value in knobs.items()}))
+    found = tj.JepaHead(config)
+    with torch.no_grad():  # off its zero initialization
+        for parameter in found.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return found.double()
+
+
+def naive_rollout(jepa, z, steps):
+    """Every prediction from its own chain: position t, k steps on."""
+    total = []
+    for k in range(1, steps + 1):
+        errors = []
+        for t in range(z.size(1) - k):
+            guess = z[:, t:t + 1]
+            for _ in range(k):
+                hidden = F.gelu(F.linear(guess, jepa.fc.weight, jepa.fc.bias))
+                guess = F.linear(F.linear(hidden, jepa.out.weight, jepa.out.bias), jepa.pred_proj.weight)
+            errors.append((guess - z[:, t + k:t + k + 1]).square().mean())
+        total.append(torch.stack(errors).mean())
+    return torch.stack(total).mean()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_rollout_is_the_mean_over_horizons_of_chained_predictions(steps):
+    jepa, z = head(), normal(2, 9, 64, dtype=torch.float64)
+    found = latent_rollout(jepa, z, z, steps, "latent", 8, "mse", False)
+    # the distance is taken in fp32
+    assert found.item() == pytest.approx(naive_rollout(jepa, z, steps).item(), rel=1e-6)
+
+
+def test_system_bs_predictor_is_norm_linear_gelu_linear_without_biases():
+    jepa = head(PROJECTOR_TYPE="none", PREDICTOR_NORM=1, PREDICTOR_HIDDEN_MULT=1)
+    h = normal(2, 5, 64, dtype=torch.float64) * 3
+    assert sorted(dict(jepa.named_parameters())) == ["fc.weight", "out.weight"]
+    assert jepa.project(h) is h
+    guess = F.gelu(h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt() @ jepa.fc.weight.T) @ jepa.out.weight.T
+    assert torch.allclose(jepa.predict(h), guess, rtol=1e-12)
+    expected = (guess[:, :-1] - h[:, 1:]).square().mean()
+    assert latent_rollout(jepa, h, h, 1, "latent", 8, "mse", True).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_detach_targets_stops_gradients_into_targets_only(detach):
+    jepa, z = head(), normal(1, 2, 64, dtype=torch.float64).requires_grad_()
+    latent_rollout(jepa, z, z, 1, "latent", 8, "mse", detach).backward()
+    source, target = z.grad[:, 0], z.grad[:, 1]  # two positions, one horizon: the first predicts, the second is met
+    assert source.abs().max() > 0 and bool(target.abs().max() > 0) != detach
+
+
+def test_smooth_l1_and_chunk_targets():
+    jepa, z, x0 = head(), normal(2, 12, 64, dtype=torch.float64), normal(2, 12, 64, seed=5, dtype=torch.float64)
+    for target, values in (("chunk", z), ("embedding", x0)):
+        for kind, distance in (("mse", F.mse_loss), ("smooth_l1", F.smooth_l1_loss)):
+            goals = torch.stack([values[:, t + 1:t + 5].mean(1) for t in range(12 - 4)], 1)
+            expected = distance(jepa.predict(z[:, :8]), goals)
+            found = latent_rollout(jepa, z, x0, 1, target, 4, kind, False)
+            assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_an_action_is_the_embedding_of_the_next_token():
+    jepa = head(JEPA_ACTION=1)
+    z, x0 = normal(1, 6, 64, dtype=torch.float64), normal(1, 6, 64, seed=5, dtype=torch.float64)
+    first = jepa.predict(z[:, :-1], x0[:, 1:])
+    second = jepa.predict(first[:, :-1], x0[:, 2:])
+    expected = (F.mse_loss(first, z[:, 1:]) + F.mse_loss(second, z[:, 2:])) / 2
+    assert latent_rollout(jepa, z, x0, 2, "latent", 8, "mse", False).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+PREDICTOR = {"fc.weight": (256, 64), "fc.bias": (256,), "out.weight": (64, 256), "out.bias": (64,)}
+TWO_LAYERS = {"fc.weight": (128, 64), "fc.bias": (128,), "out.weight": (64, 128), "out.bias": (64,), "gain": (128,),
+              "shift": (128,)}
+
+
+@pytest.mark.parametrize("projector, layers", [("linear", {"weight": (64, 64)}), ("mlp", TWO_LAYERS)])
+def test_the_jepa_head_has_the_specified_layers(projector, layers):
+    torch.manual_seed(0)
+    found = tj.JepaHead(tj.Config.from_env(dict(MODEL_DIM="64", PROJECTOR_TYPE=projector, PREDICTOR_HIDDEN_MULT="4")))
+    expected = PREDICTOR | {f"{part}.{name}": shape for part in ("projector", "pred_proj")
+                            for name, shape in layers.items()}
+    assert {name: tuple(p.shape) for name, p in found.named_parameters()} == expected
+    assert found.out.weight.abs().max() == 0 and found.fc.weight.abs().max() > 0
+
+
+def test_the_mlp_projector_is_linear_layernorm_gelu_linear():
+    mlp, x = head(PROJECTOR_TYPE="mlp").projector, normal(2, 3, 64, dtype=torch.float64)
+    hidden = x @ mlp.fc.weight.T + mlp.fc.bias
+    hidden = (hidden - hidden.mean(-1, keepdim=True)) / (hidden.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    expected = F.gelu(hidden * mlp.gain + mlp.shift) @ mlp.out.weight.T + mlp.out.bias
+    assert torch.allclose(mlp(x), expected, rtol=1e-10)  # float64
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 9])
+def test_chunk_means_average_what_follows(chunk):
+    values = normal(2, 10, 4)
+    expected = torch.stack([values[:, t + 1:t + 1 + chunk].mean(1) for t in range(10 - chunk)], 1)
+    found = chunk_means(values, chunk)
+    assert found.shape == (2, 10 - chunk, 4) and torch.allclose(found, expected, atol=1e-6)  # a few fp32 sums
+
+
+# -- token loss --------------------------------------------------------------------------------------------------------
+
+def capped(logits, cap, kind):
+    if not cap:
+        return logits
+    u = (logits / cap).clamp(-2, 2)
+    return cap * torch.tanh(logits / cap) if kind == "tanh" else cap * (u * (1 - u**2 / 3 + u**4 / 15)).clamp(-1, 1)
+
+
+@pytest.mark.parametrize("cap, kind", [(0.0, "poly"), (15.0, "poly"), (2.0, "poly"), (30.0, "tanh"), (2.0, "tanh")])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "none"])
+@pytest.mark.parametrize("form", ["plain", "fused"])
+def test_token_loss_and_its_gradients_are_cross_entropy_plus_z_loss(cap, kind, bias, form):
+    leaves = [normal(11, 6) * 2, normal(37, 6, seed=1), normal(37, seed=2)][:3 if bias else 2]
+    leaves = [t.requires_grad_() for t in leaves]
+    targets, z_loss = torch.arange(11) * 3 % 37, 0.01
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    logits = capped(wide[0] @ wide[1].T + (wide[2] if bias else 0), cap, kind)
+    nll = F.cross_entropy(logits, targets)
+    expected = nll + z_loss * logits.logsumexp(-1).square().mean()
+    b = leaves[2] if bias else None
+    found, seen = token_loss(leaves[0], leaves[1], b, targets, cap, kind, z_loss) if form == "plain" else \
+        token_loss_fused(leaves[0], leaves[1], b, targets, softcap=cap, softcap_type=kind, z_loss=z_loss, rows=4)
+    assert found.dtype == torch.float32 and not seen.requires_grad
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert seen.item() == pytest.approx(nll.item(), rel=1e-6)
+    for a, e in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, wide)):
+        assert (a - e).abs().max() <= 3e-6 * e.abs().max()  # fp32 softmax of some tens of logits
+
+
+def test_z_loss_defaults_to_its_published_weight():
+    assert tj.Config().z_loss == 1e-4
+
+
+def test_softcap_closed_forms():
+    x = torch.tensor([0.0, 1e-3, 15.0, 30.0, 1e4, -30.0, -1e9])
+    poly = tj.soft_cap(x, 15.0, "poly")
+    assert poly[0] == 0 and poly[1].item() == pytest.approx(1e-3, rel=1e-6)
+    assert poly[2].item() == pytest.approx(15 * (1 - 1 / 3 + 1 / 15), rel=1e-6)  # u = 1
+    assert poly[3:].tolist() == [15, 15, -15, -15]                              # u = 2 is beyond 1 and clamped
+    assert tj.soft_cap(x, 30.0, "tanh")[2].item() == pytest.approx(30 * math.tanh(0.5), rel=1e-6)
+    assert torch.equal(tj.soft_cap(x, 0.0, "poly"), x)
+    line = torch.arange(-5000, 5001) * 0.012
+    for kind in ("poly", "tanh"):
+        found = tj.soft_cap(line, 15.0, kind)
+        assert (found.diff() >= 0).all() and found.abs().max() <= 15 and torch.allclose(found, -found.flip(0))

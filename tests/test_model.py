@@ -1,0 +1,339 @@
+"""The model: causality, U-Net, tie modes, attention and MLPs against independent forms, carried states."""
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import train_jepa as tj
+from train_jepa import Config
+
+SMALL = dict(MODEL_DIM="64", NUM_LAYERS="4", EXPAND="1", EMBED_DIM="32", D_STATE="8", MLP_MULT="2", VOCAB_SIZE="50",
+             NUM_HEADS="4", NUM_KV_HEADS="2", SSD_CHUNK="8", TRAIN_SEQ_LEN="64", TOKENIZER="bpe", TIE_EMBEDDINGS="1")
+PATTERNS = pytest.mark.parametrize("mixer", ["mamba2", "attention", "mmam", "amma"])
+
+
+def configure(**knobs) -> Config:
+    return Config.from_env(SMALL | {name: str(value) for name, value in knobs.items()})
+
+
+def build(stir=True, **knobs) -> tj.LanguageModel:
+    """A small model, moved off its zero and one initializations."""
+    torch.manual_seed(0)
+    model = tj.LanguageModel(configure(**knobs))
+    if stir:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p) * (0.3 if p.ndim == 1 else 0.1))
+    return model
+
+
+def ids(*shape, vocab=50, seed=0):
+    return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model, tokens, dtype=torch.float32):
+    return model.logits(model(tokens, dtype)[0])
+
+
+def off(found, expected) -> float:
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+# -- whole model -------------------------------------------------------------------------------------------------------
+
+@PATTERNS
+@pytest.mark.parametrize("layers", [3, 4])
+def test_no_position_sees_what_comes_later(mixer, layers):
+    model, tokens = build(MIXER=mixer[:layers] if len(mixer) == 4 else mixer, NUM_LAYERS=layers), ids(2, 20)
+    before = logits(model, tokens)
+    for position in (0, 7, 8, 19):  # also at the borders of the scan's chunks
+        changed = tokens.clone()
+        changed[:, position] = (changed[:, position] + 1) % 50
+        after = logits(model, changed)
+        assert torch.equal(before[:, :position], after[:, :position])
+        assert (before[:, position:] != after[:, position:]).any(-1).all()  # and every later one sees it
+
+
+def test_rows_of_a_batch_do_not_see_each_other():
+    model, tokens = build(MIXER="mmam"), ids(3, 20)
+    assert off(logits(model, tokens[1:2]), logits(model, tokens)[1:2]) < 1e-5  # other matrix shapes, other rounding
+
+
+class Tag(nn.Module):
+    """A mixer that adds a known vector: with all else silenced, the U-Net becomes arithmetic."""
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, u, state=None):
+        return torch.full_like(u, self.value), state
+
+
+@pytest.mark.parametrize("layers, encoders", [(4, 2), (5, 2), (3, 1), (1, 0), (2, 1)])
+def test_skips_are_last_in_first_out_and_odd_counts_leave_the_last_decoders_without(layers, encoders, monkeypatch):
+    model = build(stir=False, NUM_LAYERS=layers, MLP_MULT=0)
+    decoders, skips = layers - encoders, min(encoders, layers - encoders)
+    assert model.skip_weights.shape == (skips, 64) and torch.equal(model.skip_weights, torch.ones(skips, 64))
+    with torch.no_grad():
+        for index in range(skips):
+            model.skip_weights[index] = 10.0 ** (index + 1)
+    for index, block in enumerate(model.blocks):
+        block.mixer = Tag(float(index + 1))
+    monkeypatch.setattr(tj, "rms_norm", lambda x, eps, weight=None: x)
+    h, x0, _ = model(ids(1, 3), torch.float32)
+    x, pushed = x0, []
+    for index in range(encoders):
+        x = x + (index + 1)
+        pushed.append(x)
+    for decoder in range(decoders):
+        if pushed:
+            x = x + 10.0 ** (decoder + 1) * pushed.pop()
+        x = x + (encoders + decoder + 1)
+    assert torch.allclose(h, x, rtol=1e-6)  # one rounding per addition
+
+
+def test_a_block_is_the_specified_sum():
+    torch.manual_seed(0)
+    mlp = tj.MLP(64, 2, "relu2", True)
+    block = tj.Block(64, Tag(0.5), mlp, 1e-6)
+    assert torch.equal(block.mix, torch.stack((torch.ones(64), torch.zeros(64))))
+    assert torch.equal(block.mixer_scale, torch.ones(64)) and torch.equal(block.mlp_scale, torch.ones(64))
+    with torch.no_grad():
+        for p in block.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+    x, x0 = torch.randn(2, 3, 64), torch.randn(2, 3, 64)
+    y = block.mix[0] * x + block.mix[1] * x0
+    y = y + block.mixer_scale * 0.5
+    y = y + block.mlp_scale * mlp(y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt())
+    assert off(block(x, x0)[0], y) < 1e-6
+
+
+def test_an_mlp_stands_in_every_nth_block_from_the_first():
+    for every, expected in ((1, [1, 1, 1, 1, 1]), (2, [1, 0, 1, 0, 1]), (3, [1, 0, 0, 1, 0])):
+        model = build(NUM_LAYERS=5, MLP_EVERY=every)
+        assert [block.mlp is not None for block in model.blocks] == [bool(n) for n in expected]
+    assert all(block.mlp is None for block in build(MLP_MULT=0).blocks)
+
+
+def test_the_embedding_is_normalized_and_starts_at_its_std():
+    model = build(stir=False, VOCAB_SIZE=2000)
+    assert abs(model.token_embed.std() / 0.02 - 1) < 0.02  # 64,000 draws: 0.3% scatter
+    x0 = model.embed(ids(2, 5), torch.float32)
+    assert (x0.square().mean(-1) - 1).abs().max() < 1e-3  # eps 1.2e-7 beside rows of about 1e-4
+    tied = build(stir=False, VOCAB_SIZE=2000, EMBED_STYLE="tied", EMBED_DIM=64)
+    assert abs(tied.token_embed.std() / 0.005 - 1) < 0.02
+
+
+def test_hidden_states_are_normalized():
+    h = build()(ids(2, 9), torch.float32)[0]
+    assert torch.allclose(h.square().mean(-1), torch.ones(2, 9), atol=1e-4)
+
+
+@PATTERNS
+@pytest.mark.parametrize("tie", [0, 1, 2, 3])
+def test_every_parameter_gets_a_gradient_once_zeros_have_moved(mixer, tie):
+    config = configure(MIXER=mixer, TIE_EMBEDDINGS=tie, JEPA_STEPS=2, PROJECTOR_TYPE="mlp", JEPA_ACTION=1)
+    torch.manual_seed(0)
+    model, jepa = tj.LanguageModel(config), tj.JepaHead(config)
+    with torch.no_grad():
+        for p in (*model.parameters(), *jepa.parameters()):
+            p.add_(torch.randn_like(p) * 0.1)
+    tokens = ids(2, 20)
+    h, x0, _ = model(tokens, torch.float32)
+    loss = F.cross_entropy(model.logits(h).flatten(0, 1), ids(2, 20, seed=1).flatten())
+    loss = loss + tj.latent_rollout(jepa, jepa.project(h), x0, 2, "latent", 8, "mse", False)
+    loss.backward()
+    silent = [name for module in (model, jepa) for name, p in module.named_parameters()
+              if p.grad is None or not p.grad.abs().max() > 0]
+    assert not silent
+
+
+def test_every_parameter_has_exactly_one_known_role():
+    for tie in range(4):
+        for mixer in ("mmam", "attention"):
+            model = build(MIXER=mixer, TIE_EMBEDDINGS=tie)
+            roles = tj.named_roles(model)
+            assert sorted(name for name, _, _ in roles) == sorted(dict(model.named_parameters()))
+            for name, role, p in roles:
+                if role == "matrix":
+                    assert p.ndim == 2, name
+                assert (role == "state") == name.endswith(("dt_bias", "A_log", ".D")), name
+
+
+# -- head --------------------------------------------------------------------------------------------------------------
+
+HEAD_PARTS = {0: {"lm_head": (50, 64)}, 1: {"embed_proj_rev.weight": (32, 64)},
+              2: {"embed_proj_rev.weight": (32, 64), "lm_head_correction": (50, 32)}, 3: {"adapter.weight": (32, 64)}}
+
+
+@pytest.mark.parametrize("tie", [0, 1, 2, 3])
+def test_tie_modes_have_their_parameters_and_their_formula(tie):
+    model = build(stir=False, TIE_EMBEDDINGS=tie)
+    common = {"token_embed": (50, 32), "embed_proj.weight": (64, 32), "vocab_bias": (50,), "skip_weights": (2, 64)}
+    found = {name: tuple(p.shape) for name, p in model.named_parameters() if not name.startswith("blocks.")}
+    assert found == common | HEAD_PARTS[tie]
+    assert torch.equal(model.vocab_bias, torch.zeros(50))
+    if tie == 2:
+        assert torch.equal(model.lm_head_correction, torch.zeros(50, 32))
+    model = build(TIE_EMBEDDINGS=tie)
+    h = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1)) * 3
+    raw = {0: lambda: h @ model.lm_head.T, 1: lambda: h @ model.embed_proj_rev.weight.T @ model.token_embed.T,
+           2: lambda: h @ model.embed_proj_rev.weight.T @ (model.token_embed + model.lm_head_correction).T,
+           3: lambda: F.gelu(h @ model.adapter.weight.T) @ model.token_embed.T}[tie]() + model.vocab_bias
+    u = (raw / 15).clamp(-2, 2)
+    assert off(model.logits(h), 15 * (u * (1 - u**2 / 3 + u**4 / 15)).clamp(-1, 1)) < 2e-6
+    assert off(F.linear(model.features(h), model.head()) + model.vocab_bias, raw) < 2e-6
+
+
+@pytest.mark.parametrize("tie, extra", [(1, set()), (2, {"lm_head_correction"}), (3, {"adapter.weight"}),
+                                        (0, {"lm_head"})])
+def test_no_projections_where_the_embedding_has_the_models_width(tie, extra):
+    model = build(TIE_EMBEDDINGS=tie, EMBED_DIM=0, VOCAB_BIAS=0)
+    found = {name for name, _ in model.named_parameters() if not name.startswith("blocks.")}
+    assert found == {"token_embed", "skip_weights"} | extra
+
+
+def test_system_bs_head_has_no_bias_and_caps_by_tanh():
+    model = build(EMBED_DIM=64, VOCAB_BIAS=0, SOFTCAP_TYPE="tanh", LOGIT_SOFTCAP=30, MIXER="attention")
+    h = torch.randn(2, 3, 64) * 20
+    assert model.vocab_bias is None and off(model.logits(h), 30 * torch.tanh(h @ model.token_embed.T / 30)) < 2e-6
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+def attention(kv_heads=2, dim=64, heads=4, gain=1.5, eps=1e-6):
+    torch.manual_seed(0)
+    layer = tj.Attention(dim, heads, kv_heads, 10000.0, gain, eps)
+    assert layer.out_proj.weight.abs().max() == 0 and torch.equal(layer.q_gain, torch.full((heads,), gain))
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    return layer
+
+
+def naive_attention(layer, u):
+    """Float64, one query at a time; rotary as multiplication by complex numbers over pairs (i, i + width/2)."""
+    heads, kv_heads, width = layer.heads, layer.kv_heads, layer.width
+    norm = lambda t: t / (t.square().mean(-1, keepdim=True) + layer.eps).sqrt()
+    position = torch.arange(u.size(1), dtype=torch.float64)
+    rate = 10000.0 ** (-2 * torch.arange(width // 2, dtype=torch.float64) / width)
+    turn = torch.polar(torch.ones(u.size(1), width // 2, dtype=torch.float64), -position[:, None] * rate)
+
+    def rotate(t):  # (B,T,width); the direction of turning is a convention shared by q and k
+        pairs = torch.complex(t[..., :width // 2], t[..., width // 2:]) * turn
+        return torch.cat((pairs.real, pairs.imag), -1)
+
+    outs = []
+    for head in range(heads):
+        group = head // (heads // kv_heads)
+        part = lambda proj, index: u @ proj.weight[index * width:(index + 1) * width].T
+        q = rotate(norm(part(layer.q_proj, head))) * layer.q_gain[head]
+        k, v = rotate(norm(part(layer.k_proj, group))), part(layer.v_proj, group)
+        rows = []
+        for t in range(u.size(1)):
+            weight = torch.softmax((k[:, :t + 1] @ q[:, t, :, None]).squeeze(-1) / math.sqrt(width), -1)
+            rows.append((weight[..., None] * v[:, :t + 1]).sum(1))
+        outs.append(torch.stack(rows, 1))
+    return torch.cat(outs, -1) @ layer.out_proj.weight.T
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention_is_an_independent_float64_form_with_its_gradients(kv_heads):
+    layer = attention(kv_heads)
+    wide = copy.deepcopy(layer).double()
+    g = torch.Generator().manual_seed(1)
+    u, upstream = torch.randn(2, 13, 64, generator=g).requires_grad_(), torch.randn(2, 13, 64, generator=g)
+    v = u.detach().double().requires_grad_()
+    found, expected = layer(u)[0], naive_attention(wide, v)
+    assert off(found, expected) <= 1e-5
+    names = [name for name, _ in layer.named_parameters()]
+    for name, a, b in zip(["u", *names], torch.autograd.grad(found, [u, *layer.parameters()], upstream),
+                          torch.autograd.grad(expected, [v, *wide.parameters()], upstream.double())):
+        assert off(a, b) <= 1e-5, name
+
+
+def test_rotary_positions_above_256_differ_even_in_bf16():
+    layer, x = attention(), torch.ones(1, 1, 1, 16, dtype=torch.bfloat16)
+    turned = [layer.rotate(x, position)[0, 0, 0] for position in range(250, 600)]
+    assert all(not torch.equal(a, b) for a, b in zip(turned, turned[1:]))
+    # angles in bf16 would make 1024 and 1027 one position
+    exact = layer.rotate(x.float(), 1027)
+    assert off(turned := layer.rotate(x, 1027), exact) < 0.01 and off(turned, layer.rotate(x.float(), 1024)) > 0.1
+
+
+def test_rotary_products_depend_on_the_distance_alone():
+    layer = attention()
+    q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0))
+    product = lambda a, b: float((layer.rotate(q, a) * layer.rotate(k, b)).sum())
+    assert product(5, 2) == pytest.approx(product(1005, 1002), abs=2e-3)  # fp32 angles of 1000 are off by 6e-5 each
+    assert abs(product(5, 2) - product(5, 3)) > 0.01
+
+
+@pytest.mark.parametrize("cut", [1, 5, 12])
+def test_attention_with_carried_keys_is_the_whole(cut):
+    layer, u = attention(), torch.randn(2, 13, 64, generator=torch.Generator().manual_seed(1))
+    whole, (k, v) = layer(u)
+    first, state = layer(u[:, :cut])
+    second, state = layer(u[:, cut:], state)
+    assert off(torch.cat((first, second), 1), whole) < 2e-6
+    assert off(state[0], k) < 2e-6 and off(state[1], v) < 2e-6 and k.shape == (2, 2, 13, 16)
+
+
+# -- MLP ---------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("activation", ["relu2", "swiglu"])
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "plain"])
+def test_mlps_are_their_formulas_and_start_silent(activation, norm):
+    torch.manual_seed(0)
+    mlp, u = tj.MLP(64, 3, activation, norm), torch.randn(2, 5, 64)
+    assert mlp.up.weight.shape == (192 * (2 if activation == "swiglu" else 1), 64)
+    assert mlp.down.weight.shape == (64, 192)
+    assert mlp(u).abs().max() == 0
+    nn.init.normal_(mlp.down.weight)
+    hidden = u @ mlp.up.weight.T
+    hidden = hidden.clamp(min=0) ** 2 if activation == "relu2" else \
+        hidden[..., :192] / (1 + (-hidden[..., :192]).exp()) * hidden[..., 192:]
+    if norm:
+        hidden = hidden / (hidden.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert off(mlp(u), hidden @ mlp.down.weight.T) < 2e-6
+
+
+# -- states ------------------------------------------------------------------------------------------------------------
+
+@PATTERNS
+def test_a_text_cut_anywhere_with_states_carried_is_the_whole(mixer):
+    model, tokens = build(MIXER=mixer), ids(2, 30)
+    whole, _, _ = model(tokens, torch.float32)
+    for cut in (1, 8, 17, 29):
+        first, _, states = model(tokens[:, :cut], torch.float32)
+        second, _, _ = model(tokens[:, cut:], torch.float32, states)
+        assert off(torch.cat((first, second), 1), whole) < 2e-5  # four blocks of rounding, each through a norm
+
+
+@PATTERNS
+def test_steps_are_the_forward_pass(mixer):
+    model, tokens = build(MIXER=mixer), ids(2, 20)
+    whole, _, _ = model(tokens, torch.float32)
+    _, _, states = model(tokens[:, :6], torch.float32)
+    for t in range(6, 20):
+        h, _, states = model(tokens[:, t:t + 1], torch.float32, states, step=True)
+        assert off(h, whole[:, t:t + 1]) < 2e-5
+
+
+def test_bf16_follows_fp32():
+    model, tokens = build(MIXER="mmam"), ids(2, 20)
+    low = model(tokens, torch.bfloat16)[0]
+    assert low.dtype == torch.bfloat16 and model.logits(low).dtype == torch.float32
+    error = (low.float() - model(tokens, torch.float32)[0]).square().mean().sqrt()
+    assert error < 0.1  # h has rms 1; bf16 rounds at 0.4%, some dozens of times
+
+
+def test_the_same_seed_builds_the_same_weights_and_another_seed_others():
+    one, two = tj.build_models(configure(SEED=1)), tj.build_models(configure(SEED=1))
+    for a, b in zip(one, two):
+        assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    assert not torch.equal(one[0].token_embed, tj.build_models(configure(SEED=2))[0].token_embed)

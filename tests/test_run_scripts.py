@@ -1,0 +1,325 @@
+"""run_*.sh: profiles, published values, what the user sets wins, ranks, set-up when it is needed, exit code."""
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ["run_jepa_bpe.sh", "run_jepa_byte.sh", "run_bytejepa.sh"]
+DEMO = {"run_jepa_bpe.sh": "demo_sp8192", "run_jepa_byte.sh": "demo_bytes", "run_bytejepa.sh": "demo_bytes"}
+FINEWEB = {"run_jepa_bpe.sh": "fineweb10B_sp8192", "run_jepa_byte.sh": "fineweb10B_bytes",
+           "run_bytejepa.sh": "fineweb10B_bytes"}
+
+# Stands for Python: answers the count of GPUs, notes how the trainer is started, runs anything else.
+STUB = '''#!/usr/bin/env bash
+if [[ "$1" == -c && "$2" == *device_count* ]]; then
+    [[ -n "$FAKE_BROKEN" ]] && exit 1
+    echo "${FAKE_GPUS:-0}"
+elif [[ "$*" == *train_jepa.py* ]]; then
+    "$REAL" - "$@" <<'PY' >"$TRACE"
+import json, os, sys
+print(json.dumps({"env": dict(os.environ), "args": sys.argv[1:], "cwd": os.getcwd()}))
+PY
+    exit "${FAKE_EXIT:-0}"
+else
+    exec "$REAL" "$@"
+fi
+'''
+
+
+class Scripts:
+    """The run scripts in a folder with a space, over a stub of Python and a stub of set-up's data part."""
+
+    def __init__(self, folder):
+        self.root, self.trace, self.python = folder / "my repo", folder / "trace", folder / "python stub"
+        self.root.mkdir()
+        for name in [*SCRIPTS, "setup_jepa.sh", "requirements.txt"]:
+            shutil.copy(ROOT / name, self.root)
+        self.python.write_text(STUB)
+        self.python.chmod(0o755)
+        for name in {*DEMO.values()}:
+            self.data(name)
+
+    def data(self, name):
+        folder = self.root / "data/datasets" / name
+        folder.mkdir(parents=True)
+        for split in ("train", "val"):
+            (folder / f"fineweb_{split}_000000.bin").touch()
+        return folder
+
+    def run(self, script, *arguments, code=0, **env):
+        """Environment, arguments and folder that the trainer would get; and the text printed."""
+        base = {k: os.environ[k] for k in ("PATH", "HOME", "LANG") if k in os.environ}
+        base |= {"SKIP_VENV": "1", "PYTHON": str(self.python), "REAL": sys.executable, "TRACE": str(self.trace)}
+        base |= env
+        self.trace.unlink(missing_ok=True)
+        done = subprocess.run(["bash", str(self.root / script), *arguments], capture_output=True, text=True,
+                              env=base, cwd="/")
+        assert done.returncode == code, done.stdout + done.stderr
+        got = json.loads(self.trace.read_text()) if self.trace.exists() else {"env": {}, "args": None, "cwd": None}
+        got["text"], got["err"] = done.stdout, done.stderr
+        plain = {"PWD", "OLDPWD", "SHLVL", "_", *base}
+        got["set"] = {k: v for k, v in got["env"].items() if k not in plain}
+        return got
+
+
+@pytest.fixture
+def scripts(tmp_path):
+    return Scripts(tmp_path)
+
+
+SYSTEM_A = dict(
+    NUM_LAYERS=10, EXPAND=1, MLP_EVERY=2, TIE_EMBEDDINGS=1, TRAIN_BATCH_TOKENS=524288, PREDICTOR_HIDDEN_MULT=4,
+    JEPA_STEPS=3, SOFTCAP_TYPE="poly", LOGIT_SOFTCAP=15, JEPA_WEIGHT=1, CE_WEIGHT=1, SIGREG_LAMBDA=1, QUANT_BITS=4,
+    FP_STORAGE="FP8", WARMDOWN_FRACTION=0.15, SLIDING_EVAL=1, TEMP_SCALING=1, VAL_MAX_TOKENS=0, QAT_FRACTION=1,
+    MUON_WD=0.04, ADAM_WD=0.05, GRAD_CLIP_NORM=1, SEED=42, MAX_WALLCLOCK_SECONDS=600, ITERATIONS=10000, MATRIX_LR=0.02,
+    MUON_BACKEND_STEPS=3, MUON_MOMENTUM=0.95, MUON_MOMENTUM_WARMUP_START=0.85, MUON_MOMENTUM_WARMUP_STEPS=500,
+    MICRO_BATCHES=8)
+PUBLISHED = {
+    "run_jepa_bpe.sh": SYSTEM_A | dict(
+        TOKENIZER="bpe", MODEL_DIM=640, MLP_MULT=4, EMBED_DIM=336, VOCAB_SIZE=8192, TRAIN_SEQ_LEN=1024,
+        VAL_LOSS_EVERY=500, TRAIN_LOG_EVERY=100, SLIDING_EVAL_STRIDE=16, SLIDING_BATCH_SIZE=512),
+    "run_jepa_byte.sh": SYSTEM_A | dict(
+        TOKENIZER="byte", MODEL_DIM=768, MLP_MULT=3, EMBED_DIM=256, VOCAB_SIZE=256, TRAIN_SEQ_LEN=8192,
+        VAL_LOSS_EVERY=0, TRAIN_LOG_EVERY=1000, SLIDING_EVAL_STRIDE=128, SLIDING_BATCH_SIZE=128),
+    "run_bytejepa.sh": dict(
+        TOKENIZER="byte", MIXER="attention", MODEL_DIM=512, NUM_LAYERS=9, MLP_MULT=2, MLP_EVERY=1, EMBED_DIM=512,
+        VOCAB_SIZE=256, TIE_EMBEDDINGS=1, TRAIN_SEQ_LEN=4096, TRAIN_BATCH_TOKENS=524288, PREDICTOR_HIDDEN_MULT=1,
+        JEPA_STEPS=1, SOFTCAP_TYPE="tanh", LOGIT_SOFTCAP=30, LOSS_SCHEDULE="staged", ANTICOLLAPSE="covariance",
+        SIGREG_WEIGHT=0.05, QUANT_BITS=8, STORAGE="int8", WARMDOWN="iters", WARMDOWN_ITERS=2000, SLIDING_EVAL=0,
+        TEMP_SCALING=0, VAL_MAX_TOKENS=0, QAT_FRACTION=0, VAL_LOSS_EVERY=500, TRAIN_LOG_EVERY=100, MUON_WD=0,
+        ADAM_WD=0, GRAD_CLIP_NORM=0, SEED=1337, MAX_WALLCLOCK_SECONDS=3600, ITERATIONS=50000, MATRIX_LR=0.04,
+        MUON_BACKEND_STEPS=5, MUON_MOMENTUM=0.95, MUON_MOMENTUM_WARMUP_START=0.85, MUON_MOMENTUM_WARMUP_STEPS=500,
+        TIED_EMBED_LR=0.05, SCALAR_LR=0.04, WARMUP_STEPS=20, WARMUP_ROLLBACK="all", SWA_DECAY=0.995, SWA_START=0.8,
+        JEPA_PURE_FRAC=0.1, CE_PURE_FRAC=0.8, DETACH_TARGETS=1, ROW_NORM=0, VOCAB_BIAS=0, Z_LOSS=0, NUM_HEADS=8,
+        NUM_KV_HEADS=4, ROPE_BASE=10000, QK_GAIN_INIT=1.5, TIED_EMBED_INIT_STD=0.005, MICRO_BATCHES=8)}
+
+
+def number(text):
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_published_values(scripts, script):
+    got = scripts.run(script, PROFILE="gpu", FAKE_GPUS="1")["env"]
+    for name, value in PUBLISHED[script].items():
+        assert number(got[name]) == value, name
+
+
+def test_the_100k_run(scripts):
+    long = dict(MAX_WALLCLOCK_SECONDS="0", ITERATIONS="100000", PROFILE="gpu")
+    got = scripts.run("run_jepa_bpe.sh", **long)["env"]
+    assert (got["VAL_LOSS_EVERY"], got["TRAIN_LOG_EVERY"], got["CHECKPOINT_EVERY"]) == ("5000", "1000", "5000")
+    got = scripts.run("run_jepa_bpe.sh", **long, CHECKPOINT_EVERY="7", VAL_LOSS_EVERY="")["env"]
+    assert (got["VAL_LOSS_EVERY"], got["CHECKPOINT_EVERY"]) == ("", "7")
+    assert "CHECKPOINT_EVERY" not in scripts.run("run_jepa_bpe.sh", PROFILE="gpu")["env"]
+
+
+@pytest.mark.parametrize("profile", ["gpu", "cpu"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_key_is_a_knob(scripts, script, profile):
+    train_jepa = pytest.importorskip("train_jepa")
+    got = scripts.run(script, PROFILE=profile)["set"]
+    names = set(got) - {"PROFILE", "PRESET", "RUN_SCRIPT_DEFAULTS"}
+    assert names and names <= set(train_jepa.Config.knobs())
+    train_jepa.Config.from_env({k: got[k] for k in names}).validate()
+
+
+@pytest.mark.parametrize("profile", ["gpu", "cpu"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_the_user_sets_wins(scripts, script, profile):
+    names = set(scripts.run(script, PROFILE=profile)["set"]) - {"PROFILE", "PRESET", "RUN_SCRIPT_DEFAULTS"}
+    assert {"DATA_PATH", "TOKENIZER_PATH", "MODEL_DIM"} <= names
+    for value in ("", "17"):
+        got = scripts.run(script, PROFILE=profile, **dict.fromkeys(names, value))
+        assert {k: got["env"][k] for k in names} == dict.fromkeys(names, value)
+
+
+def test_origin_of_values_is_passed_on(scripts):
+    env = scripts.run("run_jepa_bpe.sh", "SEED=7", PROFILE="cpu", MODEL_DIM="64")["env"]
+    script, *names = env["RUN_SCRIPT_DEFAULTS"].split()
+    assert script == "run_jepa_bpe.sh" and "NUM_LAYERS" in names
+    assert not {"MODEL_DIM", "SEED", "PATH"} & set(names)
+
+
+def test_arguments_pass_on(scripts):
+    got = scripts.run("run_jepa_bpe.sh", "MODEL_DIM=256", "BLURB=two words", "PROFILE=cpu", "ITERATIONS=3")
+    assert got["args"] == ["train_jepa.py", "MODEL_DIM=256", "BLURB=two words", "ITERATIONS=3"]
+    assert Path(got["cwd"]) == scripts.root
+
+
+@pytest.mark.parametrize("env, words", [
+    (dict(FAKE_GPUS="0"), "PROFILE=cpu (auto: no CUDA device found; small model, demo corpus"),
+    (dict(FAKE_GPUS="2"), "PROFILE=gpu (auto: 2 CUDA device(s))"),
+    (dict(FAKE_GPUS="2", PROFILE="cpu"), "PROFILE=cpu (by request; small model"),
+    (dict(FAKE_GPUS="0", PROFILE="gpu"), "PROFILE=gpu (by request; no CUDA device found)"),
+    (dict(PROFILE="", PRESET=""), "PROFILE=cpu (auto"),
+])
+def test_profile_says_which_and_why(scripts, env, words):
+    got = scripts.run("run_jepa_bpe.sh", **env)
+    assert words in got["text"]
+    assert got["env"]["PROFILE"] in ("gpu", "cpu") and got["env"]["PRESET"] == "published"
+    assert (got["env"]["MODEL_DIM"] == "640") == (got["env"]["PROFILE"] == "gpu")
+
+
+@pytest.mark.parametrize("env", [dict(PROFILE="tpu"), dict(PRESET="bset"), dict(NPROC_PER_NODE="0"),
+                                 dict(NPROC_PER_NODE="two")])
+def test_bad_choices_are_one_line_and_code_2(scripts, env):
+    (name, value), = env.items()
+    for got in (scripts.run("run_jepa_byte.sh", code=2, **env),
+                scripts.run("run_jepa_byte.sh", f"{name}={value}", code=2)):
+        assert got["args"] is None and len(got["err"].splitlines()) == 1 and f"{name}={value}" in got["err"]
+
+
+@pytest.mark.parametrize("env, ranks", [
+    (dict(FAKE_GPUS="0"), 1), (dict(FAKE_GPUS="1"), 1), (dict(FAKE_GPUS="8"), 8), (dict(FAKE_GPUS="3"), 2),
+    (dict(FAKE_GPUS="6"), 4), (dict(FAKE_GPUS="3", NPROC_PER_NODE="3"), 3), (dict(FAKE_GPUS="0", PROFILE="gpu"), 1),
+    (dict(FAKE_GPUS="0", NPROC_PER_NODE="2"), 2), (dict(FAKE_GPUS="8", NPROC_PER_NODE="1"), 1),
+    (dict(FAKE_GPUS="6", MICRO_BATCHES="6"), 6), (dict(FAKE_GPUS="8", PROFILE="cpu"), 1),
+    (dict(FAKE_GPUS="8", MODE="describe"), 1), (dict(FAKE_GPUS="8", DRY_RUN="1"), 1),
+])
+def test_ranks(scripts, env, ranks):
+    args = scripts.run("run_jepa_bpe.sh", "SEED=1", **env)["args"]
+    tail = ["train_jepa.py", "SEED=1"]
+    if ranks == 1:
+        assert args == tail
+    else:
+        assert args == ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *tail]
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 130])
+def test_exit_code_passes_through(scripts, code):
+    scripts.run("run_bytejepa.sh", code=code, FAKE_EXIT=str(code))
+
+
+def test_python_without_torch(scripts):
+    got = scripts.run("run_bytejepa.sh", code=1, FAKE_BROKEN="1")
+    assert "cannot import torch" in got["err"] and got["args"] is None
+
+
+# ---- data
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_data_follows_the_profile(scripts, script):
+    demo, fineweb = (f"./data/datasets/{names[script]}" for names in (DEMO, FINEWEB))
+    got = scripts.run(script, FAKE_GPUS="1")
+    assert got["env"]["DATA_PATH"] == demo and "training on the demo corpus" in got["text"]
+    folder = scripts.data(FINEWEB[script])
+    got = scripts.run(script, FAKE_GPUS="1")
+    assert got["env"]["DATA_PATH"] == fineweb and "demo" not in got["text"]
+    assert scripts.run(script, FAKE_GPUS="0")["env"]["DATA_PATH"] == demo
+    (folder / ".partial").touch()                          # a download that is not finished is not taken
+    assert scripts.run(script, FAKE_GPUS="1")["env"]["DATA_PATH"] == demo
+
+
+def test_tokenizer_follows_the_data(scripts):
+    downloaded = scripts.root / "data/tokenizers/fineweb_8192_bpe.model"
+    embedded = "./data/demo/fineweb_8192_bpe.model"
+    assert scripts.run("run_jepa_bpe.sh", FAKE_GPUS="1")["env"]["TOKENIZER_PATH"] == embedded
+    downloaded.parent.mkdir()
+    downloaded.touch()
+    assert scripts.run("run_jepa_bpe.sh", FAKE_GPUS="1")["env"]["TOKENIZER_PATH"] == embedded
+    scripts.data("fineweb10B_sp8192")
+    got = scripts.run("run_jepa_bpe.sh", FAKE_GPUS="1")["env"]["TOKENIZER_PATH"]
+    assert got == "./data/tokenizers/fineweb_8192_bpe.model"
+
+
+SETUP_STUB = '''
+if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then
+    echo "$* kinds=${FINEWEB_KINDS-} ${FAIL_SETUP-}" >>setup.log
+    [[ -n "${FAIL_SETUP-}" ]] && exit 1
+    if [[ "$1" != env ]]; then
+        mkdir -p data/datasets/demo_sp8192 data/datasets/demo_bytes
+        touch data/datasets/demo_{sp8192,bytes}/fineweb_{train,val}_000000.bin
+    fi
+    mkdir -p .venv/bin
+    cp "$STUB_PYTHON" .venv/bin/python
+    requirements_hash >.venv/.jepa-requirements
+    exit 0
+fi
+'''
+
+
+@pytest.fixture
+def fresh(scripts):
+    """A fresh clone: neither environment nor data; set-up is a stub that logs its calls."""
+    shutil.rmtree(scripts.root / "data")
+    path = scripts.root / "setup_jepa.sh"
+    text = path.read_text()
+    mark = 'if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then'
+    assert text.count(mark) == 1
+    path.write_text(text.replace(mark, SETUP_STUB + mark))
+    env = {"SKIP_VENV": "", "PYTHON": "", "STUB_PYTHON": str(scripts.python)}
+
+    def run(script, *arguments, **more):
+        log = scripts.root / "setup.log"
+        log.unlink(missing_ok=True)
+        got = scripts.run(script, *arguments, **env | more)
+        got["calls"] = log.read_text().splitlines() if log.exists() else []
+        return got
+    return run
+
+
+def test_fresh_clone_sets_up_then_rests(fresh, scripts):
+    assert [call.split()[0] for call in fresh("run_jepa_bpe.sh")["calls"]] == ["env", "demo"]
+    assert fresh("run_jepa_bpe.sh")["calls"] == []
+    assert fresh("run_jepa_byte.sh")["calls"] == []
+    with open(scripts.root / "requirements.txt", "a") as file:
+        file.write("# newer\n")
+    assert [call.split()[0] for call in fresh("run_jepa_byte.sh")["calls"]] == ["env"]
+
+
+def test_fresh_clone_on_gpus_asks_for_what_it_needs(fresh):
+    assert fresh("run_jepa_byte.sh", FAKE_GPUS="1")["calls"][1].strip() == "kinds=bytes"
+    assert fresh("run_jepa_bpe.sh", FAKE_GPUS="1")["calls"] == []
+
+
+def test_describe_needs_no_data(fresh, scripts):
+    for more in (dict(MODE="describe"), dict(DRY_RUN="1"), dict(MODE="Describe")):
+        got = fresh("run_jepa_bpe.sh", PROFILE="gpu", **more)
+        assert got["args"] == ["train_jepa.py"] and all(call.startswith("env ") for call in got["calls"])
+    assert fresh("run_jepa_bpe.sh", "MODE=describe")["args"] == ["train_jepa.py", "MODE=describe"]
+    assert fresh("run_jepa_bpe.sh", "--help")["calls"] == []
+    assert not (scripts.root / "data").exists()
+
+
+def test_own_data_path_needs_no_set_up(fresh):
+    got = fresh("run_jepa_bpe.sh", DATA_PATH="/elsewhere")
+    assert got["env"]["DATA_PATH"] == "/elsewhere" and [c.split()[0] for c in got["calls"]] == ["env"]
+
+
+def test_failing_set_up_stops_the_run(fresh):
+    assert fresh("run_jepa_bpe.sh", code=1, FAIL_SETUP="1")["args"] is None
+
+
+# ---- the real thing
+
+COUNTS = {"run_jepa_bpe.sh": (32_816_684, 4_099_200), "run_jepa_byte.sh": (37_007_208, 5_902_080),
+          "run_bytejepa.sh": (17_190_984 - 524_288, 524_288)}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_describe_counts_the_published_parameters(script):
+    pytest.importorskip("train_jepa")
+    knobs = re.compile(r"[A-Z][A-Z0-9_]*_(WEIGHT|LR|DIM)|MODE|SEED")
+    env = {k: v for k, v in os.environ.items() if not knobs.fullmatch(k)}
+    env |= {"PROFILE": "gpu", "MODE": "describe", "SKIP_VENV": "1", "PYTHON": sys.executable}
+    done = subprocess.run(["bash", str(ROOT / script)], capture_output=True, text=True, env=env, cwd="/")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert (report["eval_params"], report["train_only_params"]) == COUNTS[script]
+
+
+def test_stamp_is_the_hash_of_the_requirements(scripts):
+    done = subprocess.run(["bash", "-c", "source ./setup_jepa.sh; requirements_hash"], capture_output=True, text=True,
+                          cwd=scripts.root)
+    assert done.stdout.strip() == hashlib.sha256((ROOT / "requirements.txt").read_bytes()).hexdigest()

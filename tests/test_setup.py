@@ -1,0 +1,471 @@
+"""setup_jepa.sh: environment, demo shards, download through a stubbed hub, byte conversion, restart."""
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "data/demo/fineweb_8192_bpe.model"
+
+FAKE_HUB = '''
+"""Serves FAKE_HUB/<repo>/... ; FAKE_OFFLINE: no network; FAKE_BREAK=name: that download breaks off;
+FAKE_DAMAGE=name and FAKE_DAMAGE_TIMES: so many downloads of it are cut short; every download is logged."""
+import os, shutil
+from pathlib import Path
+from types import SimpleNamespace
+HUB = Path(os.environ["FAKE_HUB"])
+
+class HfApi:
+    def dataset_info(self, repo, timeout=None):
+        if os.environ.get("FAKE_OFFLINE"):
+            raise OSError("Name or service not known")
+        if not (HUB / repo).is_dir():
+            raise OSError("404")
+        names = [str(p.relative_to(HUB / repo)) for p in (HUB / repo).rglob("*") if p.is_file()]
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=n) for n in names])
+
+def hf_hub_download(repo_id, filename, repo_type, local_dir, force_download=False):
+    assert repo_type == "dataset"
+    log = HUB / "log"
+    earlier = log.read_text().splitlines().count(filename) if log.exists() else 0
+    with open(log, "a") as file:
+        file.write(filename + "\\n")
+    if os.environ.get("FAKE_BREAK") and filename.endswith(os.environ["FAKE_BREAK"]):
+        raise OSError("connection reset\\nsecond line")
+    target = Path(local_dir) / filename
+    target.parent.mkdir(parents=True, exist_ok=True)
+    data = (HUB / repo_id / filename).read_bytes()
+    damage = os.environ.get("FAKE_DAMAGE")
+    if damage and filename.endswith(damage) and earlier < int(os.environ.get("FAKE_DAMAGE_TIMES", "1")):
+        data = data[:-2]
+    target.write_bytes(data)
+    return str(target)
+'''
+FAKE_TORCH = '''
+import os
+from types import SimpleNamespace
+__version__ = "0.0"
+version = SimpleNamespace(cuda=None)
+COUNT = int(os.environ.get("FAKE_GPUS", "0"))
+cuda = SimpleNamespace(is_available=lambda: COUNT > 0, device_count=lambda: COUNT, get_device_name=lambda i: "Fake GPU")
+'''
+
+
+def write_shard(path, tokens):
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
+
+
+def read_shard(path):
+    data = path.read_bytes()
+    header = np.frombuffer(data[:1024], "<i4")
+    assert (header[0], header[1]) == (20240520, 1) and not header[3:].any()
+    assert len(data) == 1024 + 2 * header[2]
+    return np.frombuffer(data[1024:], "<u2")
+
+
+class Copy:
+    """A copy of the repository's scripts in a folder with a space, run with stubs before the installed packages."""
+
+    def __init__(self, folder):
+        self.root = folder / "my repo"
+        self.stubs, self.hub = folder / "stubs", folder / "hub"
+        (self.root / "data").mkdir(parents=True)
+        self.hub.mkdir()
+        self.stubs.mkdir()
+        for name in ("setup_jepa.sh", "requirements.txt"):
+            shutil.copy(ROOT / name, self.root)
+        shutil.copytree(ROOT / "data/demo", self.root / "data/demo")
+        (self.stubs / "huggingface_hub.py").write_text(FAKE_HUB)
+        (self.stubs / "torch.py").write_text(FAKE_TORCH)
+        self.datasets = self.root / "data/datasets"
+
+    def setup(self, *arguments, code=0, **env):
+        base = {k: os.environ[k] for k in ("PATH", "HOME", "LANG") if k in os.environ}
+        base |= {"SKIP_VENV": "1", "PYTHON": sys.executable, "PYTHONPATH": str(self.stubs), "FAKE_HUB": str(self.hub)}
+        done = subprocess.run(["bash", str(self.root / "setup_jepa.sh"), *arguments], capture_output=True, text=True,
+                              env=base | env, cwd="/", timeout=300)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stdout + done.stderr
+
+    def downloads(self):
+        log = self.hub / "log"
+        names = [Path(line).name for line in log.read_text().splitlines()] if log.exists() else []
+        log.unlink(missing_ok=True)
+        return names
+
+    def state(self):
+        return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in self.datasets.rglob("*.bin")}
+
+
+@pytest.fixture
+def copy(tmp_path):
+    return Copy(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A copy with the demo shards made once, to be read only."""
+    made = Copy(tmp_path_factory.mktemp("demo"))
+    made.text = made.setup("demo")
+    return made
+
+
+def with_demo(copy, demo):
+    """The demo shards put into `copy`, as if it had made them."""
+    shutil.copytree(demo.root / "data", copy.root / "data", dirs_exist_ok=True)
+
+
+def fill_hub(hub, train=3, listed=None):
+    """The layout of the published copies, with tiny shards; `listed`: training shards the manifest counts."""
+    repo, name = hub / "kevclark/parameter-golf/datasets", "fineweb10B_sp8192"
+    rng = np.random.default_rng(0)
+    for i in range(train):
+        write_shard(repo / f"datasets/{name}/fineweb_train_{i:06d}.bin", rng.integers(4, 8192, 100 + i))
+    write_shard(repo / f"datasets/{name}/fineweb_val_000000.bin", rng.integers(4, 8192, 50))
+    write_shard(repo / "datasets/fineweb10B_sp4096/fineweb_val_000000.bin", [1])
+    (repo / "tokenizers").mkdir()
+    shutil.copy(MODEL, repo / "tokenizers")
+    stats = {"files_train": train if listed is None else listed, "files_val": 1}
+    (repo / "manifest.json").write_text(json.dumps({"datasets": [{"name": name, "stats": stats}]}))
+    for i in range(2):
+        write_shard(hub / f"mistobaan/fineweb10B_bytes/fineweb_train_{i:06d}.bin", rng.integers(0, 256, 30))
+    write_shard(hub / "mistobaan/fineweb10B_bytes/fineweb_val_000000.bin", rng.integers(0, 256, 20))
+
+
+# ---- text of the script
+
+def test_embedded_python_is_clean(tmp_path):
+    code = re.search(r"<<'PYTHON'\n(.*?)\nPYTHON\n", (ROOT / "setup_jepa.sh").read_text(), re.S)[1] + "\n"
+    (tmp_path / "tool.py").write_text(code)
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--config", str(ROOT / "tests/ruff.toml"),
+                           str(tmp_path / "tool.py")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", ["setup_jepa.sh", "run_jepa_bpe.sh", "run_jepa_byte.sh", "run_bytejepa.sh",
+                                  "tests/run.sh", ".ci/run"])
+def test_shell_syntax_and_line_length(name):
+    assert subprocess.run(["bash", "-n", str(ROOT / name)]).returncode == 0
+    assert max(map(len, (ROOT / name).read_text().splitlines())) <= 120
+
+
+def test_requirements_are_pinned_and_justified():
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            assert re.match(r"[A-Za-z_-]+==[\w.]+(; platform_system == \"Linux\")? +# \S", line), line
+            assert "transformers" not in line
+
+
+# ---- demo
+
+def test_demo_shards(demo):
+    copy = demo
+    alice = (ROOT / "data/demo/alice_valid.txt").read_bytes()
+    values = read_shard(copy.datasets / "demo_bytes/fineweb_val_000000.bin")
+    assert values[0] == 0 and values[1:].astype("u1").tobytes() == alice
+    train = read_shard(copy.datasets / "demo_bytes/fineweb_train_000000.bin")
+    assert (train == 0).sum() == 6 and train.max() < 256
+    for split, documents in (("train", 6), ("val", 1)):
+        tokens = read_shard(copy.datasets / f"demo_sp8192/fineweb_{split}_000000.bin")
+        assert tokens[0] == 1 and (tokens == 1).sum() == documents and tokens.max() < 8192
+    assert (copy.root / "data/tokenizers/fineweb_8192_bpe.model").read_bytes() == MODEL.read_bytes()
+
+
+def test_demo_bpe_decodes_to_the_normalized_text(demo):
+    from sentencepiece import SentencePieceProcessor
+    copy = demo
+    model = SentencePieceProcessor(model_file=str(MODEL))
+    tokens = read_shard(copy.datasets / "demo_sp8192/fineweb_val_000000.bin")
+    text = (ROOT / "data/demo/alice_valid.txt").read_text(encoding="utf-8")
+    assert model.decode(tokens[1:].tolist()) == model.normalize(text).replace("▁", " ")
+
+
+def test_demo_repeats_without_work_and_repairs(copy, demo):
+    with_demo(copy, demo)
+    state = copy.state()
+    assert "document(s)" not in copy.setup("demo")
+    assert copy.state() == state
+    target = copy.datasets / "demo_bytes/fineweb_train_000000.bin"
+    whole = target.read_bytes()
+    target.write_bytes(whole[:-2])
+    copy.setup("demo")
+    assert target.read_bytes() == whole
+    assert copy.datasets / "demo_sp8192/fineweb_val_000000.bin" in state.keys() & copy.state().keys()
+
+
+def test_summary_and_usage(copy, demo):
+    text = demo.text
+    for word in ("Python ", "torch ", "CUDA ", "mamba-ssm ", "demo_bytes: train 1 shard(s), 2,409,556 tokens"):
+        assert word in text
+    assert "usage: bash setup_jepa.sh" in copy.setup("nonsense", code=2)
+
+
+# ---- fineweb
+
+def test_fineweb_downloads_checks_and_rests(copy):
+    fill_hub(copy.hub, train=3)
+    text = copy.setup("fineweb")
+    source = copy.hub / "kevclark/parameter-golf/datasets/datasets/fineweb10B_sp8192"
+    for path in source.iterdir():
+        assert (copy.datasets / "fineweb10B_sp8192" / path.name).read_bytes() == path.read_bytes()
+    assert len(list((copy.datasets / "fineweb10B_bytes").glob("*.bin"))) == 3
+    assert (copy.root / "data/tokenizers/fineweb_8192_bpe.model").is_file()
+    assert "fineweb10B_sp8192: train 3 shard(s), 303 tokens; val 1 shard(s), 50 tokens" in text
+    assert not list(copy.root.rglob(".partial")) and not (copy.root / "data/.download").exists()
+    copy.downloads()
+    copy.setup("fineweb", FAKE_OFFLINE="1")                # complete: asks nobody
+    assert copy.downloads() == []
+
+
+def test_fineweb_takes_the_manifest_count_and_the_limit(copy):
+    fill_hub(copy.hub, train=4, listed=3)
+    folder = copy.datasets / "fineweb10B_sp8192"
+    copy.setup("fineweb", TRAIN_SHARDS="1", FINEWEB_KINDS="sp8192")
+    assert sorted(p.name for p in folder.glob("*.bin")) == ["fineweb_train_000000.bin", "fineweb_val_000000.bin"]
+    copy.downloads()
+    copy.setup("fineweb", FINEWEB_KINDS="sp8192")
+    assert len(list(folder.glob("*train*.bin"))) == 3      # the fourth is there but not counted
+    assert "fineweb_train_000000.bin" not in copy.downloads()
+    assert "TRAIN_SHARDS=no" in copy.setup("fineweb", TRAIN_SHARDS="no", code=1)
+    assert "FINEWEB_KINDS" in copy.setup("fineweb", FINEWEB_KINDS="sp99", code=1)
+
+
+def test_fineweb_missing_shards_and_missing_manifest(copy):
+    fill_hub(copy.hub, train=2, listed=5)
+    assert "holds 2 train shards of fineweb10B_sp8192, 5 are wanted" in copy.setup("fineweb", code=1)
+    (copy.hub / "kevclark/parameter-golf/datasets/manifest.json").unlink()
+    assert "no manifest.json" in copy.setup("fineweb")
+    assert len(list((copy.datasets / "fineweb10B_sp8192").glob("*train*.bin"))) == 2
+
+
+def test_fineweb_damaged_download_is_fetched_again(copy):
+    fill_hub(copy.hub)
+    assert "is damaged" in copy.setup("fineweb", FAKE_DAMAGE="sp8192/fineweb_train_000001.bin")
+    assert copy.downloads().count("fineweb_train_000001.bin") == 3      # twice for sp8192, once for bytes
+    read_shard(copy.datasets / "fineweb10B_sp8192/fineweb_train_000001.bin")
+    damaged = copy.datasets / "fineweb10B_sp8192/fineweb_train_000002.bin"
+    damaged.write_bytes(damaged.read_bytes()[:500])
+    copy.setup("fineweb")
+    assert read_shard(damaged).size == 102
+    assert copy.downloads().count("fineweb_train_000002.bin") == 1
+
+
+def test_fineweb_damaged_for_good(copy):
+    fill_hub(copy.hub)
+    text = copy.setup("fineweb", code=1, FAKE_DAMAGE="sp8192/fineweb_train_000001.bin", FAKE_DAMAGE_TIMES="9")
+    assert "damaged" in text and "twice" in text
+    assert not (copy.datasets / "fineweb10B_sp8192/fineweb_train_000001.bin").exists()
+
+
+def test_fineweb_resumes_after_a_broken_download(copy):
+    fill_hub(copy.hub)
+    text = copy.setup("fineweb", code=1, FAKE_BREAK="sp8192/fineweb_train_000002.bin")
+    assert "broke off (connection reset); repeat this command" in text and "second line" not in text
+    assert (copy.datasets / "fineweb10B_sp8192/.partial").exists()
+    copy.downloads()
+    copy.setup("fineweb")
+    names = copy.downloads()
+    assert names.count("fineweb_train_000002.bin") == 1 and names.count("fineweb_train_000000.bin") == 1    # of bytes
+
+
+def test_no_network_is_one_line(copy):
+    text = copy.setup("fineweb", code=1, FAKE_OFFLINE="1")
+    lines = [line for line in text.splitlines() if "cannot reach" in line]
+    assert len(lines) == 1 and "bash setup_jepa.sh demo" in lines[0]
+
+
+@pytest.mark.parametrize("gpus, offline, where, why", [
+    ("0", "", "demo_sp8192", "demo corpus: no CUDA device found"),
+    ("8", "1", "demo_sp8192", "demo corpus instead"),
+    ("8", "", "fineweb10B_sp8192", "FineWeb: a CUDA device is there"),
+])
+def test_default_choice_says_why(copy, demo, gpus, offline, where, why):
+    fill_hub(copy.hub)
+    with_demo(copy, demo)
+    text = copy.setup(FAKE_GPUS=gpus, FAKE_OFFLINE=offline)
+    assert why in text and (copy.datasets / where / "fineweb_val_000000.bin").exists()
+    assert (copy.datasets / "fineweb10B_sp8192").exists() == (where != "demo_sp8192")
+    if gpus == "8":
+        assert "8 x Fake GPU" in text
+
+
+# ---- bytes
+
+TEXTS = ["Über den Wolken – the naïve café\tand 3 spaces   end.", "second “document” with 漢字 and 🙂 emoji",
+         "tail of the first shard", "\u2581odd", "no\x00nul", ""]
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory):
+    """A SentencePiece model with byte fallback, trained here."""
+    import sentencepiece
+    folder = tmp_path_factory.mktemp("spm")
+    text = (ROOT / "data/demo/alice_valid.txt").read_text(encoding="utf-8")
+    (folder / "corpus.txt").write_text(text[:40000])
+    made = {}
+    for name, extra in {"plain": {}, "prefix": {"add_dummy_prefix": True}}.items():
+        options = dict(input=str(folder / "corpus.txt"), model_prefix=str(folder / name), vocab_size=400,
+                       model_type="bpe", byte_fallback=True, add_dummy_prefix=False, bos_id=1, eos_id=2, pad_id=0,
+                       unk_id=3, minloglevel=2) | extra
+        sentencepiece.SentencePieceTrainer.train(**options)
+        made[name] = folder / f"{name}.model"
+    return made
+
+
+def documents_of(values):
+    """Byte values of a shard, split at the boundary mark 0."""
+    return values.astype("u1").tobytes().split(b"\0")[1:]
+
+
+@pytest.mark.parametrize("kind", ["plain", "prefix"])
+def test_bytes_from_sentencepiece_shards(copy, small_model, kind):
+    from sentencepiece import SentencePieceProcessor
+    model = SentencePieceProcessor(model_file=str(small_model[kind]))
+    source = copy.root / "sp"
+    tokens = np.concatenate([[1, *model.encode(t)] for t in TEXTS])
+    cut = len(tokens) // 3                                  # inside a document, and inside a character at best
+    while not model.is_byte(int(tokens[cut])):
+        cut += 1
+    write_shard(source / "fineweb_train_000000.bin", tokens[:cut + 1])
+    write_shard(source / "fineweb_train_000001.bin", tokens[cut + 1:])
+    write_shard(source / "fineweb_val_000000.bin", [1, *model.encode("val text"), 3, *model.encode("on"), 2, 0])
+    copy.setup("bytes", SOURCE_PATH="sp", SOURCE_TOKENIZER=str(small_model[kind]), BYTES_PATH="out dir")
+    out = copy.root / "out dir"
+    values = np.concatenate([read_shard(out / f"fineweb_train_{i:06d}.bin") for i in range(2)])
+    expected = [model.decode(model.encode(t)).replace("\0", "").encode() for t in TEXTS]
+    assert documents_of(values) == expected
+    assert documents_of(read_shard(out / "fineweb_val_000000.bin")) == [b"val texton"]    # unk, eos, pad: no bytes
+
+
+def test_bytes_restart_and_refusals(copy, small_model):
+    from sentencepiece import SentencePieceProcessor
+    path = small_model["plain"]
+    model, source = SentencePieceProcessor(model_file=str(path)), copy.root / "sp"
+    for i in range(3):
+        write_shard(source / f"fineweb_train_{i:06d}.bin", [1, *model.encode("some text " * (i + 1))])
+    env = {"SOURCE_PATH": str(source), "SOURCE_TOKENIZER": str(path)}
+    write_shard(source / "fineweb_val_000000.bin", [1, 60000])
+    text = copy.setup("bytes", code=1, **env)
+    assert "token id 60000, but the tokenizer has 400 pieces" in text
+    out = copy.datasets / "sp_bytes"
+    assert (out / ".partial").exists() and not (out / "fineweb_val_000000.bin").exists()
+    before = copy.state()
+    assert len(before) == 3
+    os.truncate(out / "fineweb_train_000001.bin", 1030)    # as if damaged since
+    write_shard(source / "fineweb_val_000000.bin", [1, *model.encode("now sound")])
+    copy.setup("bytes", **env)
+    after = copy.state()
+    changed = {p.name for p in after if after[p] != before.get(p)}
+    assert changed == {"fineweb_train_000001.bin", "fineweb_val_000000.bin"}
+    assert documents_of(read_shard(out / "fineweb_train_000001.bin")) == [b"some text some text"]
+    copy.setup("bytes", **env)
+    assert copy.state() == after and not (out / ".partial").exists()
+    assert "SOURCE_TOKENIZER" in copy.setup("bytes", code=1, SOURCE_PATH=str(source))
+    assert "no SentencePiece model" in copy.setup("bytes", code=1, SOURCE_PATH=str(source), SOURCE_TOKENIZER="/nil")
+    assert "not made by this conversion" in copy.setup("bytes", code=1, BYTES_PATH=str(source), **env | {
+        "SOURCE_PATH": str(out)})
+
+
+def test_bytes_of_the_embedded_corpus(copy, demo):
+    from sentencepiece import SentencePieceProcessor
+    with_demo(copy, demo)
+    text = copy.setup("bytes", FAKE_OFFLINE="1")
+    assert "decoding the demo corpus instead" in text
+    model = SentencePieceProcessor(model_file=str(MODEL))
+    for split in ("train", "val"):
+        raw = documents_of(read_shard(copy.datasets / f"demo_bytes/fineweb_{split}_000000.bin"))
+        decoded = documents_of(read_shard(copy.datasets / f"demo_sp8192_bytes/fineweb_{split}_000000.bin"))
+        assert decoded == [model.normalize(t.decode()).replace("▁", " ").encode() for t in raw]
+
+
+def test_bytes_from_the_hub(copy, small_model):
+    from sentencepiece import SentencePieceProcessor
+    model = SentencePieceProcessor(model_file=str(small_model["plain"]))
+    root = copy.hub / "willdepueoai/parameter-golf/datasets"
+    for split in ("train", "val"):
+        write_shard(root / f"datasets/fineweb10B_sp1024/fineweb_{split}_000000.bin", [1, *model.encode(f"a {split}")])
+    (root / "tokenizers").mkdir()
+    shutil.copy(small_model["plain"], root / "tokenizers/fineweb_1024_bpe.model")
+    copy.setup("bytes")
+    shard = copy.datasets / "fineweb10B_sp1024_bytes/fineweb_val_000000.bin"
+    assert documents_of(read_shard(shard)) == [b"a val"]
+
+
+# ---- environment
+
+FAKE_PYTHON = '''#!/usr/bin/env bash
+# Stands for an interpreter: makes "virtual environments" that hold it, logs pip, passes the rest to a real Python.
+echo "$*" >>"$CALLS"
+if [[ "$1 $2" == "-m venv" ]]; then
+    rm -rf "$4"; mkdir -p "$4/bin"; cp "$0" "$4/bin/python"
+elif [[ "$1 $2" == "-m pip" ]]; then
+    [[ "$*" == *requirements.txt* && -n "$FAIL_PIP" ]] && exit 1
+    if [[ "$*" == *mamba* ]]; then [[ -n "$FAIL_MAMBA" ]] && exit 1; touch "$CALLS.mamba"; fi
+    exit 0
+elif [[ "$*" == *importlib.metadata* ]]; then
+    [[ -e "$CALLS.mamba" ]]
+else
+    exec "$REAL" "$@"
+fi
+'''
+
+
+@pytest.fixture
+def venv(copy, tmp_path):
+    python, calls = tmp_path / "python3", tmp_path / "calls"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+
+    def run(code=0, **env):
+        calls.write_text("")
+        text = copy.setup("env", code=code, **{"SKIP_VENV": "", "PYTHON": str(python), "CALLS": str(calls),
+                                               "REAL": sys.executable} | env)
+        log = calls.read_text()
+        return text, "-m venv" in log, "-r requirements.txt" in log, "mamba-ssm==" in log
+    return run
+
+
+def test_environment_is_made_once(copy, venv):
+    assert venv()[1:] == (True, True, True)
+    assert venv()[1:] == (False, False, False)
+    stamp = copy.root / ".venv/.jepa-requirements"
+    assert stamp.read_text().strip() == hashlib.sha256((copy.root / "requirements.txt").read_bytes()).hexdigest()
+    with open(copy.root / "requirements.txt", "a") as file:
+        file.write("# changed\n")
+    assert venv()[1:] == (False, True, False)
+
+
+def test_environment_failing_half_way_and_repeating(copy, venv):
+    text, *_ = venv(code=1, FAIL_PIP="1")
+    assert "pip could not install" in text and not (copy.root / ".venv/.jepa-requirements").exists()
+    assert venv()[1:] == (False, True, True)
+    (copy.root / ".venv/bin/python").unlink()              # half-made: repaired
+    text, made, *_ = venv()
+    assert made and "incomplete" in text
+    shutil.rmtree(copy.root / ".venv")
+    (copy.root / ".venv").symlink_to("nowhere")
+    assert venv()[1]
+
+
+def test_mamba_failure_is_a_warning(venv):
+    text, *_ = venv(FAIL_MAMBA="1")
+    assert "warning: mamba-ssm could not be installed" in text
+    assert venv()[1:] == (False, False, True)              # tried again, nothing else is
+
+
+def test_wrong_python_is_named(copy, tmp_path):
+    old = tmp_path / "old"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    assert f"PYTHON={old} is no Python 3.11" in copy.setup("env", code=1, SKIP_VENV="", PYTHON=str(old))

@@ -1,0 +1,261 @@
+"""Storage grids: closed forms, hand values, and snap(w) = decode(encode(w)) bit for bit."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import train_jepa as tj
+
+GRIDS = [
+    "int4",
+    "int5",
+    "int6",
+    "int8a",
+    "int4s0.35",
+    "int5s0.2",
+    "int8s1",
+    "int8",
+    "int8f",
+    "fp8",
+    "bf16",
+    "fp16",
+    "fp32",
+]
+INTN = [g for g in GRIDS if g.startswith("int") and g not in ("int8", "int8f")]
+
+
+def bits(t):
+    return t.contiguous().view(torch.int32)
+
+
+def tensors(seed=0):
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, std=0.03):
+        return torch.randn(shape, generator=g) * std
+
+    return {
+        "matrix": normal(70, 96),
+        "wide": normal(3, 5000),
+        "tall": normal(900, 2),
+        "column": normal(50, 1),
+        "row": normal(1, 77),
+        "conv": normal(40, 1, 4),
+        "cube": normal(6, 5, 4),
+        "vector": normal(130),
+        "one": normal(1),
+        "scalar": torch.tensor(0.7),
+        "blocks": normal(700, 640),
+        "tails": normal(64, 64) * torch.randn(64, 64, generator=g).exp(),
+        "zero rows": torch.cat([torch.zeros(3, 40), normal(3, 40), -torch.zeros(2, 40)]),
+        "constant": torch.full((5, 9), -0.3),
+        "minus zero": torch.full((4, 4), -0.0),
+        "denormal": torch.full((4, 8), 1e-42) * torch.arange(-4, 4),
+        "tiny": normal(9, 50, std=1e-12),
+        "large": normal(9, 50, std=1e4).clamp(-6e4, 6e4),
+        "empty": torch.empty(0, 8),
+        "no columns": torch.empty(3, 0),
+        "ones": torch.ones(20),
+        "strided": normal(64, 48).T,
+        "half steps": torch.arange(-14, 15).reshape(1, -1) * 0.5,
+    }
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_snap_is_decode_of_encode_bit_for_bit(name):
+    grid = tj.Grid.parse(name)
+    assert str(grid) == name
+    for label, w in tensors().items():
+        before = w.clone()
+        snapped = tj.snap(w, grid)
+        decoded = tj.decode(tj.encode(w, grid, label), grid, w.shape)
+        assert snapped.dtype == decoded.dtype == torch.float32 and snapped.shape == decoded.shape == w.shape, label
+        assert torch.equal(bits(snapped), bits(decoded)), label
+        assert torch.equal(bits(w), bits(before)), label
+        out = torch.full(w.shape, math.nan)
+        assert tj.snap(w, grid, out=out) is out and torch.equal(bits(out), bits(snapped)), label
+        if w.is_contiguous():
+            assert torch.equal(bits(tj.snap(before, grid, out=before)), bits(snapped)), label
+
+
+@pytest.mark.parametrize("name", INTN)
+def test_intn_equals_its_formula(name):
+    """The formula row by row, in plain scalars of fp32 and bf16."""
+    grid, w = tj.Grid.parse(name), tensors(1)["matrix"]
+    snapped, arrays = tj.snap(w, grid), tj.encode(w, grid)
+    for r in range(0, len(w), 7):
+        row = w[r].tolist()
+        if grid.k:
+            step, qmax = torch.tensor(grid.k * math.sqrt(sum(v * v for v in row) / len(row))), 127
+        else:
+            qmax = 2 ** (grid.bits - 1) - 1
+            step = torch.tensor(max(max(map(abs, row)), 1e-8)) / qmax
+        scale = step.bfloat16().float()
+        assert arrays["s"][r].float() == scale and arrays["s"].dtype == torch.bfloat16
+        q = [max(-qmax, min(qmax, round(float(np.float32(v) / np.float32(scale))))) for v in row]
+        assert arrays["q"][r].tolist() == q  # Python's round is half to even too
+        assert torch.equal(snapped[r], (torch.tensor(q, dtype=torch.float32) * scale).bfloat16().float())
+
+
+def test_int4_hand_values():
+    w = torch.tensor([[7.0, -7.0, 0.5, 1.5, 2.5, -0.5, -1.5, 0.49, 3.51, 0.0]])
+    assert tj.encode(w, tj.Grid.parse("int4"))["q"].tolist() == [[7, -7, 0, 2, 2, 0, -2, 0, 4, 0]]
+    assert tj.snap(w, tj.Grid.parse("int4")).tolist() == [[7, -7, 0, 2, 2, 0, -2, 0, 4, 0]]
+    zero = tj.snap(torch.tensor([[-0.2, 0.2, 7.0], [-0.0, 0.0, 0.0]]), tj.Grid.parse("int4"))
+    assert not torch.signbit(zero[:, :2]).any()  # the file has one zero
+    # 0.1/7 = 0.0142857 lies between the bf16 numbers 0.0142822 and 0.0143433;
+    # 7 x 0.0142822 = 0.0999756, between 0.0998535 and 0.100098
+    arrays = tj.encode(torch.tensor([[0.1, 0.05]]), tj.Grid.parse("int4"))
+    assert arrays["s"].float().item() == 0.0142822265625
+    assert tj.snap(torch.tensor([[0.1]]), tj.Grid.parse("int4")).item() == 0.10009765625
+
+
+def test_every_symbol_range_is_used_and_kept():
+    torch.manual_seed(0)
+    for name in INTN + ["int8", "int8f"]:
+        grid = tj.Grid.parse(name)
+        w = torch.randn(200, 300) * torch.logspace(-2 if grid.kind == "int8" else -6, 3, 200)[:, None]
+        q = tj.encode(w, grid)["q"]
+        assert q.abs().max() <= grid.qmax
+        if not grid.k and not grid.floor:
+            assert (q.abs().amax(1) == grid.qmax).all()
+    w = torch.zeros(1, 100_000)
+    w[0, 0] = 1000.0  # 316 deviations: clamped
+    assert tj.encode(w, tj.Grid.parse("int4s0.35"))["q"][0, 0] == 127
+    for n in range(1, 2000):  # absmax symbols cannot exceed their range unclamped
+        peak = torch.tensor([[1 + n / 2000]])
+        for b, name in ((7, "int4"), (15, "int5"), (31, "int6"), (127, "int8a")):
+            assert tj.encode(peak, tj.Grid.parse(name))["q"].item() == b
+
+
+def test_fp8_bf16_fp16():
+    w = torch.tensor([0.0, -0.0, 448, 460, 1e9, -1e9, 2.0**-9, 2.0**-10, 1.0625, 1.1875, 0.3, 240])
+    want = [0.0, -0.0, 448, 448, 448, -448, 2.0**-9, 0.0, 1.0, 1.25, 0.3125, 240]  # ties to even
+    got = tj.snap(w, tj.Grid.parse("fp8"))
+    assert got.tolist() == want and torch.signbit(got[1])
+    assert torch.equal(got, got.bfloat16().float())
+    assert tj.snap(torch.tensor([1 + 2.0**-8, 1 + 3 * 2.0**-8]), tj.Grid.parse("bf16")).tolist() == [1.0, 1 + 2.0**-6]
+    assert tj.snap(torch.tensor([1 + 2.0**-11, 1e-8]), tj.Grid.parse("fp16")).tolist() == [1.0, 0.0]
+    for name in ("fp8", "bf16", "fp16", "fp32"):  # plain types: twice is once
+        for label, w in tensors(3).items():
+            once = tj.snap(w, tj.Grid.parse(name))
+            assert torch.equal(bits(tj.snap(once, tj.Grid.parse(name))), bits(once)), (name, label)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 512, 4097])
+def test_int8_clip_is_the_percentile(columns):
+    torch.manual_seed(columns)
+    w = torch.randn(20, columns) * 0.05
+    arrays = tj.encode(w, tj.Grid.parse("int8"))
+    clip = torch.quantile(w.abs().double(), 0.9999984, dim=1)
+    assert arrays["s"].dtype == torch.float16
+    torch.testing.assert_close(arrays["s"].double(), clip / 127, rtol=2.0**-10, atol=2.0**-24)  # fp16 rounding
+    error = (tj.snap(w, tj.Grid.parse("int8")) - w).abs().amax(1)
+    assert (error <= arrays["s"].float() * 0.5 + clip.float() * 1.1e-3).all()
+    assert torch.equal(tj.encode(w, tj.Grid.parse("int8f"))["s"], torch.full((20,), 1 / 127).half())
+
+
+def test_step_in_deviations_beats_the_maximum_at_equal_entropy():
+    """Rate and distortion: same bytes, less error on rows with tails (spec: k sigma with all symbols that occur)."""
+    torch.manual_seed(0)
+    w = torch.randn(400, 640) * torch.randn(400, 640).mul(0.4).exp()
+
+    def rate_and_error(name):
+        grid = tj.Grid.parse(name)
+        return (
+            tj.entropy_bytes(tj.encode(w, grid)["q"].view(torch.uint8).numpy()),
+            ((tj.snap(w, grid) - w) ** 2).sum() / (w**2).sum(),
+        )
+
+    rate, error = rate_and_error("int4")
+    best = min((rate_and_error(f"int4s{k / 100:.12g}") for k in range(30, 120, 2)), key=lambda re: abs(re[0] - rate))
+    assert abs(best[0] / rate - 1) < 0.02 and best[1] < 0.95 * error
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_not_a_number_is_refused_by_name(name, bad):
+    w = torch.zeros(4, 4)
+    w[2, 1] = bad
+    with pytest.raises(tj.UserError, match="blocks.3.down.*NaN or infinity"):
+        tj.encode(w, tj.Grid.parse(name), "blocks.3.down")
+
+
+@pytest.mark.parametrize("name,value", [("int4", 3.4e38), ("bf16", 3.4e38), ("fp16", 7e4), ("int8", 1e7)])
+def test_overflow_is_refused_by_name(name, value):
+    with pytest.raises(tj.UserError, match="^head holds values too large"):
+        tj.encode(torch.full((2, 2), value), tj.Grid.parse(name), "head")
+    tj.encode(torch.full((2, 2), value / 3), tj.Grid.parse(name), "head")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "int",
+        "int3",
+        "int7",
+        "int4a",
+        "INT4",
+        "int4 ",
+        "int4s",
+        "int4s0",
+        "int4s-1",
+        "int4s0.350",
+        "int4snan",
+        "int4s1e9",
+        "int8as1",
+        "fp8f",
+        "bf16f",
+        "fp4",
+        "intn",
+        "int4f",
+        None,
+        4,
+        "int4s" + "1" * 400,
+    ],
+)
+def test_unknown_grid_names(name):
+    with pytest.raises(tj.UserError, match="storage grid"):
+        tj.Grid.parse(name)
+
+
+def test_other_dtypes_and_gradients():
+    w = torch.nn.Parameter(torch.randn(8, 16))
+    assert not tj.snap(w, tj.Grid.parse("int4")).requires_grad
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        v = w.detach().to(dtype)
+        for name in GRIDS:
+            assert torch.equal(tj.snap(v, tj.Grid.parse(name)), tj.snap(v.float(), tj.Grid.parse(name)))
+
+
+def test_threads_do_not_change_the_grid():
+    w, threads = torch.randn(3, 400_000), torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            results.append([bits(tj.snap(w, tj.Grid.parse(name))) for name in GRIDS])
+        assert all(torch.equal(a, b) for a, b in zip(*results))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", GRIDS)
+def test_cuda_equals_cpu(name):
+    for label, w in tensors().items():
+        if label != "denormal":  # CUDA may flush them
+            assert torch.equal(
+                bits(tj.snap(w.cuda(), tj.Grid.parse(name)).cpu()), bits(tj.snap(w, tj.Grid.parse(name)))
+            ), label
+
+
+def test_entropy_of_known_histograms():
+    assert tj.entropy_bytes(np.zeros(1000, np.uint8)) == 0 and tj.entropy_bytes(np.empty(0, np.uint8)) == 0
+    assert tj.entropy_bytes(np.arange(256, dtype=np.uint8)) == pytest.approx(256)
+    assert tj.entropy_bytes(np.array([0, 0, 0, 1], np.uint8)) == pytest.approx(
+        (0.75 * math.log2(4 / 3) + 0.25 * 2) * 4 / 8
+    )

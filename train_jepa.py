@@ -1,0 +1,5304 @@
+#!/usr/bin/env python3
+"""train_jepa.py: a JEPA-regularized Mamba-2 language model for the 16 MB challenge, in one file.
+
+Trains a U-Net of Mamba-2 (or attention) blocks on FineWeb shards, with training-only JEPA heads beside the
+cross-entropy, on weights that already stand on their storage grid; writes a compressed artifact, reloads that
+very file and scores it in bits per byte (BPB). Two published systems are settings of the same parts:
+system A (challenge PR #903, run_jepa_bpe.sh and run_jepa_byte.sh) and system B (PR #1443, run_bytejepa.sh).
+
+    python train_jepa.py --help                          every knob, with its default
+    MODE=describe bash run_jepa_bpe.sh                   what would run: knobs, parameters, estimated bytes
+    torchrun --nproc_per_node=8 train_jepa.py SEED=43    train; NAME=value arguments win over the environment
+
+The file reads top to bottom, each section using only what stands above it:
+    config        every knob, one line each            losses        SIGReg, covariance, latent rollout, tokens
+    runtime       ranks, device, clock, run folder     schedules     pure functions of one progress number
+    data          shards, token stream, vocabulary     optimizers    parameter groups, Muon, AdamW, averages
+    SSD           the state-space scan in PyTorch      storage       grids that weights are stored on
+    kernels       Triton twins of the slow parts       artifact      container without pickle, codecs
+    blocks        norm, mixers, MLPs, residual block   checkpoint    exact resume
+    model         U-Net, head, JEPA head               evaluation    BPB: standard, sliding, tempered, carried
+    then: training, generation, submission, comparison, and main.
+
+Names of shapes: B batch rows, T positions, D model_dim, E embed_dim, V vocabulary, H heads, P head width (64),
+N d_state, Q chunk of the scan, M projections or micro-batches, K taps of the convolution.
+"""
+from __future__ import annotations
+
+import base64
+import codecs
+import contextlib
+import csv
+import ctypes
+import dataclasses
+import difflib
+import functools
+import glob
+import hashlib
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import lzma
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import types
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+try:  # codecs of the artifact; one that is missing takes no part
+    import brotli
+except ImportError:
+    brotli = None
+try:
+    import zstandard
+except ImportError:
+    zstandard = None
+
+SIZE_LIMIT = 16_000_000  # bytes: artifact + this file
+HEADDIM = 64             # P: width of one Mamba-2 head, as in both published models
+
+
+class UserError(Exception):
+    """A fault of the input. `main` prints its lines and exits with code 2; the text says what would be right."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# config: one frozen dataclass, a line per knob. NAME=value on the command line > environment > default.
+# ---------------------------------------------------------------------------------------------------------------
+
+def knob(default, help: str, *, choices: Sequence[str] = (), low: float | None = None, high: float | None = None,
+         free: bool = False):
+    """Declare a knob: its default (whose type it has), allowed values, and whether a resumed run may change it."""
+    return field(default=default, metadata=dict(help=help, choices=tuple(choices), low=low, high=high, free=free))
+
+
+# Read by the run scripts and setup_jepa.sh, not by this file; listed so that help and spell check know them.
+SCRIPT_KNOBS = {"PROFILE": "auto|gpu|cpu: which defaults the run scripts take (auto: gpu where CUDA is found)",
+                "PRESET": "published|best: which recipe the run scripts take",
+                "NPROC_PER_NODE": "ranks that the run scripts start (default: the number of GPUs)",
+                "TRAIN_SHARDS": "training shards that setup_jepa.sh downloads (default: all in the manifest)"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run; GROUPS below names the groups."""
+    mode: str = knob("train", "what to do", free=True,
+                     choices=("train", "describe", "bench", "eval", "sample", "submit", "compare"))
+    dry_run: bool = knob(False, "1 = MODE=describe", free=True)
+    run_id: str = knob("", "name of the run's folder (empty: configuration and time)", free=True)
+    runs_dir: str = knob("runs", "where run folders are made", free=True)
+    overwrite: bool = knob(False, "1 = start over in a run folder that exists", free=True)
+    seed: int = knob(42, "initial weights, SIGReg directions and positions", low=0)
+    device: str = knob("auto", "auto takes CUDA where it is found", choices=("auto", "cpu", "cuda"), free=True)
+    dtype: str = knob("auto", "compute type: bf16 on CUDA, fp32 on CPU", choices=("auto", "fp32", "bf16"))
+    collective_timeout: int = knob(600, "seconds after which a missing rank ends the run", low=1, free=True)
+    # group: data
+    tokenizer: str = knob("byte", "kind of tokens", choices=("byte", "bpe"))
+    tokenizer_path: str = knob("", "SentencePiece model (TOKENIZER=bpe)", free=True)
+    vocab_size: int = knob(256, "number of token ids", low=2, high=65536)
+    data_path: str = knob("./data/datasets/fineweb10B_bytes", "folder of fineweb_train_*.bin and fineweb_val_*.bin",
+                          free=True)
+    val_max_tokens: int = knob(500_000, "validation tokens used (0 = all)", low=0, free=True)
+    val_batch_size: int = knob(524_288, "validation tokens per batch of all ranks", low=1, free=True)
+    # group: model
+    model_dim: int = knob(512, "width D", low=1)
+    num_layers: int = knob(12, "blocks; the first half encodes, the rest decodes", low=1)
+    mixer: str = knob("mamba2", "mamba2, attention, or a letter per block: m or a, as in mmmmmmammm")
+    d_state: int = knob(64, "state size N of the SSM", low=1)
+    d_conv: int = knob(4, "taps of the causal convolution", low=1)
+    expand: int = knob(2, "d_inner = EXPAND * MODEL_DIM", low=1)
+    ssd_chunk: int = knob(64, "chunk length Q of the scan (speed only)", low=1, high=1024, free=True)
+    ssd_kernel: str = knob("auto", "form of the scan (auto: mamba_ssm on CUDA, torch on CPU)", free=True,
+                           choices=("auto", "mamba_ssm", "fused", "torch"))
+    num_heads: int = knob(8, "attention heads", low=1)
+    num_kv_heads: int = knob(4, "attention heads of keys and values", low=1)
+    rope_base: float = knob(10000.0, "base of the rotary angles", low=1)
+    qk_gain_init: float = knob(1.5, "initial gain of the queries, per head")
+    embed_dim: int = knob(0, "width E of the embedding table (0 = MODEL_DIM)", low=0)
+    embed_style: str = knob("projected", "projected: std 0.02, EMBED_LR, untied head by Muon; tied: "
+                            "TIED_EMBED_INIT_STD, TIED_EMBED_LR, untied head by Adam at HEAD_LR",
+                            choices=("projected", "tied"))
+    tied_embed_init_std: float = knob(0.005, "std of the embedding with EMBED_STYLE=tied", low=0)
+    mlp_mult: int = knob(3, "hidden width of the MLP / MODEL_DIM (0 = no MLP)", low=0)
+    mlp_every: int = knob(1, "an MLP in every n-th block", low=1)
+    activation: str = knob("relu2", "of the MLP", choices=("relu2", "swiglu", "leaky_relu2"))
+    mlp_norm: bool = knob(True, "RMSNorm over the hidden units of the MLP")
+    norm_eps: float = knob(1e-6, "epsilon of the block norms", low=0)
+    tie_embeddings: int = knob(0, "0 separate head, 1 tied, 2 tied + learned correction, 3 tied behind an adapter",
+                               low=0, high=3)
+    vocab_bias: bool = knob(True, "a bias per token in the logits")
+    logit_softcap: float = knob(15.0, "cap of the logits (0 = off)", low=0)
+    softcap_type: str = knob("poly", "form of the cap", choices=("poly", "tanh"))
+    projector_type: str = knob("linear", "h to the latent z (none: z = h)", choices=("linear", "mlp", "none"))
+    predictor_hidden_mult: int = knob(2, "hidden width of the predictor / latent width", low=1)
+    predictor_norm: bool = knob(False, "RMSNorm before the predictor, which then has no biases (system B)")
+    # group: losses
+    loss_schedule: str = knob("joint", "constant weights, or pure JEPA, bridge, pure CE",
+                              choices=("joint", "staged"))
+    jepa_weight: float = knob(1.0, "weight of the latent prediction", low=0)
+    jepa_steps: int = knob(1, "horizons of the latent rollout (0 = off)", low=0)
+    jepa_dim: int = knob(0, "width of the latent (0 = MODEL_DIM)", low=0)
+    jepa_target: str = knob("latent", "next latent; mean latent or mean token embedding of the next JEPA_CHUNK",
+                            choices=("latent", "chunk", "embedding"))
+    jepa_chunk: int = knob(8, "positions of a chunk target", low=1)
+    jepa_action: bool = knob(False, "1 = the predictor is told the token that comes next")
+    jepa_loss: str = knob("mse", "distance of prediction and target", choices=("mse", "smooth_l1"))
+    jepa_anneal: float = knob(0.0, "fraction of the run at which JEPA_WEIGHT has fallen to 0 (0 = never)",
+                              low=0, high=1)
+    detach_targets: bool = knob(False, "1 = no gradient into the targets")
+    ce_weight: float = knob(1.0, "weight of the cross-entropy", low=0)
+    z_loss: float = knob(1e-4, "weight of mean logsumexp^2 in training", low=0)
+    anticollapse: str = knob("sigreg", "term that keeps the latent from collapsing", choices=("sigreg", "covariance"))
+    sigreg_lambda: float = knob(1.0, "weight of the anti-collapse term (LOSS_SCHEDULE=joint)", low=0)
+    sigreg_weight: float = knob(0.05, "weight of the anti-collapse term (LOSS_SCHEDULE=staged)", low=0)
+    sigreg_knots: int = knob(17, "knots of the characteristic function", low=2)
+    sigreg_num_proj: int = knob(0, "directions (0 = 2 * embedding width)", low=0)
+    sigreg_schedule: bool = knob(False, "1 = ramp the weight from 0 over the first 30%")
+    sigreg_axis: str = knob("batch", "what one characteristic function pools", choices=("batch", "time", "both"))
+    sigreg_sync: bool = knob(False, "1 = average the characteristic functions over ranks first")
+    sigreg_resample: bool = knob(False, "1 = new directions each step")
+    sigreg_scale: bool = knob(False, "1 = multiply by the sample count, as LeJEPA does")
+    jepa_cov: float = knob(0.0, "weight of a variance-covariance term on z beside SIGReg", low=0)
+    jepa_pure_frac: float = knob(0.10, "end of the pure JEPA stage (staged)", low=0, high=1)
+    ce_pure_frac: float = knob(0.80, "start of the pure CE stage (staged)", low=0, high=1)
+    # group: training
+    train_seq_len: int = knob(4096, "tokens per row", low=1)
+    train_batch_tokens: int = knob(524_288, "tokens per optimizer step, all ranks", low=1)
+    micro_batches: int = knob(8, "parts of a step; the number of ranks must divide it", low=1)
+    iterations: int = knob(10_000, "steps at most", low=1, free=True)
+    max_wallclock_seconds: float = knob(0.0, "training time at most (0 = no cap)", low=0, free=True)
+    warmup_steps: int = knob(10, "ghost steps before the run, rolled back", low=0)
+    warmup_rollback: str = knob("weights", "what the ghost steps give back", choices=("weights", "all"))
+    warmdown: str = knob("fraction", "LR falls to MIN_LR over WARMDOWN_FRACTION or WARMDOWN_ITERS",
+                         choices=("fraction", "iters"))
+    warmdown_fraction: float = knob(0.15, "last fraction of the run", low=0, high=1)
+    warmdown_iters: int = knob(2000, "last steps (under a cap: at the mean step time so far)", low=0)
+    min_lr: float = knob(0.0, "LR at the end / base LR", low=0, high=1)
+    carry_state: bool = knob(False, "1 = rows continue where they ended, with their final states")
+    val_loss_every: int = knob(500, "steps between validations (0 = at the end only)", low=0, free=True)
+    train_log_every: int = knob(100, "steps between log lines", low=1, free=True)
+    compile_mode: str = knob("default", "torch.compile mode; off = eager; aot_eager = traced, not generated",
+                             choices=("default", "reduce-overhead", "max-autotune", "aot_eager", "off"), free=True)
+    nonfinite_limit: int = knob(10, "stop after so many steps in a row with a non-finite gradient", low=1, free=True)
+    # group: optimizers
+    matrix_lr: float = knob(0.02, "Muon: the 2-D weights", low=0)
+    scalar_lr: float = knob(0.01, "AdamW: everything else", low=0)
+    embed_lr: float = knob(0.01, "AdamW: the embedding", low=0)
+    tied_embed_lr: float = knob(0.05, "AdamW: the tied embedding with EMBED_STYLE=tied", low=0)
+    head_lr: float = knob(0.008, "AdamW: the untied head with EMBED_STYLE=tied", low=0)
+    muon_momentum: float = knob(0.95, "final momentum", low=0, high=0.9999)
+    muon_momentum_warmup_start: float = knob(0.85, "momentum at step 0", low=0, high=0.9999)
+    muon_momentum_warmup_steps: int = knob(500, "steps until the final momentum", low=0)
+    muon_backend_steps: int = knob(3, "Newton-Schulz iterations", low=1, high=20)
+    muon_ns: str = knob("quintic", "coefficients of the iteration", choices=("quintic", "polar"))
+    muon_wd: float = knob(0.04, "decoupled weight decay", low=0)
+    row_norm: bool = knob(True, "row-wise RMS normalization before Newton-Schulz")
+    adam_wd: float = knob(0.05, "decoupled weight decay (dt_bias, A_log and D are exempt)", low=0)
+    beta1: float = knob(0.9, "of Adam", low=0, high=0.99999)
+    beta2: float = knob(0.95, "of Adam", low=0, high=0.99999)
+    adam_eps: float = knob(1e-8, "of Adam", low=0)
+    grad_clip_norm: float = knob(1.0, "global gradient norm at most (0 = off)", low=0)
+    swa_start: float = knob(1.0, "fraction of the run at which weight averaging starts (1 = off)", low=0, high=1)
+    swa_decay: float = knob(0.995, "decay of the average per step", low=0, high=0.999999)
+    # group: storage
+    storage: str = knob("intn", "intn: QUANT_BITS per matrix weight; int8: system B's rows", choices=("intn", "int8"))
+    quant_bits: int = knob(5, "bits of a matrix weight: 4, 5, 6 (8 with STORAGE=int8)")
+    quant_step: str = knob("absmax", "step of a row: absmax/(2^(bits-1)-1), or QUANT_K * std of the row",
+                           choices=("absmax", "sigma"))
+    quant_k: float = knob(0.35, "step in deviations of the row with QUANT_STEP=sigma", low=0.01, high=4)
+    int8_floor: bool = knob(False, "1 = int8 scales never below 1/127, as published")
+    fp_storage: str = knob("BF16", "embedding and tie correction", choices=("BF16", "FP8"))
+    qat_fraction: float = knob(1.0, "last fraction of the run that trains on the storage grid", low=0, high=1)
+    # group: evaluation
+    sliding_eval: bool = knob(False, "1 = sliding windows after training", free=True)
+    sliding_eval_stride: int = knob(16, "tokens scored per window", low=1, free=True)
+    sliding_batch_size: int = knob(64, "windows per forward pass", low=1, free=True)
+    temp_scaling: bool = knob(True, "1 = score at a temperature found on training tokens", free=True)
+    temp_calib: float = knob(0.0, "temperature (0 = search)", low=0, free=True)
+    eval_state: str = knob("reset", "carry = one pass with the recurrent state carried", free=True,
+                           choices=("reset", "carry"))
+    diagnostics: bool = knob(True, "1 = statistics of the latent at each validation and after training", free=True)
+    probe_steps: int = knob(200, "Adam steps of the linear probe on frozen h (0 = no probe)", low=0, free=True)
+    # group: checkpoints
+    checkpoint_every: int = knob(0, "steps between checkpoints (0 = off)", low=0, free=True)
+    checkpoint_dir: str = knob("", "where they go (empty: inside the run's folder)", free=True)
+    checkpoint_keep: int = knob(2, "how many are kept", low=1, free=True)
+    # group: people
+    artifact: str = knob("", "artifact of MODE=eval and MODE=sample", free=True)
+    prompt: str = knob("", "start of the text (MODE=sample)", free=True)
+    sample_tokens: int = knob(200, "tokens per sample", low=1, free=True)
+    num_samples: int = knob(1, "samples", low=1, high=1024, free=True)
+    temperature: float = knob(0.8, "of sampling (0 = most likely token)", low=0, free=True)
+    top_k: int = knob(0, "keep the k most likely tokens (0 = all)", low=0, free=True)
+    top_p: float = knob(1.0, "keep the smallest set with this probability", low=0.001, high=1, free=True)
+    run: str = knob("", "run folders of one submission (MODE=submit)", free=True)
+    runs: str = knob("", "run folders to compare, globs allowed (MODE=compare)", free=True)
+    out: str = knob("", "folder that MODE=submit and MODE=compare write", free=True)
+    track: str = knob("10min", "challenge track", choices=("10min", "unlimited"), free=True)
+    author: str = knob("", "author of the submission", free=True)
+    github_id: str = knob("", "GitHub name of the author", free=True)
+    submission_name: str = knob("", "title of the submission", free=True)
+    blurb: str = knob("", "a sentence about the submission", free=True)
+    # where each value came from; not a knob
+    sources: dict = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def knobs(cls) -> dict[str, dataclasses.Field]:
+        """Field of every knob by its upper-case name, in order."""
+        return {f.name.upper(): f for f in dataclasses.fields(cls) if f.name != "sources"}
+
+    @classmethod
+    def from_env(cls, environ: dict[str, str], argv: Sequence[str] = ()) -> Config:
+        """Read knobs from NAME=value arguments and the environment; an empty value means the default.
+
+        Raises UserError with a line for every value that does not fit and every misspelled name."""
+        knobs, errors, given = cls.knobs(), [], {}
+        scripted = environ.get("RUN_SCRIPT_DEFAULTS", "").split()  # the script's name, then the knobs that it set
+        for name, value in environ.items():
+            if name in knobs:
+                given[name] = (value, scripted[0] if name in scripted else "environment")
+            elif name not in SCRIPT_KNOBS and (meant := near_knob(name, strict=True)):
+                errors.append(f"{name}: no such knob; did you mean {meant}?")
+        for argument in argv:
+            name, equals, value = argument.partition("=")
+            if not equals or name not in knobs:
+                hint = f"did you mean {near_knob(name)}?" if near_knob(name) else "--help lists all knobs"
+                errors.append(f"{argument}: arguments are NAME=value with the name of a knob; {hint}")
+            else:
+                given[name] = (value, "argument")
+        values, sources = {}, {}
+        for name, (text, source) in given.items():
+            sources[name] = source if text else f"{source} (empty: default)"
+            try:
+                if text:
+                    values[name.lower()] = parse_knob(name, knobs[name], text)
+            except UserError as error:
+                errors.append(str(error))
+        if errors:
+            raise UserError("\n".join(errors))
+        config = cls(**values, sources=sources)
+        return dataclasses.replace(config, mode="describe") if config.dry_run else config
+
+    def validate(self) -> Config:
+        """Return self, or raise UserError with a line for every combination that makes no sense."""
+        c, errors = self, []
+
+        def need(condition: bool, message: str) -> None:
+            if not condition:
+                errors.append(message)
+
+        if "m" in c.pattern:
+            need(c.d_inner % HEADDIM == 0, f"EXPAND*MODEL_DIM={c.d_inner}: Mamba-2 heads are {HEADDIM} wide; "
+                 f"take a MODEL_DIM such that the product is a multiple of {HEADDIM}")
+        need(re.fullmatch("[ma]+", c.pattern) is not None and len(c.pattern) == c.num_layers,
+             f"MIXER={c.mixer}: mamba2, attention, or NUM_LAYERS={c.num_layers} letters m or a")
+        if "a" in c.pattern:
+            need(c.model_dim % c.num_heads == 0 and c.model_dim // c.num_heads % 2 == 0,
+                 f"NUM_HEADS={c.num_heads}: must divide MODEL_DIM={c.model_dim} into even widths")
+            need(c.num_heads % c.num_kv_heads == 0,
+                 f"NUM_KV_HEADS={c.num_kv_heads}: must divide NUM_HEADS={c.num_heads}")
+        need(c.tokenizer != "byte" or c.vocab_size == 256, f"VOCAB_SIZE={c.vocab_size}: TOKENIZER=byte needs 256")
+        per_micro = c.micro_batches * c.train_seq_len
+        need(c.train_batch_tokens % per_micro == 0, f"TRAIN_BATCH_TOKENS={c.train_batch_tokens}: must be a multiple "
+             f"of MICRO_BATCHES*TRAIN_SEQ_LEN={c.micro_batches}*{c.train_seq_len}={per_micro}")
+        need(c.storage == "int8" or c.quant_bits in (4, 5, 6),
+             f"QUANT_BITS={c.quant_bits}: 4, 5 or 6 (8 goes with STORAGE=int8)")
+        need(c.storage != "int8" or c.quant_bits == 8, f"QUANT_BITS={c.quant_bits}: STORAGE=int8 needs 8")
+        need(c.storage != "int8" or c.fp_storage == "BF16", "FP_STORAGE=FP8: STORAGE=int8 stores no FP8")
+        need(c.storage != "int8" or c.quant_step == "absmax", "QUANT_STEP=sigma: goes with STORAGE=intn")
+        need(not c.int8_floor or c.storage == "int8", "INT8_FLOOR=1: goes with STORAGE=int8")
+        need(c.ce_weight > 0 or c.jepa_on or c.loss_schedule == "staged",
+             "CE_WEIGHT=0 with JEPA off: no loss is left; raise CE_WEIGHT, or JEPA_WEIGHT with JEPA_STEPS")
+        need(c.jepa_on or c.loss_schedule == "joint",
+             "LOSS_SCHEDULE=staged: its first stage needs JEPA_WEIGHT > 0 and JEPA_STEPS > 0")
+        reach = c.jepa_steps * (c.jepa_chunk if c.jepa_target != "latent" else 1)
+        need(not c.jepa_on or reach < c.train_seq_len, f"JEPA_STEPS={c.jepa_steps}: the last target lies {reach} "
+             f"tokens ahead, TRAIN_SEQ_LEN={c.train_seq_len} is too short for it")
+        need(c.jepa_target == "latent" or c.jepa_steps <= 1,
+             f"JEPA_TARGET={c.jepa_target}: chunk targets have one horizon; JEPA_STEPS=1, and JEPA_CHUNK sets it")
+        need(not c.jepa_dim or c.projector_type != "none", "JEPA_DIM: PROJECTOR_TYPE=none leaves z = h; take linear")
+        need(c.anticollapse == "sigreg" or not (c.sigreg_sync or c.sigreg_resample or c.sigreg_scale)
+             and c.sigreg_axis == "batch", "SIGREG_SYNC, _RESAMPLE, _SCALE, _AXIS: go with ANTICOLLAPSE=sigreg")
+        need(c.loss_schedule == "joint" or c.jepa_pure_frac < c.ce_pure_frac,
+             f"JEPA_PURE_FRAC={c.jepa_pure_frac}: must lie before CE_PURE_FRAC={c.ce_pure_frac}")
+        need(not c.sliding_eval or c.sliding_eval_stride <= c.train_seq_len,
+             f"SLIDING_EVAL_STRIDE={c.sliding_eval_stride}: at most TRAIN_SEQ_LEN={c.train_seq_len}")
+        need(not (c.carry_state or c.eval_state == "carry") or "a" not in c.pattern,
+             "CARRY_STATE/EVAL_STATE=carry: attention blocks have no fixed-size state to carry; use MIXER=mamba2")
+        need(not re.search(r"[/\\\0]|^\.", c.run_id), f"RUN_ID={c.run_id}: a plain folder name is needed")
+        if errors:
+            raise UserError("\n".join(errors))
+        return self
+
+    # Values that follow from others, in one place.
+    d_inner = property(lambda c: c.expand * c.model_dim)
+    embed = property(lambda c: c.embed_dim or c.model_dim)
+    latent = property(lambda c: c.jepa_dim or c.model_dim)
+    num_proj = property(lambda c: c.sigreg_num_proj or 2 * c.embed)
+    jepa_on = property(lambda c: c.jepa_weight > 0 and c.jepa_steps > 0)
+    anti_weight = property(lambda c: c.sigreg_lambda if c.loss_schedule == "joint" else c.sigreg_weight)
+    latent_on = property(lambda c: c.jepa_on or c.loss_schedule == "joint" and (c.anti_weight > 0 or c.jepa_cov > 0))
+    micro_tokens = property(lambda c: c.train_batch_tokens // c.micro_batches)
+    micro_rows = property(lambda c: c.micro_tokens // c.train_seq_len)
+
+    @property
+    def pattern(self) -> str:
+        """Mixer of each block as a letter: m Mamba-2, a attention."""
+        return {"mamba2": "m", "attention": "a"}.get(self.mixer, "") * self.num_layers or self.mixer
+
+    def named(self, keep: Callable[[dataclasses.Field], bool] = lambda f: True) -> dict[str, Any]:
+        """Values by knob name, of the knobs that `keep` accepts."""
+        return {name: getattr(self, f.name) for name, f in self.knobs().items() if keep(f)}
+
+    def fixed(self) -> dict[str, Any]:
+        """What a resumed run may not change: everything that alters the model, the data or the trajectory."""
+        return self.named(lambda f: not f.metadata["free"])
+
+    def model_config(self) -> dict[str, Any]:
+        """The knobs an artifact must carry so that the stored tensors make a model."""
+        return {name: getattr(self, name.lower()) for name in MODEL_KNOBS}
+
+    def render(self) -> str:
+        """Every knob with its value and where it came from, for logs and MODE=describe."""
+        rows = [(name, format_knob(getattr(self, f.name)), self.sources.get(name, "default"))
+                for name, f in self.knobs().items()]
+        return "\n".join(f"{name:<28} {value:<34} {source}" for name, value, source in rows)
+
+
+MODEL_KNOBS = ("TOKENIZER VOCAB_SIZE MODEL_DIM NUM_LAYERS MIXER D_STATE D_CONV EXPAND NUM_HEADS NUM_KV_HEADS ROPE_BASE "
+               "EMBED_DIM MLP_MULT MLP_EVERY ACTIVATION MLP_NORM NORM_EPS TIE_EMBEDDINGS VOCAB_BIAS LOGIT_SOFTCAP "
+               "SOFTCAP_TYPE TRAIN_SEQ_LEN").split()
+
+
+GROUPS = dict(MODE="run", TOKENIZER="data", MODEL_DIM="model", LOSS_SCHEDULE="losses", TRAIN_SEQ_LEN="training",
+              MATRIX_LR="optimizers", STORAGE="storage", SLIDING_EVAL="evaluation", CHECKPOINT_EVERY="checkpoints",
+              ARTIFACT="people")  # first knob of each group of Config
+
+
+def near_knob(name: str, strict: bool = False) -> str | None:
+    """The knob that `name` was probably meant to be. Strict, for the environment, where foreign names are normal."""
+    known = [*Config.knobs(), *SCRIPT_KNOBS]
+    if strict and (len(name) < 5 or not name.isupper()):
+        return None
+    close = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.85 if strict else 0.6)
+    return close[0] if close else None
+
+
+def parse_knob(name: str, f: dataclasses.Field, text: str):
+    """Value of a knob from its text; UserError names the knob, the text and what would be right."""
+    kind, meta = type(f.default), f.metadata
+    try:
+        if kind is bool:
+            value = {"0": False, "1": True, "false": False, "true": True}[text.lower()]
+        elif kind is int:
+            value = int(text)
+        elif kind is float:
+            value = float(text)
+        else:
+            value = text
+    except (KeyError, ValueError):
+        right = {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
+        raise UserError(f"{name}={text}: must be {right}") from None
+    if meta["choices"]:
+        match = [choice for choice in meta["choices"] if choice.lower() == value.lower()]
+        if not match:
+            raise UserError(f"{name}={text}: must be one of {', '.join(meta['choices'])}")
+        return match[0]
+    low, high = meta["low"], meta["high"]
+    if kind is float and not math.isfinite(value):
+        raise UserError(f"{name}={text}: must be finite")
+    if low is not None and value < low or high is not None and value > high:
+        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise UserError(f"{name}={text}: must be {bounds}")
+    return value
+
+
+def format_knob(value) -> str:
+    """Text that parse_knob reads back to the same value."""
+    return str(int(value)) if isinstance(value, bool) else repr(value) if isinstance(value, float) else str(value)
+
+
+def knob_table() -> list[tuple[str, str, str, str]]:
+    """(group, knob, default, help) of every knob: the source of --help and of the table in README.md."""
+    rows, group = [], ""
+    for name, f in Config.knobs().items():
+        group = GROUPS.get(name, group)
+        choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
+        rows.append((group, name, format_knob(f.default), f.metadata["help"] + choices))
+    return rows
+
+
+def help_text() -> str:
+    """What --help prints."""
+    lines, last = ["Every knob is an environment variable or a NAME=value argument (arguments win).", ""], ""
+    for group, name, default, text in knob_table():
+        if group != last:
+            lines, last = lines + [f"{group}:"], group
+        lines.append(f"  {name}={default} ".ljust(38) + text)
+    return "\n".join(lines + ["run scripts:"] + [f"  {name}".ljust(38) + text for name, text in SCRIPT_KNOBS.items()])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# runtime: this process among its peers. The only place that touches torch.distributed and torch.cuda.
+# ---------------------------------------------------------------------------------------------------------------
+
+def now() -> float:
+    """Seconds on the training clock (a function of its own so that tests can replace it)."""
+    return time.perf_counter()
+
+
+class Runtime:
+    """Rank, device, compute type and collectives of this process; a context manager that ends the process group."""
+
+    def __init__(self, config: Config):
+        self.rank, self.world, self.local_rank = (int(os.environ.get(name, default)) for name, default in
+                                                  (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        check_world(config, self.world)
+        has_cuda = torch.cuda.is_available()
+        if config.device == "cuda" and not has_cuda:
+            raise UserError("DEVICE=cuda: no CUDA device is found; take DEVICE=cpu or auto")
+        self.cuda = has_cuda and config.device != "cpu"
+        if self.cuda and self.local_rank >= torch.cuda.device_count():
+            raise UserError(f"rank {self.local_rank} has no GPU, {torch.cuda.device_count()} are found here; "
+                            "start as many ranks as GPUs (NPROC_PER_NODE)")
+        self.device = torch.device("cuda", self.local_rank) if self.cuda else torch.device("cpu")
+        if not self.cuda:
+            keep_freed_memory()
+        wanted = config.dtype if config.dtype != "auto" else "bf16" if self.cuda else "fp32"
+        self.dtype = torch.bfloat16 if wanted == "bf16" else torch.float32
+        if self.cuda:
+            torch.cuda.set_device(self.device)
+            if wanted == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+                raise UserError(f"{torch.cuda.get_device_name()} has no bf16; take DTYPE=fp32")
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        self.control = None
+        if self.world > 1:
+            limit = timedelta(seconds=config.collective_timeout)
+            where = dict(device_id=self.device) if self.cuda else {}
+            dist.init_process_group("nccl" if self.cuda else "gloo", timeout=limit, **where)
+            # Clock and signals travel over gloo: agreeing on them must not wait for the GPU's queue.
+            self.control = dist.new_group(backend="gloo", timeout=limit)
+
+    main = property(lambda self: self.rank == 0)
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        # After an error the peers may never answer: leave without the collective farewell.
+        if self.world > 1 and dist.is_initialized() and kind is None:
+            dist.destroy_process_group()
+
+    def agree(self, *values: float) -> list[float]:
+        """Elementwise maximum over ranks of a few host numbers; ranks that only listen pass -inf."""
+        if self.world == 1:
+            return list(values)
+        box = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
+        return box.tolist()
+
+    def sum_(self, tensor: Tensor, wait: bool = True):
+        """Sum over ranks, in place; with wait=False returns the pending work (None on one rank)."""
+        if self.world == 1:
+            return None
+        work = dist.all_reduce(tensor, async_op=True)
+        return work.wait() if wait else work
+
+    def gather(self, part: Tensor) -> tuple[Tensor, Any]:
+        """(W*n, ...) of every rank's (n, ...), in rank order, and the pending work (None on one rank)."""
+        if self.world == 1:
+            return part, None
+        whole = part.new_empty(self.world * part.size(0), *part.shape[1:])
+        return whole, dist.all_gather(list(whole.split(part.size(0))), part, async_op=True)
+
+    def average(self, tensor: Tensor) -> Tensor:
+        """Mean over ranks, differentiable: the gradient is the mean of the ranks' gradients."""
+        return tensor if self.world == 1 else _Average.apply(tensor, self)
+
+    def collect(self, value) -> list:
+        """Every rank's picklable value, in rank order (between our own processes, never from a file)."""
+        everyone = [value]
+        if self.world > 1:
+            everyone = [None] * self.world
+            dist.all_gather_object(everyone, value, group=self.control)
+        return everyone
+
+    def from_main(self, value):
+        """Rank 0's picklable value on every rank (between our own processes, never from a file)."""
+        box = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(box, group=self.control)
+        return box[0]
+
+    def main_first(self, work: Callable[[], Any]):
+        """Run `work` on rank 0 and hand its value to all; a UserError there is raised on every rank."""
+        value, error = None, None
+        if self.main:
+            try:
+                value = work()
+            except UserError as fault:
+                error = str(fault)
+        value, error = self.from_main((value, error))
+        if error is not None:
+            raise UserError(error)
+        return value
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """Copy from the host without stalling the GPU."""
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.cuda else tensor
+
+    def synchronize(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def free_memory(self) -> None:
+        """Give cached GPU memory back."""
+        if self.cuda:
+            torch.cuda.empty_cache()
+
+    def peak_memory(self) -> int:
+        """Bytes: allocated at most on the GPU, or resident at most in this process."""
+        if self.cuda:
+            return torch.cuda.max_memory_allocated()
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def describe(self) -> dict[str, Any]:
+        """Machine and versions, for the log's head and result.json."""
+        facts = dict(device=torch.cuda.get_device_name() if self.cuda else cpu_name(), device_type=self.device.type,
+                     dtype=str(self.dtype).removeprefix("torch."), world_size=self.world, cores=os.cpu_count(),
+                     threads=torch.get_num_threads(), python=platform.python_version(), torch=torch.__version__)
+        if self.cuda:
+            facts |= dict(cuda=torch.version.cuda, triton=package_version("triton"),
+                          mamba_ssm=package_version("mamba_ssm"))
+        return facts
+
+
+class _Average(torch.autograd.Function):
+    """Mean over ranks. Each rank's loss depends on all ranks' tensors, so gradients are averaged the same way."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, runtime: Runtime) -> Tensor:
+        ctx.runtime = runtime
+        total = tensor.clone()
+        runtime.sum_(total)
+        return total / runtime.world
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.contiguous().clone()
+        ctx.runtime.sum_(total)
+        return total / ctx.runtime.world, None
+
+
+def check_world(config: Config, world: int) -> None:
+    """Refuse a number of ranks that cannot share the micro-batches, naming settings that can."""
+    if config.micro_batches % world:
+        fits = [n for n in range(1, config.micro_batches + 1) if config.micro_batches % n == 0]
+        raise UserError(f"{world} ranks cannot share MICRO_BATCHES={config.micro_batches}: start {fits} ranks, or set "
+                        f"MICRO_BATCHES={world} (with TRAIN_BATCH_TOKENS a multiple of {world * config.train_seq_len})")
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to reuse large freed blocks instead of returning them: on CPU a step otherwise spends a third of its
+    time on page faults. Does nothing elsewhere."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 30)         # M_MMAP_THRESHOLD: blocks up to 1 GiB come from the heap
+        libc.mallopt(-1, (1 << 31) - 1)   # M_TRIM_THRESHOLD: and stay there
+
+
+def package_version(name: str) -> str | None:
+    """Installed version, without importing the package."""
+    from importlib import metadata
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_name() -> str:
+    """Processor name as the system gives it."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()):
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
+def progress_bar(items, label: str, show: bool = True):
+    """tqdm on a terminal, the bare iterable in a pipe or without tqdm."""
+    if show and sys.stderr.isatty():
+        with contextlib.suppress(ImportError):
+            from tqdm import tqdm
+            return tqdm(items, desc=label, leave=False, dynamic_ncols=True)
+    return items
+
+
+def source_text() -> str:
+    return Path(__file__).read_text(encoding="utf-8")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`, or leave it as it was: temporary name, sync, rename. UserError when that fails."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"{path}: cannot be written ({error.strerror}); earlier files are intact") from error
+
+
+class RunFolder:
+    """runs/<RUN_ID>/ of one run: log.txt, metrics.jsonl, config.json, result.json. Silent on ranks other than 0."""
+
+    def __init__(self, path: Path, main: bool, resume_bytes: dict[str, int] | None = None):
+        """Open for writing; on resume cut both journals back to the lengths that the checkpoint knew."""
+        self.path, self.main = path, main
+        if not main:
+            return
+        path.mkdir(parents=True, exist_ok=True)
+        names = ("log.txt", "metrics.jsonl")
+        for name in names:
+            if (path / name).exists() and name in (resume_bytes or {}):
+                os.truncate(path / name, min(resume_bytes[name], (path / name).stat().st_size))
+        self.files = {name: open(path / name, "a", encoding="utf-8") for name in names}
+
+    def _append(self, name: str, text: str) -> None:
+        try:
+            self.files[name].write(text + "\n")
+            self.files[name].flush()
+        except OSError as error:
+            raise UserError(f"{self.path / name}: cannot be written ({error.strerror}); make room") from error
+
+    def log(self, line: str, console: bool = True) -> None:
+        """One short greppable line to log.txt and the console."""
+        if self.main:
+            self._append("log.txt", line)
+            if console:
+                print(line, flush=True)
+
+    def metric(self, **values) -> None:
+        """One line of metrics.jsonl."""
+        if self.main:
+            self._append("metrics.jsonl", json.dumps(values, allow_nan=True))
+
+    def sizes(self) -> dict[str, int]:
+        """Lengths of the journals in bytes, for the checkpoint."""
+        return {name: (self.path / name).stat().st_size for name in self.files} if self.main else {}
+
+    def write_json(self, name: str, value) -> None:
+        if self.main:
+            write_atomically(self.path / name, (json.dumps(value, indent=2) + "\n").encode())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# data: shards in and out, a token stream with a position, vocabularies that know their bytes
+# ---------------------------------------------------------------------------------------------------------------
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 1024  # header: 256 little-endian int32
+BYTE_MARK = 0  # document boundary in byte shards: a value that UTF-8 text never holds; it costs no bytes in BPB
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> None:
+    """Write uint16 tokens (n,) in the challenge's shard format, atomically."""
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
+    write_atomically(Path(path), header.tobytes() + np.ascontiguousarray(tokens, dtype="<u2").tobytes())
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """Tokens (n,) of a shard as a read-only memory map; UserError unless magic, version and size are exact."""
+    try:
+        size = os.path.getsize(path)
+        header = np.fromfile(path, dtype="<i4", count=256)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); run setup_jepa.sh") from error
+    if len(header) < 256 or header[0] != SHARD_MAGIC:
+        raise UserError(f"{path}: not a token shard (magic {SHARD_MAGIC} is missing); run setup_jepa.sh again")
+    if header[1] != SHARD_VERSION:
+        raise UserError(f"{path}: shard version {header[1]}, this script reads version {SHARD_VERSION}")
+    if header[2] < 0 or size != SHARD_HEADER + 2 * int(header[2]):
+        raise UserError(f"{path}: {size} bytes, but its header promises {header[2]} tokens "
+                        f"({SHARD_HEADER + 2 * int(header[2])} bytes); fetch it again with setup_jepa.sh")
+    if header[2] == 0:
+        return np.empty(0, dtype="<u2")
+    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER, shape=(int(header[2]),))
+
+
+def find_shards(data_path: str, part: str) -> list[Path]:
+    """The shards `fineweb_<part>_*.bin` of a folder, in order; UserError when there are none."""
+    paths = sorted(Path(data_path).glob(f"fineweb_{part}_*.bin"))
+    if not paths:
+        raise UserError(f"DATA_PATH={data_path}: holds no fineweb_{part}_*.bin; run setup_jepa.sh, or set DATA_PATH")
+    return paths
+
+
+class TokenStream:
+    """The tokens of many shards as one endless stream, read at any position (it wraps around)."""
+
+    def __init__(self, paths: Sequence[Path], vocab_size: int):
+        self.paths, self.vocab_size = list(paths), vocab_size
+        self.shards = [read_shard(path) for path in self.paths]
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        if self.ends[-1] == 0:
+            raise UserError(f"{self.paths[0].parent}: the shards hold no tokens; run setup_jepa.sh again")
+        for index, shard in enumerate(self.shards):  # a whole scan of small sets, the heads of large ones
+            self._check(index, shard[:4_000_000])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def _check(self, index: int, tokens: np.ndarray) -> np.ndarray:
+        if len(tokens) and int(tokens.max()) >= self.vocab_size:
+            raise UserError(f"{self.paths[index]}: token id {int(tokens.max())}, but VOCAB_SIZE={self.vocab_size}; "
+                            "these shards were made with another tokenizer")
+        return tokens
+
+    def read(self, position: int, count: int) -> np.ndarray:
+        """`count` tokens from `position` (modulo the length) as int64 (count,)."""
+        pieces = []
+        while count > 0:
+            position %= len(self)
+            index = int(np.searchsorted(self.ends, position, side="right"))
+            start = position - (int(self.ends[index]) - len(self.shards[index]))
+            piece = self._check(index, self.shards[index][start:start + count])
+            pieces.append(piece.astype(np.int64))
+            position, count = position + len(piece), count - len(piece)
+        return np.concatenate(pieces)
+
+
+class Batches:
+    """Micro-batches of a run, by step and index alone: the same whatever the number of ranks.
+
+    Each micro-batch takes its tokens + 1 values from the stream; x is all but the last, y all but the first, in
+    rows of `seq_len`. With `lanes` (CARRY_STATE) the stream is cut into one lane per row of the whole batch, and a
+    row goes on in its lane where the step before ended."""
+
+    def __init__(self, stream: TokenStream, micro_batches: int, rows: int, seq_len: int, lanes: bool = False):
+        self.stream, self.micro_batches, self.rows = stream, micro_batches, rows
+        self.seq_len, self.lanes = seq_len, lanes
+
+    def values_per_step(self) -> int:
+        """Values of the stream that one step uses up: what a position advances by."""
+        return self.seq_len if self.lanes else self.micro_batches * (self.rows * self.seq_len + 1)
+
+    def __call__(self, position: int, micro: int) -> tuple[Tensor, Tensor]:
+        """x and y, each (rows, seq_len) int64, of one micro-batch of the step that starts at `position`."""
+        rows, seq_len = self.rows, self.seq_len
+        if self.lanes:
+            lane = len(self.stream) // (self.micro_batches * rows)
+            starts = [(micro * rows + row) * lane + position for row in range(rows)]
+            values = torch.from_numpy(np.stack([self.stream.read(start, seq_len + 1) for start in starts]))
+            return values[:, :-1].contiguous(), values[:, 1:].contiguous()
+        count = rows * seq_len + 1
+        values = torch.from_numpy(self.stream.read(position + micro * count, count))
+        return values[:-1].view(rows, seq_len), values[1:].view(rows, seq_len)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Bytes of UTF-8 text that each token stands for.
+
+    Rule: control, unknown and unused pieces count 0 bytes and are a boundary; byte pieces count 1; any other piece
+    counts its UTF-8 length without the leading "\u2581", plus 1 for the "\u2581" if the previous token is no boundary.
+    So the counts of a document add up to the UTF-8 length of its text as the tokenizer normalizes it."""
+    base_bytes: Tensor  # (V,) int64
+    space: Tensor       # (V,) bool: begins with the space mark
+    boundary: Tensor    # (V,) bool: control, unknown or unused
+    mark: int           # the id that begins a document
+
+    def target_bytes(self, previous: Tensor, targets: Tensor) -> Tensor:
+        """Bytes (int64, any shape) of `targets`, each after its `previous` token."""
+        return self.base_bytes[targets] + (self.space[targets] & ~self.boundary[previous])
+
+    def pack(self) -> dict[str, Any]:
+        """JSON-able form: the artifact carries it, so that it can be scored without the tokenizer."""
+        codes = (self.base_bytes * 4 + self.space * 2 + self.boundary).numpy().astype("<u2").tobytes()
+        return {"mark": self.mark, "codes": base64.b64encode(zlib.compress(codes, 9)).decode()}
+
+    @classmethod
+    def unpack(cls, packed: dict[str, Any], vocab_size: int) -> Vocabulary:
+        """Inverse of `pack`; UserError when the form is another."""
+        try:
+            data = zlib.decompressobj().decompress(base64.b64decode(packed["codes"]), 2 * vocab_size + 1)
+            codes, mark = torch.from_numpy(np.frombuffer(data, dtype="<u2").astype(np.int64)), int(packed["mark"])
+        except (KeyError, TypeError, ValueError, zlib.error) as error:
+            raise UserError(f"the artifact's vocabulary is damaged ({error})") from None
+        if len(codes) != vocab_size or not 0 <= mark < vocab_size:
+            raise UserError(f"the artifact's vocabulary has {len(codes)} tokens, its model {vocab_size}")
+        return cls(codes >> 2, (codes & 2) > 0, (codes & 1) > 0, mark)
+
+
+def byte_vocabulary() -> Vocabulary:
+    """256 byte values; BYTE_MARK begins a document and counts nothing."""
+    base = torch.ones(256, dtype=torch.int64)
+    base[BYTE_MARK] = 0
+    return Vocabulary(base, torch.zeros(256, dtype=torch.bool), base == 0, BYTE_MARK)
+
+
+def load_sentencepiece(path: str):
+    """The SentencePiece model at TOKENIZER_PATH; UserError when it is missing or no model."""
+    if not path:
+        raise UserError("TOKENIZER_PATH: TOKENIZER=bpe needs the SentencePiece model; run setup_jepa.sh")
+    if not Path(path).is_file():
+        raise UserError(f"TOKENIZER_PATH={path}: no such file; run setup_jepa.sh, or set TOKENIZER_PATH")
+    try:
+        import sentencepiece
+        return sentencepiece.SentencePieceProcessor(model_file=path)
+    except ImportError:
+        raise UserError("TOKENIZER=bpe needs the package sentencepiece; run setup_jepa.sh") from None
+    except Exception as error:  # the library raises RuntimeError, OSError or TypeError on a damaged file
+        raise UserError(f"TOKENIZER_PATH={path}: not a SentencePiece model ({str(error).splitlines()[0]})") from None
+
+
+def bpe_vocabulary(path: str, vocab_size: int) -> Vocabulary:
+    """Byte counts of a SentencePiece model's pieces."""
+    pieces = load_sentencepiece(path)
+    if pieces.vocab_size() != vocab_size:
+        raise UserError(f"TOKENIZER_PATH={path}: has {pieces.vocab_size()} pieces, but VOCAB_SIZE={vocab_size}")
+    base, space, boundary = [], [], []
+    for token in range(vocab_size):
+        silent = pieces.is_control(token) or pieces.is_unknown(token) or pieces.is_unused(token)
+        piece = pieces.id_to_piece(token)
+        boundary.append(silent)
+        space.append(not silent and not pieces.is_byte(token) and piece.startswith("\u2581"))
+        base.append(0 if silent else 1 if pieces.is_byte(token) else len(piece.removeprefix("\u2581").encode()))
+    mark = pieces.bos_id() if pieces.bos_id() >= 0 else 1
+    return Vocabulary(torch.tensor(base), torch.tensor(space), torch.tensor(boundary), mark)
+
+
+def load_vocabulary(config: Config) -> Vocabulary:
+    if config.tokenizer == "byte":
+        return byte_vocabulary()
+    return bpe_vocabulary(config.tokenizer_path, config.vocab_size)
+
+
+def load_validation(config: Config) -> Tensor:
+    """Validation tokens (rows * T + 1,) int64: at most VAL_MAX_TOKENS, cut to whole rows."""
+    stream = TokenStream(find_shards(config.data_path, "val"), config.vocab_size)
+    count = min(len(stream) - 1, config.val_max_tokens or len(stream)) // config.train_seq_len * config.train_seq_len
+    if count <= 0:
+        raise UserError(f"DATA_PATH={config.data_path}: {len(stream)} validation tokens do not fill one row of "
+                        f"TRAIN_SEQ_LEN={config.train_seq_len}; VAL_MAX_TOKENS={config.val_max_tokens}")
+    return torch.from_numpy(stream.read(0, count + 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# SSD: the selective state-space scan of Mamba-2 (Dao & Gu 2024, section 6) in PyTorch
+# ---------------------------------------------------------------------------------------------------------------
+
+def ssd_chunked(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *, chunk: int = 64,
+                initial_state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """y and the final state of h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, y_t = h_t C_t + D x_t.
+
+    x (B,T,H,P); dt (B,T,H) fp32, after softplus; A (H,) fp32, negative; B, C (B,T,N), one group; D (H,);
+    initial_state (B,H,P,N) fp32 or None for zeros. Returns y (B,T,H,P) in x.dtype and the state (B,H,P,N) in fp32.
+    Any T. Four steps: within chunks, states of chunks, states between chunks, their effect within chunks."""
+    batch, length, heads, width = x.shape
+    state_size = B.size(-1)
+    chunk = min(chunk, length)
+    if pad := -length % chunk:  # dt = 0 neither decays nor adds: padding leaves the state alone
+        x, dt, B, C = (F.pad(t, (0, 0) * (t.ndim - 2) + (0, pad)) for t in (x, dt, B, C))
+    chunks = (length + pad) // chunk
+    split = lambda t: t.reshape(batch, chunks, chunk, *t.shape[2:])
+    u = split((x * dt.unsqueeze(-1)).to(x.dtype))                                   # (b,c,Q,H,P)
+    B, C = split(B), split(C)                                                       # (b,c,Q,N)
+    logs = split(dt * A).transpose(2, 3).cumsum(-1)                                 # (b,c,H,Q) log decay so far
+    # 1. Within a chunk: y_i = sum_{j<=i} (C_i.B_j) exp(logs_i - logs_j) u_j. Masked before exp, else inf * 0 = NaN.
+    future = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
+    decay = (logs.unsqueeze(-1) - logs.unsqueeze(-2)).masked_fill(future, -math.inf).exp()  # (b,c,H,Q,Q)
+    scores = (C @ B.transpose(-1, -2)).unsqueeze(2) * decay
+    y = (scores.to(x.dtype) @ u.transpose(2, 3)).transpose(2, 3)                    # (b,c,Q,H,P)
+    # 2. What each chunk adds to the state by its end.
+    to_end = (logs[..., -1:] - logs).exp().transpose(2, 3).unsqueeze(-1)            # (b,c,Q,H,1)
+    added = (u * to_end).to(x.dtype).flatten(3).transpose(-1, -2) @ B               # (b,c,H*P,N)
+    added = added.to(logs.dtype).view(batch, chunks, heads, width * state_size).transpose(1, 2)   # (b,H,c,P*N)
+    # 3. States at chunk starts: a (c+1)x(c+1) decay matrix over [initial, chunk 1, ...] in one product.
+    first = added.new_zeros(batch, heads, 1, width * state_size) if initial_state is None else \
+        initial_state.reshape(batch, heads, 1, width * state_size).to(logs.dtype)
+    total = F.pad(logs[..., -1].transpose(1, 2), (1, 0)).cumsum(-1)                 # (b,H,c+1)
+    future = torch.ones(chunks + 1, chunks + 1, dtype=torch.bool, device=x.device).triu(1)
+    carry = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(future, -math.inf).exp()
+    states = carry @ torch.cat((first, added), dim=2)                               # (b,H,c+1,P*N)
+    final = states[:, :, -1].reshape(batch, heads, width, state_size)
+    # 4. What the state at a chunk's start gives to its positions.
+    starts = states[:, :, :-1].transpose(1, 2).reshape(batch, chunks, heads * width, state_size).to(x.dtype)
+    carried = (C @ starts.transpose(-1, -2)).view(batch, chunks, chunk, heads, width)
+    y = y + carried * logs.exp().transpose(2, 3).unsqueeze(-1)
+    y = y.reshape(batch, length + pad, heads, width)[:, :length] + D.unsqueeze(-1) * x[:, :length]
+    return y.to(x.dtype), final
+
+
+def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One position of the recurrence: x (B,H,P), dt (B,H), B, C (B,N), state (B,H,P,N) -> y (B,H,P), new state."""
+    added = (dt.unsqueeze(-1) * x).unsqueeze(-1) * B[:, None, None, :]
+    state = (dt * A).exp()[..., None, None] * state + added
+    return ((state * C[:, None, None, :]).sum(-1) + D.unsqueeze(-1) * x).to(x.dtype), state
+
+
+def causal_conv_silu(u: Tensor, weight: Tensor, bias: Tensor, *, initial: Tensor | None = None
+                     ) -> tuple[Tensor, Tensor]:
+    """silu of the depthwise causal convolution of u (B,T,C) with weight (C,1,K) and bias (C,).
+
+    `initial` (B,K-1,C) are the inputs before the row (None: zeros). Returns the output (B,T,C) and the last K-1
+    inputs. K shifted multiply-adds: no alignment rules, and a compiler fuses them into one pass."""
+    taps, length = weight.size(-1), u.size(1)
+    before = u.new_zeros(u.size(0), taps - 1, u.size(2)) if initial is None else initial.to(u.dtype)
+    padded = torch.cat((before, u), dim=1)
+    out = bias.to(u.dtype)
+    for k in range(taps):
+        out = out + padded[:, k:k + length] * weight[:, 0, k].to(u.dtype)
+    return F.silu(out), padded[:, length:]
+
+
+def soft_cap(logits: Tensor, cap: float, kind: str) -> Tensor:
+    """Smooth bound of |logits| by `cap` (0 = none): s tanh(x/s), or an odd polynomial that reaches it at 2s."""
+    if not cap:
+        return logits
+    if kind == "tanh":
+        return cap * torch.tanh(logits / cap)
+    u = (logits / cap).clamp(-2, 2)
+    square = u * u
+    return cap * (u * (1 - square / 3 + square * square / 15)).clamp(-1, 1)
+
+
+def token_losses(features: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, softcap: float, kind: str
+                 ) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and logsumexp per token, both (n,) fp32. features (n,E), head (V,E), bias (V,), targets (n,)."""
+    logits = F.linear(features, head.to(features.dtype)).float()
+    logits = soft_cap(logits if bias is None else logits + bias, softcap, kind)
+    lse = torch.logsumexp(logits, dim=-1)
+    return lse - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1), lse
+
+
+def token_loss(features: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, softcap: float, kind: str,
+               z_loss: float) -> tuple[Tensor, Tensor]:
+    """Training loss mean(nll) + z_loss mean(lse^2), and the mean nll alone without gradient. Shapes as above."""
+    nll, lse = token_losses(features, head, bias, targets, softcap, kind)
+    return nll.mean() + z_loss * lse.square().mean(), nll.mean().detach()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# kernels: Triton twins of the slow parts
+#
+# Triton twins of the plain PyTorch forms, each behind a torch.library.custom_op so that one graph compiles around it.
+# Triton is imported on first use, by `_triton()`: the file imports, trains and passes its tests without it. Under
+# TRITON_INTERPRET=1 the same kernels run on CPU tensors, which is how they are proven on a machine without a GPU.
+# Every op is deterministic: no atomics, partial sums are added in a fixed order.
+# ---------------------------------------------------------------------------------------------------------------
+POLY, TANH = 1, 2  # softcap codes of the head kernel; 0 = none
+FORMATS = {"bf16": 0, "fp8": 1, "int": 2, "sigma": 3}  # grids of the snap kernel
+
+
+def runs_triton(t: Tensor) -> bool:
+    """Whether the Triton form serves this tensor: on CUDA, or anywhere under the interpreter."""
+    return t.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _triton() -> types.SimpleNamespace:
+    """All Triton kernels, defined on first use. Kernels see module globals only, hence the `global` line.
+    UserError if Triton is missing or does not load."""
+    global triton, tl, _capped, _tap, _to_bf16
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError as e:
+        raise UserError(f"the CUDA path needs the package triton ({e}): pip install triton") from None
+
+    # -- head: softcap, logsumexp, loss and gradient of one block of rows; logits are overwritten by their gradient ----
+    @triton.jit
+    def _capped(x, cap, CAP: tl.constexpr):
+        """Capped logit and its derivative by x."""
+        if CAP == 1:  # |p| passes 1 before |u| passes 2, so one mask serves both clamps
+            u = tl.minimum(tl.maximum(x / cap, -2.0), 2.0)
+            u2 = u * u
+            p = u * (1.0 + u2 * (u2 * (1.0 / 15.0) - 1.0 / 3.0))
+            slope = tl.where(tl.abs(p) <= 1.0, 1.0 + u2 * (u2 / 3.0 - 1.0), 0.0)
+            return cap * tl.minimum(tl.maximum(p, -1.0), 1.0), slope
+        elif CAP == 2:
+            th = 2.0 * tl.sigmoid(2.0 * x / cap) - 1.0
+            return cap * th, 1.0 - th * th
+        else:
+            return x, tl.full(x.shape, 1.0, tl.float32)
+
+    @triton.jit
+    def head(logits, bias, targets, nll, lse, n, V, cap, z_loss, inv_temp,
+             CAP: tl.constexpr, BIAS: tl.constexpr, GRAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        live = (row < n)[:, None]
+        base = logits + row.to(tl.int64)[:, None] * V
+        col = tl.arange(0, BLOCK)[None, :]
+        goal = tl.load(targets + row, mask=row < n, other=0).to(tl.int32)[:, None]
+        top = tl.full((ROWS, BLOCK), -1e38, tl.float32)  # running maximum per lane; finite, so that no -inf - -inf
+        total = tl.zeros((ROWS, BLOCK), tl.float32)
+        hit = tl.zeros((ROWS, BLOCK), tl.float32)
+        for v in range(0, V, BLOCK):
+            inside = v + col < V
+            x = tl.load(base + v + col, mask=live & inside, other=0.0).to(tl.float32)
+            if BIAS:
+                x += tl.load(bias + v + col, mask=inside, other=0.0)
+            y, _ = _capped(x, cap, CAP)
+            y = tl.where(inside, y * inv_temp, -float("inf"))
+            peak = tl.maximum(top, y)
+            total = total * tl.exp(top - peak) + tl.exp(y - peak)
+            top = peak
+            hit += tl.where(v + col == goal, y, 0.0)
+        peak = tl.max(top, 1)
+        log_sum = peak + tl.log(tl.sum(total * tl.exp(top - peak[:, None]), 1))
+        tl.store(lse + row, log_sum, mask=row < n)
+        tl.store(nll + row, log_sum - tl.sum(hit, 1), mask=row < n)
+        if GRAD:  # d(nll + z lse^2)/dlogit = p (1 + 2 z lse) - [target], times the softcap's derivative
+            weight = (1.0 + 2.0 * z_loss * log_sum)[:, None]
+            for v in range(0, V, BLOCK):
+                inside = live & (v + col < V)
+                x = tl.load(base + v + col, mask=inside, other=0.0).to(tl.float32)
+                if BIAS:
+                    x += tl.load(bias + v + col, mask=v + col < V, other=0.0)
+                y, slope = _capped(x, cap, CAP)
+                g = (tl.exp(y - log_sum[:, None]) * weight - tl.where(v + col == goal, 1.0, 0.0)) * slope
+                tl.store(base + v + col, g.to(logits.dtype.element_ty), mask=inside)
+
+    # -- causal depthwise convolution and SiLU -------------------------------------------------------------------------
+    @triton.jit
+    def _tap(u, init, s, c, ok, T, C, stride_t, K: tl.constexpr, INIT: tl.constexpr):
+        """Inputs at times s (rows) and channels c: before the row they come from init (K - 1 rows) or are zero."""
+        v = tl.load(u + s * stride_t + c, mask=ok & (s >= 0) & (s < T), other=0.0).to(tl.float32)
+        if INIT:
+            v += tl.load(init + (s + K - 1) * C + c, mask=ok & (s < 0) & (s > -K), other=0.0).to(tl.float32)
+        return v
+
+    @triton.jit
+    def conv_fwd(u, w, bias, init, out, T, C, stride_b, stride_t,
+                 K: tl.constexpr, INIT: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+        c = (tl.program_id(0) * BC + tl.arange(0, BC))[None, :]
+        t = (tl.program_id(1) * BT + tl.arange(0, BT))[:, None]
+        b = tl.program_id(2).to(tl.int64)
+        ok = c < C
+        u += b * stride_b
+        if INIT:
+            init += b * (K - 1) * C
+        pre = tl.zeros((BT, BC), tl.float32) + tl.load(bias + c, mask=ok, other=0.0).to(tl.float32)
+        for k in tl.static_range(K):
+            tap = _tap(u, init, t + (k - K + 1), c, ok, T, C, stride_t, K, INIT)
+            pre += tap * tl.load(w + c * K + k, mask=ok, other=0.0).to(tl.float32)
+        tl.store(out + b * T * C + t * C + c, (pre * tl.sigmoid(pre)).to(out.dtype.element_ty), mask=ok & (t < T))
+
+    @triton.jit
+    def conv_bwd(u, w, bias, init, dout, du, dinit, part, T, C, stride_b, stride_t,
+                 K: tl.constexpr, INIT: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+        """du, dinit, and per tile of time the K + 1 sums for weight and bias. The K - 1 rows of d(pre-activation) that
+        follow the tile are recomputed rather than exchanged. With INIT the tiles begin K - 1 rows before the row."""
+        c = (tl.program_id(0) * BC + tl.arange(0, BC))[None, :]
+        t = (tl.program_id(1) * BT + tl.arange(0, BT))[:, None]
+        b = tl.program_id(2).to(tl.int64)
+        ok = c < C
+        u += b * stride_b
+        if INIT:
+            t -= K - 1
+            init += b * (K - 1) * C
+        shift = tl.load(bias + c, mask=ok, other=0.0).to(tl.float32)
+        grad = tl.zeros((BT, BC), tl.float32)
+        part += ((b * tl.num_programs(1) + tl.program_id(1)) * (K + 1)) * C
+        for j in tl.static_range(K):  # j rows later; only j = 0 adds to the weight sums
+            pre = tl.zeros((BT, BC), tl.float32) + shift
+            for k in tl.static_range(K):
+                tap = _tap(u, init, t + (j + k - K + 1), c, ok, T, C, stride_t, K, INIT)
+                pre += tap * tl.load(w + c * K + k, mask=ok, other=0.0).to(tl.float32)
+            gate = tl.sigmoid(pre)
+            d = tl.load(dout + b * T * C + (t + j) * C + c, mask=ok & (t + j >= 0) & (t + j < T), other=0.0)
+            d = d.to(tl.float32) * gate * (1.0 + pre * (1.0 - gate))
+            grad += d * tl.load(w + c * K + (K - 1 - j), mask=ok, other=0.0).to(tl.float32)
+            if j == 0:
+                tl.store(part + K * C + c, tl.sum(d, 0)[None, :], mask=ok)
+                for k in tl.static_range(K):
+                    tap = _tap(u, init, t + (k - K + 1), c, ok, T, C, stride_t, K, INIT)
+                    tl.store(part + k * C + c, tl.sum(d * tap, 0)[None, :], mask=ok)
+        tl.store(du + b * T * C + t * C + c, grad.to(du.dtype.element_ty), mask=ok & (t >= 0) & (t < T))
+        if INIT:
+            tl.store(dinit + b * (K - 1) * C + (t + K - 1) * C + c, grad, mask=ok & (t < 0))
+
+    # -- snap to the storage grid --------------------------------------------------------------------------------------
+    @triton.jit
+    def _to_bf16(x):
+        """fp32 rounded half to even to bf16, still fp32: exact by bits, since the interpreter's cast truncates."""
+        i = x.to(tl.int32, bitcast=True)
+        return ((i + 0x7FFF + ((i >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+
+    @triton.jit
+    def snap(table, numbers, owner, OUT: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+        """One program per row. table (tensors, 6): source, target, elements, columns, format, first program."""
+        pid = tl.program_id(0)
+        entry = table + tl.load(owner + pid) * 6
+        src = tl.load(entry).to(tl.pointer_type(tl.float32))
+        dst = tl.load(entry + 1).to(tl.pointer_type(OUT))
+        cols, kind = tl.load(entry + 3), tl.load(entry + 4)
+        start = (pid - tl.load(entry + 5)) * cols
+        size = tl.minimum(cols, tl.load(entry + 2) - start)
+        if EVEN:  # rows of multiples of 8 elements: wide loads and stores
+            src, dst = tl.multiple_of(src, 16), tl.multiple_of(dst, 16)
+            start, size = tl.multiple_of(start, 8), tl.multiple_of(size, 8)
+        param = tl.load(numbers + tl.load(owner + pid))
+        lane = tl.arange(0, BLOCK)
+        bound = param.to(tl.float32)
+        scale = bound * 0.0 + 1.0
+        if kind == 2:  # per-row absmax
+            peak = tl.zeros((BLOCK,), tl.float32)
+            for i in range(0, size, BLOCK):
+                peak = tl.maximum(peak, tl.abs(tl.load(src + start + i + lane, mask=i + lane < size, other=0.0)))
+            scale = _to_bf16(tl.div_rn(tl.maximum(tl.max(peak, 0), 1e-8), bound))
+        if kind == 3:  # k times the root mean square; in fp64, so that the order of the sum cannot show in bf16
+            square = tl.zeros((BLOCK,), tl.float64)
+            for i in range(0, size, BLOCK):
+                w = tl.load(src + start + i + lane, mask=i + lane < size, other=0.0).to(tl.float64)
+                square += w * w
+            scale = _to_bf16(tl.maximum((tl.sqrt(tl.sum(square, 0) / size) * param).to(tl.float32), 1e-8))
+            bound = bound * 0.0 + 127.0
+        for i in range(0, size, BLOCK):
+            w = tl.load(src + start + i + lane, mask=i + lane < size, other=0.0)
+            if kind >= 2:  # adding 1.5 * 2^23 rounds half to even; NaN passes through and stays visible
+                q = tl.clamp(tl.div_rn(w, scale), -bound, bound, propagate_nan=tl.PropagateNan.ALL)
+                value = _to_bf16(((q + 12582912.0) - 12582912.0) * scale)
+            elif kind == 1:  # e4m3fn: 3 mantissa bits, or multiples of 2^-9 below 2^-6
+                v = tl.clamp(w, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+                b = v.to(tl.int32, bitcast=True)
+                normal = ((b + 0x7FFFF + ((b >> 20) & 1)) & -1048576).to(tl.float32, bitcast=True)
+                small = ((tl.abs(v) + 24576.0) - 24576.0).to(tl.int32, bitcast=True) | (b & -2147483648)  # keeps -0.0
+                value = tl.where(tl.abs(v) < 0.015625, small.to(tl.float32, bitcast=True), normal)
+            else:
+                value = _to_bf16(w)
+            tl.store(dst + start + i + lane, value.to(OUT), mask=i + lane < size)
+
+    # -- SSD: the state of one head stays on chip ----------------------------------------------------------------------
+    # Within a chunk cs_i = sum_{k<=i} dt_k A (times log2 e, for exp2), L_ij = exp(cs_i - cs_j) for i >= j, masked
+    # before exp. Rows past T load as zeros with dt = 0: they change nothing. Strides are constexpr: as run-time values
+    # they cost some thirty registers. States lie as (N, P) in the compute dtype, one per chunk.
+    @triton.jit
+    def ssd_fwd(x, dt, A, B, C, D, init, y, states, final, T, x_b, B_b, C_b, X_T: tl.constexpr, B_T: tl.constexpr,
+                C_T: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
+                INIT: tl.constexpr, SAVE: tl.constexpr, PREC: tl.constexpr):
+        """One program per (head, sequence) walks the chunks. SAVE: keep the state at each chunk's start."""
+        h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+        i, p, n = tl.arange(0, Q), tl.arange(0, P), tl.arange(0, N)
+        typ: tl.constexpr = x.dtype.element_ty
+        x += b * x_b + h * P
+        B += b * B_b
+        C += b * C_b
+        dt += b * T * H + h
+        y += b * T * H * P + h * P
+        chunks = tl.cdiv(T, Q)
+        states += (b * H + h) * chunks * N * P
+        decay, skip = tl.load(A + h) * 1.4426950408889634, tl.load(D + h)
+        at = (b * H + h) * P * N + p[None, :] * N + n[:, None]  # (N, P) view of a (P, N) state
+        state = tl.load(init + at) if INIT else tl.zeros((N, P), tl.float32)
+        for c in range(chunks):
+            ok = c * Q + i < T
+            step = tl.load(dt + c * Q * H + i * H, mask=ok, other=0.0)
+            Cs = tl.load(C + c * Q * C_T + (i[:, None] * C_T + n[None, :]), mask=ok[:, None], other=0.0)
+            Bs = tl.load(B + c * Q * B_T + (i[:, None] * B_T + n[None, :]), mask=ok[:, None], other=0.0)
+            xs = tl.load(x + c * Q * X_T + (i[:, None] * X_T + p[None, :]), mask=ok[:, None], other=0.0)
+            cs, total = tl.cumsum(step * decay, 0), tl.sum(step * decay, 0)
+            now = state.to(typ)
+            if SAVE:
+                tl.store(states + c * N * P + (n[:, None] * P + p[None, :]), now)
+            out = tl.dot(Cs, now, input_precision=PREC) * tl.exp2(cs)[:, None]
+            mix = tl.dot(Cs, tl.trans(Bs), input_precision=PREC) * step[None, :]
+            mix *= tl.exp2(tl.where(i[:, None] >= i[None, :], cs[:, None] - cs[None, :], -float("inf")))
+            out = tl.dot(mix.to(typ), xs, out, input_precision=PREC) + skip * xs
+            tl.store(y + c * Q * H * P + (i[:, None] * H * P + p[None, :]), out.to(typ), mask=ok[:, None])
+            late = (Bs * (tl.exp2(total - cs) * step)[:, None]).to(typ)
+            state = tl.dot(tl.trans(late), xs, state * tl.exp2(total), input_precision=PREC)
+        tl.store(final + at, state)
+
+    @triton.jit
+    def ssd_bwd_x(dy, dt, A, B, C, D, dfinal, dx, dstates, dinit, T, B_b, C_b, B_T: tl.constexpr, C_T: tl.constexpr,
+                  H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, FINAL: tl.constexpr,
+                  INIT: tl.constexpr, PREC: tl.constexpr):
+        """One program per (head, sequence) walks back with the state's gradient on chip: dx, and per chunk the gradient
+        of the state at its end for the second kernel."""
+        h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+        i, p, n = tl.arange(0, Q), tl.arange(0, P), tl.arange(0, N)
+        typ: tl.constexpr = dy.dtype.element_ty
+        B += b * B_b
+        C += b * C_b
+        dt += b * T * H + h
+        dy += b * T * H * P + h * P
+        dx += b * T * H * P + h * P
+        chunks = tl.cdiv(T, Q)
+        dstates += (b * H + h) * chunks * N * P
+        decay, skip = tl.load(A + h) * 1.4426950408889634, tl.load(D + h)
+        at = (b * H + h) * P * N + p[None, :] * N + n[:, None]
+        grad = tl.load(dfinal + at) if FINAL else tl.zeros((N, P), tl.float32)
+        for k in range(chunks):
+            c = chunks - 1 - k
+            ok = c * Q + i < T
+            step = tl.load(dt + c * Q * H + i * H, mask=ok, other=0.0)
+            Cs = tl.load(C + c * Q * C_T + (i[:, None] * C_T + n[None, :]), mask=ok[:, None], other=0.0)
+            Bs = tl.load(B + c * Q * B_T + (i[:, None] * B_T + n[None, :]), mask=ok[:, None], other=0.0)
+            g = tl.load(dy + c * Q * H * P + (i[:, None] * H * P + p[None, :]), mask=ok[:, None], other=0.0)
+            cs, total = tl.cumsum(step * decay, 0), tl.sum(step * decay, 0)
+            now = grad.to(typ)
+            tl.store(dstates + c * N * P + (n[:, None] * P + p[None, :]), now)
+            out = tl.dot(Bs, now, input_precision=PREC) * tl.exp2(total - cs)[:, None]
+            mix = tl.dot(Bs, tl.trans(Cs), input_precision=PREC)  # (j, i): x_j reaches y_i
+            mix *= tl.exp2(tl.where(i[:, None] <= i[None, :], cs[None, :] - cs[:, None], -float("inf")))
+            out = tl.dot(mix.to(typ), g, out, input_precision=PREC) * step[:, None] + skip * g
+            tl.store(dx + c * Q * H * P + (i[:, None] * H * P + p[None, :]), out.to(typ), mask=ok[:, None])
+            early = (Cs * tl.exp2(cs)[:, None]).to(typ)
+            grad = tl.dot(tl.trans(early), g, grad * tl.exp2(total), input_precision=PREC)
+        if INIT:
+            tl.store(dinit + at, grad)
+
+    @triton.jit
+    def ssd_bwd_bc(x, dy, dt, A, B, C, states, dstates, ddt, dB, dC, part, T, x_b, B_b, C_b,
+                   X_T: tl.constexpr, B_T: tl.constexpr, C_T: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
+                   N: tl.constexpr, Q: tl.constexpr, PREC: tl.constexpr):
+        """One program per (chunk, sequence); dB and dC add up over the heads in registers. The first loop is what stays
+        inside the chunk: as B and C serve all heads, d(C B^T) is summed first and multiplied once. The second is what
+        passes through the states; it meets x and dy again in L2. The decay's gradient is the reverse sum of
+        C_i.dC_i - B_i.dB_i, with the terms that cancel (those through the chunk's end) left out, not subtracted."""
+        c, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+        i, p, n = tl.arange(0, Q), tl.arange(0, P), tl.arange(0, N)
+        typ: tl.constexpr = x.dtype.element_ty
+        chunks = tl.num_programs(0)
+        ok = c * Q + i < T
+        Bs = tl.load(B + b * B_b + c * Q * B_T + (i[:, None] * B_T + n[None, :]), mask=ok[:, None], other=0.0)
+        Cs = tl.load(C + b * C_b + c * Q * C_T + (i[:, None] * C_T + n[None, :]), mask=ok[:, None], other=0.0)
+        x += b * x_b + c * Q * X_T
+        dy += (b * T + c * Q) * H * P
+        dt += (b * T + c * Q) * H
+        ddt += (b * T + c * Q) * H
+        part += (b * chunks + c) * 3 * H
+        states += (b * H * chunks + c) * N * P
+        dstates += (b * H * chunks + c) * N * P
+        gain = tl.dot(Cs, tl.trans(Bs), input_precision=PREC)
+        acc = tl.zeros((Q, Q), tl.float32)
+        for h in range(H):
+            xs = tl.load(x + h * P + (i[:, None] * X_T + p[None, :]), mask=ok[:, None], other=0.0)
+            g = tl.load(dy + h * P + (i[:, None] * H * P + p[None, :]), mask=ok[:, None], other=0.0)
+            step, rate = tl.load(dt + h + i * H, mask=ok, other=0.0), tl.load(A + h)
+            cs = tl.cumsum(step * rate * 1.4426950408889634, 0)
+            share = tl.dot(g, tl.trans(xs), input_precision=PREC)  # dy_i . x_j
+            share *= tl.exp2(tl.where(i[:, None] >= i[None, :], cs[:, None] - cs[None, :], -float("inf")))
+            tl.store(part + 2 * H + h, tl.sum(tl.sum(tl.where(i[:, None] == i[None, :], share, 0.0), 1), 0))  # dD
+            column = tl.sum(share * gain, 0)  # by j, without dt_j
+            share *= step[None, :]
+            acc += share
+            da = tl.cumsum(tl.sum(share * gain, 1) - column * step, 0, reverse=True)
+            tl.store(ddt + h + i * H, rate * da + column, mask=ok)
+            tl.store(part + h, tl.sum(step * da, 0))
+        accC = tl.dot(acc.to(typ), Bs, input_precision=PREC)
+        accB = tl.dot(tl.trans(acc.to(typ)), Cs, input_precision=PREC)
+        tl.debug_barrier()  # ddt is read back below, perhaps by other threads
+        for h in range(H):
+            xs = tl.load(x + h * P + (i[:, None] * X_T + p[None, :]), mask=ok[:, None], other=0.0)
+            g = tl.load(dy + h * P + (i[:, None] * H * P + p[None, :]), mask=ok[:, None], other=0.0)
+            S = tl.load(states + h * chunks * N * P + (n[:, None] * P + p[None, :]))
+            dS = tl.load(dstates + h * chunks * N * P + (n[:, None] * P + p[None, :]))
+            step, rate = tl.load(dt + h + i * H, mask=ok, other=0.0), tl.load(A + h)
+            cs, total = tl.cumsum(step * rate * 1.4426950408889634, 0), tl.sum(step * rate * 1.4426950408889634, 0)
+            through = tl.exp2(total) * tl.sum(tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1), 0)
+            out = tl.dot(g, tl.trans(S), input_precision=PREC) * tl.exp2(cs)[:, None]
+            accC += out
+            q = tl.sum(out * Cs, 1)
+            out = tl.dot(xs, tl.trans(dS), input_precision=PREC) * tl.exp2(total - cs)[:, None]
+            r = tl.sum(out * Bs, 1)
+            accB += out * step[:, None]
+            da = tl.cumsum(q, 0, reverse=True) + tl.cumsum(r * step, 0) - r * step + through
+            tl.store(ddt + h + i * H, tl.load(ddt + h + i * H, mask=ok, other=0.0) + rate * da + r, mask=ok)
+            tl.store(part + H + h, tl.sum(step * da, 0))
+        tl.store(dB + (b * T + c * Q) * N + (i[:, None] * N + n[None, :]), accB.to(typ), mask=ok[:, None])
+        tl.store(dC + (b * T + c * Q) * N + (i[:, None] * N + n[None, :]), accC.to(typ), mask=ok[:, None])
+
+    return types.SimpleNamespace(**{k: v for k, v in locals().items() if hasattr(v, "run") and hasattr(v, "arg_names")})
+
+
+# -- head --------------------------------------------------------------------------------------------------------------
+def softcap_code(softcap: float, softcap_type: str) -> int:
+    if softcap == 0:
+        return 0
+    try:
+        return {"poly": POLY, "tanh": TANH}[softcap_type]
+    except KeyError:
+        raise UserError(f"SOFTCAP_TYPE={softcap_type}: must be poly or tanh") from None
+
+
+def _head_chunk_torch(logits, bias, targets, nll, lse, softcap, cap, z_loss, inv_temp, grad):
+    """PyTorch form of the kernel `head`: fills nll and lse; with grad overwrites logits (m, V) by their gradient.
+
+    Every pass over the chunk costs, so all are in place, and the ends of the poly cap are seen to only where logits
+    reach them (at 1.69 caps)."""
+    x, slope, one = logits.float(), None, torch.ones((), device=logits.device)
+    if bias is not None:
+        x.add_(bias)
+    if cap == POLY:
+        u = x.mul_(1 / softcap)
+        low, high = torch.aminmax(u)
+        steep = not max(-float(low), float(high)) < 1.69  # NaN counts as steep
+        if steep:
+            u.clamp_(-2, 2)
+        u2 = u * u
+        p = u2.mul(1 / 15).sub_(1 / 3)
+        p = torch.addcmul(one, u2, p, out=p).mul_(u)          # u (1 - u^2/3 + u^4/15)
+        if grad:
+            slope = u2.mul(1 / 3).sub_(1)
+            slope = torch.addcmul(one, u2, slope, out=slope)  # its derivative, 1 - u^2 + u^4/3
+            if steep:
+                slope.mul_(p.abs() <= 1)
+        x = (p.clamp_(-1, 1) if steep else p).mul_(softcap * inv_temp)
+    elif cap == TANH:
+        th = x.mul_(1 / softcap).tanh_()
+        slope = torch.addcmul(one, th, th, value=-1) if grad else None
+        x = th.mul_(softcap * inv_temp)
+    elif inv_temp != 1:
+        x.mul_(inv_temp)
+    picked = x.gather(1, targets[:, None])
+    bounded = cap and softcap * inv_temp <= 60  # exp and its sum then stay finite without subtracting the maximum
+    top = None if bounded else x.amax(1, keepdim=True)
+    e = (x if bounded else x.sub_(top)).exp_()
+    total = e.sum(1, keepdim=True)
+    row = total.log() if bounded else total.log() + top
+    lse.copy_(row.squeeze(1))
+    torch.sub(lse, picked.squeeze(1), out=nll)
+    if grad:
+        e.mul_((1 + 2 * z_loss * row) / total)
+        e.scatter_add_(1, targets[:, None], e.new_full((1, 1), -1.0).expand(len(e), 1))
+        e = e if slope is None else e.mul_(slope)
+        if e is not logits:
+            logits.copy_(e)
+
+
+def _head_chunk(logits, bias, targets, nll, lse, softcap, cap, z_loss, inv_temp, grad):
+    """One chunk of tokens, form chosen by device. logits (m, V) contiguous compute dtype; nll, lse (m,) fp32 views."""
+    if not runs_triton(logits):
+        return _head_chunk_torch(logits, bias, targets, nll, lse, softcap, cap, z_loss, inv_temp, grad)
+    k = _triton()
+    n, V = logits.shape
+    block = min(triton.next_power_of_2(V), 4096)
+    rows = max(1, 2048 // block)
+    k.head[(triton.cdiv(n, rows),)](logits, bias, targets, nll, lse, n, V, softcap, z_loss, inv_temp, CAP=cap,
+                                    BIAS=bias is not None, GRAD=grad, ROWS=rows, BLOCK=block, num_warps=8)
+
+
+def _head_rows(n: int, V: int, cuda: bool) -> int:
+    """Tokens per chunk: 64 MiB of bf16 logits on a GPU (4096 tokens at V = 8192), 1 MiB of fp32 in a CPU's cache."""
+    return min(n, max(256, (1 << 25) // V) if cuda else max(32, (1 << 18) // V))
+
+
+def _mm_fp32(a, b):
+    """a @ b with fp32 result: the GEMM's own accumulator on CUDA, not a rounded one."""
+    if a.dtype == torch.float32:
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
+
+
+@torch.library.custom_op("jepa::head_train", mutates_args=(), schema=(
+    "(Tensor h, Tensor weight, Tensor? bias, Tensor targets, float softcap, int cap, float z_loss, int rows)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"))
+def _head_train(h, weight, bias, targets, softcap, cap, z_loss, rows):
+    """loss, mean nll and n times the gradients of h, weight, bias (fp32 but for h). The division by n waits for the
+    backward pass: the small numbers then meet fp32, never the compute dtype."""
+    (n, E), V = h.shape, weight.shape[0]
+    h, w, b = h.contiguous(), weight.to(h.dtype).contiguous(), None if bias is None else bias.float()
+    nll, lse = torch.empty(2, n, device=h.device).unbind(0)
+    dh, dw = torch.empty_like(h), torch.zeros(V, E, device=h.device)
+    db = torch.zeros(V if bias is not None else 0, device=h.device)
+    rows = rows or _head_rows(n, V, h.is_cuda)
+    buffer = h.new_empty(min(rows, n), V)
+    for i in range(0, n, rows):
+        part = slice(i, min(n, i + rows))
+        logits = torch.mm(h[part], w.T, out=buffer[:part.stop - i])  # (m, V)
+        _head_chunk(logits, b, targets[part], nll[part], lse[part], softcap, cap, z_loss, 1.0, True)
+        torch.mm(logits, w, out=dh[part])
+        dw += _mm_fp32(logits.T, h[part])
+        if bias is not None:
+            db += logits.sum(0, dtype=torch.float32)
+    mean = nll.mean()
+    return mean + z_loss * lse.square().mean(), mean, dh, dw, db
+
+
+@_head_train.register_fake
+def _(h, weight, bias, targets, softcap, cap, z_loss, rows):
+    f32 = functools.partial(h.new_empty, dtype=torch.float32)
+    return (f32(()), f32(()), torch.empty_like(h, memory_format=torch.contiguous_format), f32(weight.shape),
+            f32((weight.shape[0] if bias is not None else 0,)))
+
+
+def _head_train_setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    h, weight, bias = inputs[:3]
+    ctx.n, ctx.weight_dtype, ctx.bias_dtype = h.shape[0], weight.dtype, None if bias is None else bias.dtype
+    ctx.save_for_backward(*output[2:])
+
+
+def _head_train_backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 8
+    dh, dw, db = ctx.saved_tensors
+    scale = grad.float() / ctx.n
+    return ((dh.float() * scale).to(dh.dtype), (dw * scale).to(ctx.weight_dtype),
+            None if ctx.bias_dtype is None else (db * scale).to(ctx.bias_dtype), *(None,) * 5)
+
+
+_head_train.register_autograd(_head_train_backward, setup_context=_head_train_setup)
+
+
+@torch.library.custom_op("jepa::head_nll", mutates_args=(), schema=(
+    "(Tensor h, Tensor weight, Tensor? bias, Tensor targets, float softcap, int cap, float inv_temp, int rows)"
+    " -> (Tensor, Tensor)"))
+def _head_nll(h, weight, bias, targets, softcap, cap, inv_temp, rows):
+    (n, _), V = h.shape, weight.shape[0]
+    w, b = weight.to(h.dtype), None if bias is None else bias.float()
+    nll, lse = torch.empty(n, device=h.device), torch.empty(n, device=h.device)
+    rows = rows or _head_rows(n, V, h.is_cuda)
+    buffer = h.new_empty(min(rows, n), V)
+    for i in range(0, n, rows):
+        part = slice(i, min(n, i + rows))
+        logits = torch.mm(h[part], w.T, out=buffer[:part.stop - i])
+        _head_chunk(logits, b, targets[part], nll[part], lse[part], softcap, cap, 0.0, inv_temp, False)
+    return nll, lse
+
+
+@_head_nll.register_fake
+def _(h, weight, bias, targets, softcap, cap, inv_temp, rows):
+    return h.new_empty(h.shape[:1], dtype=torch.float32), h.new_empty(h.shape[:1], dtype=torch.float32)
+
+
+def token_loss_fused(h, weight, bias, targets, *, softcap=0.0, softcap_type="poly", z_loss=0.0, rows=0):
+    """Training loss of the head in token chunks; no (n, V) tensor exists, peak extra memory is one chunk of logits.
+
+    h (n, E) compute dtype; weight (V, E) any float dtype, used in h's, its gradient summed in fp32; bias (V,) or None;
+    targets (n,) int64 in [0, V). Returns (loss, nll): scalar fp32 mean(nll) + z_loss * mean(lse^2), and mean(nll)
+    without gradient, for the log. rows: tokens per chunk, 0 = by vocabulary. Forward computes the gradients as well
+    (once, where the logits are at hand); backward scales them by the upstream gradient."""
+    cap = softcap_code(softcap, softcap_type)
+    if torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad or bias is not None and bias.requires_grad):
+        loss, nll = _head_train(h, weight, bias, targets, softcap, cap, z_loss, rows)[:2]
+        return loss, nll.detach()
+    nll, lse = _head_nll(h, weight, bias, targets, softcap, cap, 1.0, rows)
+    return nll.mean() + z_loss * lse.square().mean(), nll.mean()
+
+
+def token_nll_fused(h, weight, bias, targets, *, softcap=0.0, softcap_type="poly", temperature=1.0, rows=0):
+    """Per-token nll (n,) fp32 for evaluation, without gradient; temperature divides the capped logits."""
+    cap = softcap_code(softcap, softcap_type)
+    with torch.no_grad():
+        return _head_nll(h, weight, bias, targets, softcap, cap, 1 / temperature, rows)[0]
+
+
+# -- causal convolution ------------------------------------------------------------------------------------------------
+def conv_tail(u, K, initial):
+    """Last K - 1 inputs (B, K-1, C), reaching into `initial` (or zeros) where the row is shorter."""
+    if u.shape[1] >= K - 1:
+        return u[:, u.shape[1] - (K - 1):]
+    before = u.new_zeros(u.shape[0], K - 1, u.shape[2]) if initial is None else initial.to(u.dtype)
+    return torch.cat((before, u), 1)[:, -(K - 1):] if K > 1 else u[:, :0]
+
+
+def _conv_grid(u, BT, BC, extra=0):
+    return triton.cdiv(u.shape[2], BC), triton.cdiv(u.shape[1] + extra, BT), u.shape[0]
+
+
+def _conv_args(u, weight, bias, initial):
+    return (u if u.stride(-1) == 1 else u.contiguous(), weight.contiguous(), bias.contiguous(),
+            None if initial is None else initial.contiguous())
+
+
+@torch.library.custom_op("jepa::conv_silu", mutates_args=(), schema=(
+    "(Tensor u, Tensor weight, Tensor bias, Tensor? initial) -> Tensor"))
+def _conv_silu(u, weight, bias, initial):
+    k, (B, T, C), K = _triton(), u.shape, weight.shape[-1]
+    u, weight, bias, initial = _conv_args(u, weight, bias, initial)
+    out = u.new_empty(B, T, C)
+    BT, BC = 32, 128
+    k.conv_fwd[_conv_grid(u, BT, BC)](u, weight, bias, initial, out, T, C, u.stride(0), u.stride(1), K=K,
+                                      INIT=initial is not None, BT=BT, BC=BC, num_warps=4)
+    return out
+
+
+@torch.library.custom_op("jepa::conv_silu_backward", mutates_args=(), schema=(
+    "(Tensor dout, Tensor u, Tensor weight, Tensor bias, Tensor? initial) -> (Tensor, Tensor, Tensor, Tensor)"))
+def _conv_silu_bwd(dout, u, weight, bias, initial):
+    k, (B, T, C), K = _triton(), u.shape, weight.shape[-1]
+    u, weight, bias, initial = _conv_args(u, weight, bias, initial)
+    du, dinit = u.new_empty(B, T, C), u.new_empty(initial.shape if initial is not None else 0, dtype=torch.float32)
+    BT, BC = 16, 128
+    grid = _conv_grid(u, BT, BC, 0 if initial is None else K - 1)
+    part = torch.empty(B * grid[1], K + 1, C, device=u.device)
+    k.conv_bwd[grid](u, weight, bias, initial, dout.contiguous(), du, dinit, part, T, C, u.stride(0), u.stride(1), K=K,
+                     INIT=initial is not None, BT=BT, BC=BC, num_warps=4)
+    part = part.sum(0)
+    dw = part[:K].T.contiguous().view(weight.shape)  # the fake promises dense strides, and Inductor asserts them
+    return du, dw.to(weight.dtype), part[K].to(bias.dtype, copy=True), dinit
+
+
+@_conv_silu.register_fake
+def _(u, weight, bias, initial):
+    return u.new_empty(u.shape)
+
+
+@_conv_silu_bwd.register_fake
+def _(dout, u, weight, bias, initial):
+    return (u.new_empty(u.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape),
+            u.new_empty(initial.shape if initial is not None else 0, dtype=torch.float32))
+
+
+def _conv_silu_autograd(ctx, dout):
+    u, weight, bias, initial = ctx.saved_tensors
+    du, dw, db, dinit = _conv_silu_bwd(dout, u, weight, bias, initial)
+    return du, dw, db, None if initial is None else dinit.to(initial.dtype)
+
+
+_conv_silu.register_autograd(_conv_silu_autograd,
+                             setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
+def causal_conv_silu_triton(u, weight, bias, *, initial=None):
+    """Twin of causal_conv_silu in two kernels. u (B, T, C) may be a slice of a wider tensor (last stride 1)."""
+    return _conv_silu(u, weight, bias, initial), conv_tail(u, weight.shape[-1], initial)
+
+
+# -- SSD by mamba-ssm --------------------------------------------------------------------------------------------------
+@functools.cache
+def _mamba_ssm():
+    """mamba-ssm's SSD forward and backward launchers. UserError if the package is missing or is not what we know.
+
+    Its __init__ imports a CUDA extension that a pure-Python build lacks; a bare parent package steps around it."""
+    try:
+        if "mamba_ssm" not in sys.modules:
+            spec = importlib.util.find_spec("mamba_ssm")
+            if spec is None:
+                raise UserError(f"SSD_KERNEL=mamba_ssm: the package mamba_ssm is not installed; {MAMBA_SSM_ADVICE}")
+            parent = types.ModuleType("mamba_ssm")
+            parent.__path__, parent.__spec__ = list(spec.submodule_search_locations), spec
+            sys.modules["mamba_ssm"] = parent
+        from mamba_ssm.ops.triton import ssd_combined
+        fwd, bwd = ssd_combined._mamba_chunk_scan_combined_fwd, ssd_combined._mamba_chunk_scan_combined_bwd
+        missing = ({"chunk_size", "D", "initial_states"} - set(inspect.signature(fwd).parameters)
+                   | {"chunk_size", "D", "initial_states", "dfinal_states", "dx", "ddt", "dB", "dC"}
+                   - set(inspect.signature(bwd).parameters))
+        if missing:
+            raise TypeError(f"unknown interface, without {', '.join(sorted(missing))}")
+        return fwd, bwd
+    except UserError:
+        raise
+    except Exception as e:  # an incompatible Triton fails in many ways; all mean the same to the user
+        raise _mamba_ssm_error(e) from None
+
+
+MAMBA_SSM_ADVICE = "install mamba-ssm==2.3.2.post1 (setup_jepa.sh does), or set SSD_KERNEL=fused or SSD_KERNEL=torch"
+
+
+def _mamba_ssm_error(e: Exception) -> UserError:
+    def version(package):
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "of unknown version"
+    reason = f"{type(e).__name__}: {(str(e).splitlines() or ['no message'])[0]}"
+    return UserError(f"SSD_KERNEL=mamba_ssm: mamba_ssm {version('mamba_ssm')} does not work with triton "
+                     f"{version('triton')} and torch {torch.__version__} ({reason}); {MAMBA_SSM_ADVICE}")
+
+
+def _calling_mamba_ssm(launch, *args, **kwargs):
+    """Runs one of the launchers; what a foreign Triton makes fail only at launch becomes the same one line."""
+    try:
+        return launch(*args, **kwargs)
+    except (torch.OutOfMemoryError, AssertionError):
+        raise
+    except Exception as e:
+        raise _mamba_ssm_error(e) from e
+
+
+@torch.library.custom_op("jepa::ssd_mamba_ssm", mutates_args=(), schema=(
+    "(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? initial_state, int chunk)"
+    " -> (Tensor, Tensor)"))
+def _ssd_mamba_ssm(x, dt, A, B, C, D, initial_state, chunk):
+    out, _, _, _, _, final = _calling_mamba_ssm(_mamba_ssm()[0], x, dt, A, B[:, :, None], C[:, :, None], chunk,
+                                                D=D.float(), initial_states=initial_state)
+    return out, final
+
+
+@torch.library.custom_op("jepa::ssd_mamba_ssm_backward", mutates_args=(), schema=(
+    "(Tensor dy, Tensor? dfinal, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? initial_state,"
+    " int chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"))
+def _ssd_mamba_ssm_bwd(dy, dfinal, x, dt, A, B, C, D, initial_state, chunk):
+    dx, dB, dC = x.new_empty(x.shape), B.new_empty(B.shape), C.new_empty(C.shape)  # contiguous, as the fake promises
+    ddt = torch.empty(dt.shape, device=dt.device)
+    _, _, dA, _, _, dD, _, _, dinit = _calling_mamba_ssm(  # x stands in for `out`: without z only its shape is read
+        _mamba_ssm()[1], dy.contiguous(), x, dt, A, B[:, :, None], C[:, :, None], x, chunk, D=D.float(),
+        initial_states=initial_state, dfinal_states=None if dfinal is None else dfinal.contiguous(),
+        dx=dx, ddt=ddt, dB=dB[:, :, None], dC=dC[:, :, None])
+    dinit = dt.new_empty(0) if dinit is None else dinit.to(torch.float32, copy=True).contiguous()
+    return dx, ddt, dA.float(), dB, dC, dD.float(), dinit
+
+
+def _ssd_fake(x, dt, A, B, C, D, initial_state, *_):
+    return x.new_empty(x.shape), dt.new_empty((x.shape[0], x.shape[2], x.shape[3], B.shape[2]), dtype=torch.float32)
+
+
+def _ssd_bwd_fake(dy, dfinal, x, dt, A, B, C, D, initial_state, *_):
+    f32 = functools.partial(dt.new_empty, dtype=torch.float32)
+    return (x.new_empty(x.shape), f32(dt.shape), f32(A.shape), B.new_empty(B.shape), C.new_empty(C.shape), f32(D.shape),
+            f32(initial_state.shape if initial_state is not None else 0))
+
+
+_ssd_mamba_ssm.register_fake(_ssd_fake)
+_ssd_mamba_ssm_bwd.register_fake(_ssd_bwd_fake)
+
+
+def _ssd_mamba_ssm_setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:7])
+    ctx.chunk = inputs[7]
+
+
+def _ssd_mamba_ssm_autograd(ctx, dy, dfinal):
+    x, dt, A, B, C, D, initial_state = ctx.saved_tensors
+    dy = torch.zeros_like(x) if dy is None else dy
+    *grads, dinit = _ssd_mamba_ssm_bwd(dy, dfinal, x, dt, A, B, C, D, initial_state, ctx.chunk)
+    return *grads, None if initial_state is None else dinit, None
+
+
+_ssd_mamba_ssm.register_autograd(_ssd_mamba_ssm_autograd, setup_context=_ssd_mamba_ssm_setup)
+
+
+def ssd_mamba_ssm(x, dt, A, B, C, D, *, chunk=256, initial_state=None):
+    """SSD by mamba-ssm's Triton kernels; shapes as `ssd_chunked`: y (B, T, H, P), final state (B, H, P, N) fp32.
+    UserError if mamba_ssm is missing or does not work with the installed Triton."""
+    return _ssd_mamba_ssm(x, dt, A, B, C, D, initial_state, chunk)
+
+
+# -- snap to the storage grid ------------------------------------------------------------------------------------------
+def snap_rows_torch(w, fmt, param=0.0):
+    """Grid values, exact in bf16, of one fp32 tensor w (rows, ...); a vector is one row. fmt: "bf16"; "fp8" (e4m3fn,
+    saturating); "int", param = 2^(n-1) - 1: scale by the row's absmax; "sigma", param = k: scale k * rms, bound 127."""
+    if fmt == "bf16":
+        return w.bfloat16()
+    if fmt == "fp8":
+        return w.clamp(-448, 448).to(torch.float8_e4m3fn).bfloat16()
+    shape, w = w.shape, w.reshape(len(w) if w.dim() > 1 else 1, -1)
+    if fmt == "int":  # by a tensor: CUDA turns division by a number into a product with its rounded reciprocal
+        scale = w.abs().amax(1, keepdim=True).clamp_min(1e-8) / torch.full((1, 1), param, device=w.device)
+    else:
+        scale = (w.double().square().mean(1, keepdim=True).sqrt() * param).float().clamp_min(1e-8)
+    scale = scale.bfloat16().float()
+    bound = param if fmt == "int" else 127
+    q = (w / scale).clamp(-bound, bound).round() + 0.0  # + 0.0: an integer zero has no sign
+    return (q * scale).bfloat16().view(shape)
+
+
+class FusedSnap:
+    """Snaps many fp32 masters to their grids into compute-dtype tensors, in ONE launch per call, one pass over memory.
+
+    items: (master fp32 contiguous, target contiguous of the same shape, fmt, param) with fmt, param of snap_rows_torch;
+    targets share one dtype. The tensors' addresses are kept, so masters and targets must stay where they are (update
+    them in place). Bit-equal to snap_rows_torch. On a CPU the call is that function in a loop."""
+
+    def __init__(self, items):
+        self.items = list(items)
+        self.fused = bool(self.items) and runs_triton(self.items[0][0])
+        rows = []
+        for master, target, fmt, _ in self.items:
+            assert master.is_contiguous() and target.is_contiguous() and master.shape == target.shape
+            assert master.dtype == torch.float32 and target.dtype == self.items[0][1].dtype and fmt in FORMATS
+            size = master.numel()  # a vector is one row; elementwise formats are cut into even rows of 1024
+            cols = 1024 if fmt in ("bf16", "fp8") else size // len(master) if master.dim() > 1 else size
+            rows.append((master.data_ptr(), target.data_ptr(), size, cols, FORMATS[fmt], -(-size // cols)))
+        if not self.fused:
+            return
+        self.even = all(r[0] % 16 == r[1] % 16 == r[2] % 8 == r[3] % 8 == 0 for r in rows)
+        device, counts = self.items[0][0].device, torch.tensor([r[5] for r in rows])
+        first = (counts.cumsum(0) - counts).tolist()
+        self.table = torch.tensor([(*r[:5], f) for r, f in zip(rows, first)], device=device)
+        self.numbers = torch.tensor([param for *_, param in self.items], dtype=torch.float64, device=device)
+        self.owner = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), counts).to(device)
+
+    @torch.no_grad()
+    def __call__(self):
+        if not self.fused:
+            for master, target, fmt, param in self.items:
+                target.copy_(snap_rows_torch(master, fmt, param))
+            return
+        k, dtype = _triton(), self.items[0][1].dtype
+        out = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
+        k.snap[(self.owner.numel(),)](self.table, self.numbers, self.owner, OUT=out, EVEN=self.even, BLOCK=1024,
+                                        num_warps=4)
+
+
+# -- SSD by kernels of our own -----------------------------------------------------------------------------------------
+def _ssd_layout(x, B, C, chunk):
+    """Rows dense in their last dimensions; constexpr arguments shared by the three kernels. UserError on odd sizes."""
+    for name, size in (("headdim", x.shape[3]), ("D_STATE", B.shape[2]), ("SSD_CHUNK", chunk)):
+        if size not in (16, 32, 64, 128):
+            raise UserError(f"{name}={size}: the fused SSD kernel takes 16, 32, 64 or 128; else set SSD_KERNEL=torch")
+    x = x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
+    B, C = (t if t.stride(2) == 1 else t.contiguous() for t in (B, C))
+    return x, B, C, dict(B_T=B.stride(1), C_T=C.stride(1), H=x.shape[2], P=x.shape[3], N=B.shape[2], Q=chunk,
+                         PREC="ieee" if x.dtype == torch.float32 else "tf32")
+
+
+@torch.library.custom_op("jepa::ssd_fused", mutates_args=(), schema=(
+    "(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? initial_state, int chunk, bool save)"
+    " -> (Tensor, Tensor, Tensor)"))
+def _ssd_fused(x, dt, A, B, C, D, initial_state, chunk, save):
+    k, (b, T, H, P), N = _triton(), x.shape, B.shape[2]
+    x, B, C, meta = _ssd_layout(x, B, C, chunk)
+    y, final = x.new_empty(b, T, H, P), dt.new_empty(b, H, P, N)
+    states = x.new_empty((b, H, triton.cdiv(T, chunk), N, P) if save else 0)
+    h0 = None if initial_state is None else initial_state.contiguous()
+    k.ssd_fwd[(H, b)](x, dt.contiguous(), A, B, C, D.float(), h0, y, states, final, T, x.stride(0), B.stride(0),
+                      C.stride(0), X_T=x.stride(1), **meta, INIT=h0 is not None, SAVE=save, num_warps=4, num_stages=3)
+    return y, final, states
+
+
+@torch.library.custom_op("jepa::ssd_fused_backward", mutates_args=(), schema=(
+    "(Tensor dy, Tensor? dfinal, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? initial_state,"
+    " Tensor states, int chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"))
+def _ssd_fused_bwd(dy, dfinal, x, dt, A, B, C, D, initial_state, states, chunk):
+    k, (b, T, H, _) = _triton(), x.shape
+    x, B, C, meta = _ssd_layout(x, B, C, chunk)
+    dy, dt, chunks = dy.contiguous(), dt.contiguous(), triton.cdiv(T, chunk)
+    dx, dB, dC, ddt = x.new_empty(x.shape), B.new_empty(B.shape), C.new_empty(C.shape), dt.new_empty(dt.shape)
+    dstates, part = torch.empty_like(states), dt.new_empty(b, chunks, 3, H)  # dA in two shares, dD
+    dinit = dt.new_empty(initial_state.shape if initial_state is not None else 0)
+    dfinal = None if dfinal is None else dfinal.contiguous()
+    k.ssd_bwd_x[(H, b)](dy, dt, A, B, C, D.float(), dfinal, dx, dstates, dinit, T, B.stride(0), C.stride(0), **meta,
+                        FINAL=dfinal is not None, INIT=initial_state is not None, num_warps=4, num_stages=3)
+    k.ssd_bwd_bc[(chunks, b)](x, dy, dt, A, B, C, states, dstates, ddt, dB, dC, part, T, x.stride(0),
+                              B.stride(0), C.stride(0), X_T=x.stride(1), **meta, num_warps=8, num_stages=2)
+    part = part.sum((0, 1))
+    return dx, ddt, part[0] + part[1], dB, dC, part[2].clone(), dinit
+
+
+@_ssd_fused.register_fake
+def _(x, dt, A, B, C, D, initial_state, chunk, save):
+    chunks = (x.shape[1] + chunk - 1) // chunk
+    states = x.new_empty((x.shape[0], x.shape[2], chunks, B.shape[2], x.shape[3]) if save else 0)
+    return *_ssd_fake(x, dt, A, B, C, D, initial_state), states
+
+
+_ssd_fused_bwd.register_fake(_ssd_bwd_fake)
+
+
+def _ssd_fused_setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:7], output[2])
+    ctx.chunk = inputs[7]
+
+
+def _ssd_fused_autograd(ctx, dy, dfinal, _):
+    x, dt, A, B, C, D, initial_state, states = ctx.saved_tensors
+    dy = torch.zeros_like(x) if dy is None else dy
+    *grads, dinit = _ssd_fused_bwd(dy, dfinal, x, dt, A, B, C, D, initial_state, states, ctx.chunk)
+    return *grads, None if initial_state is None else dinit, None, None
+
+
+_ssd_fused.register_autograd(_ssd_fused_autograd, setup_context=_ssd_fused_setup)
+
+
+def ssd_triton(x, dt, A, B, C, D, *, chunk=64, initial_state=None):
+    """SSD in one forward and two backward kernels; shapes as `ssd_chunked`: y (B, T, H, P), state (B, H, P, N)."""
+    inputs = (x, dt, A, B, C, D) if initial_state is None else (x, dt, A, B, C, D, initial_state)
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    return _ssd_fused(x, dt, A, B, C, D, initial_state, chunk, save)[:2]
+
+
+def choose_ssd(kernel: str, device: torch.device) -> tuple[str, str]:
+    """Which SSD form serves SSD_KERNEL on this device: ("mamba_ssm" | "fused" | "torch", one line to log or "").
+    auto: mamba-ssm's kernels on CUDA while nothing was measured. UserError if a form asked for by name cannot run."""
+    gpu = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    if kernel not in ("auto", "mamba_ssm", "fused", "torch"):
+        raise UserError(f"SSD_KERNEL={kernel}: must be auto, mamba_ssm, fused or torch")
+    if kernel == "torch" or kernel == "auto" and not gpu:
+        return "torch", ""
+    if not gpu:
+        raise UserError(f"SSD_KERNEL={kernel} needs a CUDA device; on {device.type} set SSD_KERNEL=torch or auto")
+    try:
+        (_triton if kernel == "fused" else _mamba_ssm)()
+        return "fused" if kernel == "fused" else "mamba_ssm", ""
+    except UserError as e:
+        if kernel != "auto":
+            raise
+        if has_triton():
+            return "fused", f"{e}; taking our own Triton SSD instead, which no GPU has timed against it"
+        return "torch", f"{e}; taking the PyTorch SSD instead: many more launches, and chunk x chunk matrices in memory"
+
+
+class Kernels(NamedTuple):
+    """The functions that have more than one form, as one choice: the rest of the file calls only these."""
+    ssd: Callable = ssd_chunked
+    conv: Callable = causal_conv_silu
+    token_loss: Callable = token_loss_fused
+    name: str = "torch"
+
+
+def choose_kernels(c: Config, runtime: Runtime) -> tuple[Kernels, str]:
+    """The forms for this device and SSD_KERNEL, and a line that says what a fallback costs ("" = none)."""
+    name, note = choose_ssd(c.ssd_kernel, runtime.device)
+    ssd = dict(torch=ssd_chunked, mamba_ssm=ssd_mamba_ssm, fused=ssd_triton)[name]
+    return Kernels(ssd, causal_conv_silu_triton if runs_triton(torch.empty(0, device=runtime.device)) else
+                   causal_conv_silu, token_loss_fused, name), note
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# blocks: norm, linear, mixers, MLPs, residual block. Each module names the role of its parameters in `roles`.
+# ---------------------------------------------------------------------------------------------------------------
+
+MATRIX, EMBEDDING, HEAD, CORRECTION = "matrix", "embedding", "head", "correction"
+SCALAR, STATE, CONTROL = "scalar", "state", "control"
+# matrix: Muon, stored INT; embedding, head: AdamW at their own rates; correction (of the tied head), scalar: AdamW at
+# SCALAR_LR; state: the same without decay; control: a scalar that system B stores in fp32 (scales, mixes, gains).
+
+
+def rms_norm(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
+    return F.rms_norm(x, (x.size(-1),), weight, eps)
+
+
+class Linear(nn.Module):
+    """y = x W^T (+ b), weight (out, in), torch's Linear init; the weight is cast to x's type at use."""
+    roles = {"weight": MATRIX, "bias": SCALAR}
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = False, zero: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(outputs, inputs))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
+        bound = inputs ** -0.5
+        if not zero:
+            nn.init.uniform_(self.weight, -bound, bound)
+            if bias:
+                nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class DepthwiseConv(nn.Module):
+    """Weights of the causal convolution, named and initialized as torch's Conv1d(channels, groups=channels)."""
+    roles = {"weight": SCALAR, "bias": SCALAR}
+
+    def __init__(self, channels: int, taps: int):
+        super().__init__()
+        bound = taps ** -0.5
+        self.weight = nn.Parameter(torch.empty(channels, 1, taps).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
+
+
+class GatedNorm(nn.Module):
+    """RMSNorm(y * silu(z)) with gain, in fp32 (Mamba-2's gate before norm)."""
+    roles = {"weight": SCALAR}
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        return rms_norm(y.float() * F.silu(z.float()), 1e-5, self.weight).to(y.dtype)
+
+
+class MambaState(NamedTuple):
+    """What a Mamba-2 mixer carries between calls: last K-1 conv inputs (B,K-1,C) and SSM state (B,H,P,N) fp32."""
+    conv: Tensor
+    ssm: Tensor
+
+
+class Mamba2(nn.Module):
+    """Mamba-2 mixer, weight-compatible with mamba_ssm.modules.mamba2.Mamba2(headdim=64, ngroups=1)."""
+    roles = {"dt_bias": STATE, "A_log": STATE, "D": STATE}
+
+    def __init__(self, dim: int, d_state: int, d_conv: int, expand: int, kernels: Kernels, chunk: int):
+        super().__init__()
+        self.d_inner, self.d_state, self.heads = expand * dim, d_state, expand * dim // HEADDIM
+        self.kernels, self.chunk = kernels, chunk
+        self.in_proj = Linear(dim, 2 * self.d_inner + 2 * d_state + self.heads)  # rows: z, x, B, C, dt
+        self.conv1d = DepthwiseConv(self.d_inner + 2 * d_state, d_conv)
+        log_dt = torch.empty(self.heads).uniform_(math.log(0.001), math.log(0.1))
+        dt = log_dt.exp().clamp(min=1e-4)
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus^-1(dt)
+        self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(self.heads))
+        self.norm = GatedNorm(self.d_inner)
+        self.out_proj = Linear(self.d_inner, dim)
+
+    def forward(self, u: Tensor, state: MambaState | None = None) -> tuple[Tensor, MambaState]:
+        """u (B,T,D) -> (B,T,D) and the state after the last position; `state` is the one before the first."""
+        inner, N, H = self.d_inner, self.d_state, self.heads
+        # Rows of 2*d_inner+2N+H elements are misaligned for the GPU's wide loads: zero rows round them up at use.
+        weight = self.in_proj.weight.to(u.dtype)
+        if u.is_cuda and (pad := -weight.size(0) % 8):
+            weight = F.pad(weight, (0, 0, 0, pad))
+        z, xBC, dt = F.linear(u, weight)[..., :2 * inner + 2 * N + H].split((inner, inner + 2 * N, H), dim=-1)
+        xBC, conv = self.kernels.conv(xBC, self.conv1d.weight, self.conv1d.bias,
+                                      initial=None if state is None else state.conv)
+        x, B, C = xBC.split((inner, N, N), dim=-1)
+        dt = F.softplus(dt.float() + self.dt_bias)
+        y, ssm = self.kernels.ssd(x.unflatten(-1, (H, HEADDIM)), dt, -self.A_log.exp(), B, C, self.D, chunk=self.chunk,
+                                  initial_state=None if state is None else state.ssm)
+        return self.out_proj(self.norm(y.flatten(2), z)), MambaState(conv, ssm)
+
+    def step(self, u: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
+        """One position, u (B,1,D): the recurrence itself, without chunks; for generation."""
+        inner, N, H = self.d_inner, self.d_state, self.heads
+        z, xBC, dt = self.in_proj(u).split((inner, inner + 2 * N, H), dim=-1)
+        xBC, conv = causal_conv_silu(xBC, self.conv1d.weight, self.conv1d.bias, initial=state.conv)
+        x, B, C = xBC[:, 0].split((inner, N, N), dim=-1)
+        dt = F.softplus(dt[:, 0].float() + self.dt_bias)
+        y, ssm = ssd_step(x.unflatten(-1, (H, HEADDIM)), dt, -self.A_log.exp(), B, C, self.D, state.ssm)
+        return self.out_proj(self.norm(y.flatten(1).unsqueeze(1), z)), MambaState(conv, ssm)
+
+
+class Attention(nn.Module):
+    """Causal attention: grouped queries, RMS-normalized q and k, rotary positions, learned gain per query head."""
+    roles = {"q_gain": CONTROL}
+
+    def __init__(self, dim: int, heads: int, kv_heads: int, rope_base: float, gain: float, eps: float):
+        super().__init__()
+        self.heads, self.kv_heads, self.width, self.eps = heads, kv_heads, dim // heads, eps
+        self.rope_base = rope_base
+        self.q_proj = Linear(dim, dim)
+        self.k_proj = Linear(dim, kv_heads * self.width)
+        self.v_proj = Linear(dim, kv_heads * self.width)
+        self.out_proj = Linear(dim, dim, zero=True)
+        self.q_gain = nn.Parameter(torch.full((heads,), gain))
+
+    def rotate(self, x: Tensor, start: int) -> Tensor:
+        """Rotary embedding (Su et al. 2021), half split; x (B,heads,T,width) at positions start, start+1, ...
+
+        Angles stay in fp32: in bf16 positions above 256 collapse onto each other."""
+        half = self.width // 2
+        frequency = self.rope_base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+        angle = torch.outer(torch.arange(start, start + x.size(2), device=x.device, dtype=torch.float32), frequency)
+        cos, sin = angle.cos(), angle.sin()
+        a, b = x.float().chunk(2, dim=-1)
+        return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).to(x.dtype)
+
+    def forward(self, u: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """u (B,T,D) -> (B,T,D) and the keys and values so far, each (B,kv_heads,S,width)."""
+        split = lambda t, n: t.unflatten(-1, (n, self.width)).transpose(1, 2)
+        q, k, v = split(self.q_proj(u), self.heads), split(self.k_proj(u), self.kv_heads), \
+            split(self.v_proj(u), self.kv_heads)
+        start = 0 if state is None else state[0].size(2)
+        q = self.rotate(rms_norm(q, self.eps), start) * self.q_gain.to(u.dtype).view(-1, 1, 1)
+        k = self.rotate(rms_norm(k, self.eps), start)
+        mask = None
+        if state is not None:
+            k, v = torch.cat((state[0], k), dim=2), torch.cat((state[1], v), dim=2)
+            mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=u.device).tril(start)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                           enable_gqa=self.kv_heads != self.heads)
+        return self.out_proj(y.transpose(1, 2).flatten(2)), (k, v)
+
+    step = forward
+
+
+class MLP(nn.Module):
+    """relu^2, leaky relu^2 or SwiGLU, optionally RMS-normalized over the hidden units; zero-initialized output."""
+
+    def __init__(self, dim: int, mult: int, activation: str, norm: bool):
+        super().__init__()
+        self.activation, self.norm = activation, norm
+        self.up = Linear(dim, mult * dim * (2 if activation == "swiglu" else 1))
+        self.down = Linear(mult * dim, dim, zero=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x)
+        if self.activation == "swiglu":
+            gate, hidden = hidden.chunk(2, dim=-1)
+            hidden = F.silu(gate) * hidden
+        elif self.activation == "relu2":
+            hidden = F.relu(hidden).square()
+        else:  # slope 0.5 below zero, squared with its sign lost: positive on both sides
+            hidden = F.leaky_relu(hidden, 0.5).square()
+        return self.down(rms_norm(hidden, 1e-6) if self.norm else hidden)
+
+
+class Block(nn.Module):
+    """x = mix0 x + mix1 x0; x += scale * mixer(norm x); x += scale * MLP(norm x), the MLP where there is one."""
+    roles = {"mix": CONTROL, "mixer_scale": CONTROL, "mlp_scale": CONTROL}
+
+    def __init__(self, dim: int, mixer: nn.Module, mlp: nn.Module | None, eps: float):
+        super().__init__()
+        self.mix = nn.Parameter(torch.stack((torch.ones(dim), torch.zeros(dim))))
+        self.mixer, self.mlp, self.eps = mixer, mlp, eps
+        self.mixer_scale = nn.Parameter(torch.ones(dim))
+        if mlp is not None:
+            self.mlp_scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor, x0: Tensor, state=None, step: bool = False):
+        """x, x0 (B,T,D) -> (B,T,D) and the mixer's state."""
+        mix = self.mix.to(x.dtype)
+        x = mix[0] * x + mix[1] * x0
+        mixed, state = (self.mixer.step if step else self.mixer)(rms_norm(x, self.eps), state)
+        x = x + self.mixer_scale.to(x.dtype) * mixed
+        if self.mlp is not None:
+            x = x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x, self.eps))
+        return x, state
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# model: embedding, U-Net backbone, head with its tie modes, JEPA head
+# ---------------------------------------------------------------------------------------------------------------
+
+FP32_EPS = torch.finfo(torch.float32).eps
+
+
+class LanguageModel(nn.Module):
+    """Token ids to hidden states h, and h to logits; everything that is stored in the artifact."""
+    roles = {"token_embed": EMBEDDING, "lm_head": HEAD, "lm_head_correction": CORRECTION, "vocab_bias": SCALAR,
+             "skip_weights": CONTROL}
+
+    def __init__(self, c: Config, kernels: Kernels | None = None):
+        super().__init__()
+        kernels = kernels or Kernels()
+        dim, embed, vocab, tie = c.model_dim, c.embed, c.vocab_size, c.tie_embeddings
+        self.softcap, self.softcap_type, self.tie = c.logit_softcap, c.softcap_type, tie
+        self.eps = c.norm_eps
+        std = 0.02 if c.embed_style == "projected" else c.tied_embed_init_std
+        self.token_embed = nn.Parameter(torch.randn(vocab, embed) * std)
+        self.embed_proj = Linear(embed, dim) if embed != dim else None
+        mixers = {"m": lambda: Mamba2(dim, c.d_state, c.d_conv, c.expand, kernels, c.ssd_chunk),
+                  "a": lambda: Attention(dim, c.num_heads, c.num_kv_heads, c.rope_base, c.qk_gain_init, c.norm_eps)}
+        self.blocks = nn.ModuleList(
+            Block(dim, mixers[letter](), MLP(dim, c.mlp_mult, c.activation, c.mlp_norm)
+                  if c.mlp_mult and index % c.mlp_every == 0 else None, c.norm_eps)
+            for index, letter in enumerate(c.pattern))
+        self.encoders = c.num_layers // 2
+        self.skip_weights = nn.Parameter(torch.ones(min(self.encoders, c.num_layers - self.encoders), dim))
+        self.vocab_bias = nn.Parameter(torch.zeros(vocab)) if c.vocab_bias else None
+        if tie == 0:
+            self.lm_head = nn.Parameter(torch.empty(vocab, dim).uniform_(-dim ** -0.5, dim ** -0.5))
+        elif tie == 3:
+            self.adapter = Linear(dim, embed)
+        elif embed != dim:
+            self.embed_proj_rev = Linear(dim, embed)
+        if tie == 2:
+            self.lm_head_correction = nn.Parameter(torch.zeros(vocab, embed))
+
+    def embed(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """ids (B,T) -> x0 (B,T,D), RMS-normalized."""
+        x = F.embedding(ids, self.token_embed).to(dtype)
+        return rms_norm(x if self.embed_proj is None else self.embed_proj(x), FP32_EPS)
+
+    def forward(self, ids: Tensor, dtype: torch.dtype, states: list | None = None, step: bool = False
+                ) -> tuple[Tensor, Tensor, list]:
+        """ids (B,T) -> h (B,T,D), x0 (B,T,D), and one state per block; `states` are those before the first id."""
+        x = x0 = self.embed(ids, dtype)
+        skips, new_states = [], []
+        for index, block in enumerate(self.blocks):
+            decoder = index - self.encoders
+            if decoder >= 0 and skips:
+                x = x + self.skip_weights[decoder].to(dtype) * skips.pop()
+            x, state = block(x, x0, None if states is None else states[index], step)
+            new_states.append(state)
+            if decoder < 0:
+                skips.append(x)
+        return rms_norm(x, self.eps), x0, new_states
+
+    def features(self, h: Tensor) -> Tensor:
+        """h (...,D) -> what the head's rows are multiplied with (...,E), or (...,D) when untied."""
+        if self.tie == 3:
+            return F.gelu(self.adapter(h))
+        return self.embed_proj_rev(h) if hasattr(self, "embed_proj_rev") else h
+
+    def head(self) -> Tensor:
+        """Rows of the output layer, (V,E) or (V,D)."""
+        if self.tie == 0:
+            return self.lm_head
+        return self.token_embed + self.lm_head_correction if self.tie == 2 else self.token_embed
+
+    def logits(self, h: Tensor) -> Tensor:
+        """h (...,D) -> capped logits (...,V) in fp32."""
+        raw = F.linear(self.features(h), self.head().to(h.dtype)).float()
+        return soft_cap(raw if self.vocab_bias is None else raw + self.vocab_bias, self.softcap, self.softcap_type)
+
+
+class JepaHead(nn.Module):
+    """Training only: h to the latent z, and z to predictions of later latents. Stripped from the artifact."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        dim, latent = c.model_dim, c.latent
+        self.plain = c.projector_type == "none"
+        if not self.plain:
+            self.projector = self._map(dim, latent, c.projector_type)
+        if c.jepa_on:
+            hidden = c.predictor_hidden_mult * latent
+            self.normed, self.eps = c.predictor_norm, c.norm_eps
+            self.fc = Linear(latent, hidden, bias=not self.normed)
+            self.out = Linear(hidden, latent, bias=not self.normed, zero=True)
+            if self.out.bias is not None:
+                nn.init.zeros_(self.out.bias)
+            if c.jepa_action:  # told the next token: LeWorldModel's action, in text
+                self.action = Linear(dim, latent, zero=True)
+            to = dim if c.jepa_target == "embedding" else latent
+            if not self.plain or to != latent:
+                self.pred_proj = self._map(latent, to, "linear" if self.plain else c.projector_type)
+
+    @staticmethod
+    def _map(inputs: int, outputs: int, kind: str) -> nn.Module:
+        return Linear(inputs, outputs) if kind == "linear" else NormedMLP(inputs, outputs)
+
+    def project(self, h: Tensor) -> Tensor:
+        return h if self.plain else self.projector(h)
+
+    def predict(self, z: Tensor, action: Tensor | None = None) -> Tensor:
+        """Latents (B,S,L) one position on; `action` (B,S,D) embeds the token that comes next."""
+        if hasattr(self, "action"):
+            z = z + self.action(action)
+        hidden = F.gelu(self.fc(rms_norm(z, self.eps) if self.normed else z))
+        guess = self.out(hidden)
+        return self.pred_proj(guess) if hasattr(self, "pred_proj") else guess
+
+
+class NormedMLP(nn.Module):
+    """Linear, LayerNorm, GELU, Linear, with a hidden width of twice the output (PROJECTOR_TYPE=mlp)."""
+    roles = {"gain": SCALAR, "shift": SCALAR}
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.fc, self.out = Linear(inputs, 2 * outputs, bias=True), Linear(2 * outputs, outputs, bias=True)
+        self.gain, self.shift = nn.Parameter(torch.ones(2 * outputs)), nn.Parameter(torch.zeros(2 * outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.fc(x)
+        return self.out(F.gelu(F.layer_norm(hidden, self.gain.shape, self.gain.to(x.dtype), self.shift.to(x.dtype))))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# losses: tensors in, scalars out
+# ---------------------------------------------------------------------------------------------------------------
+
+@functools.cache
+def sigreg_knots(count: int) -> tuple[tuple[float, ...], ...]:
+    """Knots t on [0.2, 4], the characteristic function exp(-t^2/2) there, and trapezoid weights times it."""
+    step = 3.8 / (count - 1)
+    knots = [0.2 + step * i for i in range(count)]
+    target = [math.exp(-t * t / 2) for t in knots]
+    weights = [step * (1 if i in (0, count - 1) else 2) * target[i] for i in range(count)]
+    return tuple(knots), tuple(target), tuple(weights)
+
+
+def sigreg_null(samples: int, knots: int = 17) -> float:
+    """Expected SIGReg of `samples` standard normal values: the integral of (1 - phi^2) w, over samples."""
+    _, target, weights = sigreg_knots(knots)
+    return sum(w * (1 - phi * phi) for phi, w in zip(target, weights)) / samples
+
+
+def sigreg(z: Tensor, directions: Tensor, knots: int = 17, axis: str = "batch", scale: bool = False,
+           average: Callable[[Tensor], Tensor] | None = None, ranks: int = 1) -> Tensor:
+    """Distance of the latents from an isotropic Gaussian, seen along unit directions (SIGReg, LeJEPA 2025, eq. 7).
+
+    z (B,S,L) at S sampled positions, directions (M,L). Per direction the empirical characteristic function, its
+    mean over the batch ("batch", system A), over positions ("time") or over both, is compared with exp(-t^2/2);
+    then the mean over what was not pooled. `scale` multiplies by the sample count, as LeJEPA does; `average`
+    averages the empirical function over `ranks` ranks first."""
+    points, target, weights = (z.new_tensor(v, dtype=torch.float32) for v in sigreg_knots(knots))
+    seen = F.linear(z.float(), directions).unsqueeze(-1) * points               # (B,S,M,knots)
+    pooled = {"batch": (0,), "time": (1,), "both": (0, 1)}[axis]
+    real, imaginary = seen.cos().mean(pooled), seen.sin().mean(pooled)
+    if average is not None:
+        real, imaginary = average(torch.stack((real, imaginary)))
+    distance = (((real - target).square() + imaginary.square()) * weights).sum(-1).mean()
+    return distance * ranks * math.prod(z.size(d) for d in pooled) if scale else distance
+
+
+def covariance_term(z: Tensor) -> Tensor:
+    """System B's anti-collapse: mean relu(1 - std) + 0.04 * sum of squared off-diagonal covariances / D (VICReg)."""
+    flat = z.float().flatten(0, -2)
+    flat = flat - flat.mean(0)
+    variance = flat.square().sum(0) / (len(flat) - 1)
+    covariance = flat.T @ flat / (len(flat) - 1)
+    off_diagonal = covariance.square().sum() - covariance.diagonal().square().sum()
+    return F.relu(1 - (variance + 1e-8).sqrt()).mean() + 0.04 * off_diagonal / z.size(-1)
+
+
+def chunk_means(values: Tensor, chunk: int) -> Tensor:
+    """Mean of values[t+1 .. t+chunk] for every t that has them: (B,T,L) -> (B,T-chunk,L)."""
+    sums = F.pad(values.float().cumsum(1), (0, 0, 1, 0))
+    return ((sums[:, chunk + 1:] - sums[:, 1:-chunk]) / chunk).to(values.dtype)
+
+
+def rollout(jepa: JepaHead, z: Tensor, x0: Tensor, steps: int, target: str, chunk: int
+            ) -> Iterator[tuple[Tensor, Tensor]]:
+    """(prediction, target) for each horizon k = 1..steps; z (B,T,L), x0 (B,T,D).
+
+    latent: prediction k starts from prediction k-1 (from z at first) and meets z shifted by k; chunk, embedding: one
+    prediction meets the mean latent, or the mean token embedding, of the next `chunk` positions."""
+    targets = [z[:, k:] for k in range(1, steps + 1)] if target == "latent" else \
+        [chunk_means(z if target == "chunk" else x0, chunk)]
+    guess = z
+    for k, goal in enumerate(targets, start=1):
+        span = goal.size(1)
+        guess = jepa.predict(guess[:, :span], x0[:, k:k + span])
+        yield guess, goal
+
+
+def latent_rollout(jepa: JepaHead, z: Tensor, x0: Tensor, steps: int, target: str, chunk: int, kind: str,
+                   detach: bool) -> Tensor:
+    """Mean over horizons of the distance (mse or smooth_l1) between prediction and target, in fp32."""
+    distance = F.mse_loss if kind == "mse" else F.smooth_l1_loss
+    return torch.stack([distance(guess.float(), (goal.detach() if detach else goal).float())
+                        for guess, goal in rollout(jepa, z, x0, steps, target, chunk)]).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# schedules: pure functions of one progress number p in [0, 1] (and, for the momentum, of the step)
+# ---------------------------------------------------------------------------------------------------------------
+
+class Progress(NamedTuple):
+    """Where a run stands: steps done, fraction done (of the wall clock under a cap, else of the steps), steps left."""
+    step: int
+    fraction: float
+    steps_left: float
+
+
+def measure_progress(step: int, iterations: int, elapsed: float, cap: float) -> Progress:
+    """The one number that all schedules read, from rank 0's clock. Whichever limit is nearer ends the run; the clock
+    ends it (fraction 1) two mean steps before the cap, so that the last step still lies within."""
+    by_steps = step / iterations
+    if not cap:
+        return Progress(step, by_steps, iterations - step)
+    mean = elapsed / step if step else 0.0
+    steps_left = min(iterations - step, (cap - elapsed) / mean if mean else math.inf)
+    fraction = 1.0 if elapsed + 2 * mean >= cap else max(elapsed / cap, by_steps)
+    return Progress(step, min(fraction, 1.0), max(steps_left, 0.0))
+
+
+def lr_scale(at: Progress, warmdown: str, fraction: float, iters: int, floor: float = 0.0) -> float:
+    """1, then linear to `floor` over the last `fraction` of the run, or over its last `iters` steps."""
+    left = (1 - at.fraction) / fraction if warmdown == "fraction" and fraction else \
+        at.steps_left / iters if warmdown == "iters" and iters else 1.0
+    return floor + (1 - floor) * min(max(left, 0.0), 1.0)
+
+
+def muon_momentum(step: int, start: float, final: float, steps: int) -> float:
+    """Linear from `start` to `final` over the first `steps` steps."""
+    return start + (final - start) * min(step / steps, 1.0) if steps else final
+
+
+class LossWeights(NamedTuple):
+    """Weights of the terms at one moment, and the stage's name for the log."""
+    ce: float
+    jepa: float
+    anti: float
+    stage: str
+
+
+def loss_weights(p: float, c: Config) -> LossWeights:
+    """Joint: constant (with the optional ramp and anneal). Staged: pure JEPA, linear bridge, pure CE (system B)."""
+    jepa = c.jepa_weight if c.jepa_on else 0.0
+    if c.jepa_anneal:
+        jepa *= max(0.0, 1 - p / c.jepa_anneal)
+    if c.loss_schedule == "joint":
+        ramp = min(p / 0.3, 1.0) if c.sigreg_schedule else 1.0
+        return LossWeights(c.ce_weight, jepa, c.sigreg_lambda * ramp, "joint")
+    if p < c.jepa_pure_frac:
+        return LossWeights(0.0, jepa, c.sigreg_weight, "jepa")
+    if p >= c.ce_pure_frac:
+        return LossWeights(c.ce_weight, 0.0, 0.0, "ce")
+    bridge = (p - c.jepa_pure_frac) / (c.ce_pure_frac - c.jepa_pure_frac)
+    return LossWeights(c.ce_weight * bridge, jepa * (1 - bridge), c.sigreg_weight * (1 - bridge), "bridge")
+
+
+def qat_on(p: float, fraction: float) -> bool:
+    """Whether training runs on the storage grid: the last `fraction` of the run."""
+    return fraction > 0 and p >= 1 - fraction
+
+
+def averaging_on(p: float, start: float) -> bool:
+    """Whether weight averaging has begun (start 1 = never)."""
+    return start < 1 and p >= start
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# optimizers: every parameter in one group with one owner; Muon for matrices, AdamW for the rest
+# ---------------------------------------------------------------------------------------------------------------
+
+# Composed odd polynomials p(x) = a x + b x^3 + c x^5 that push singular values towards 1.
+QUINTIC = ((3.4445, -4.7750, 2.0315),)  # Jordan 2024: fast, lands in about [0.7, 1.2]
+POLAR = (  # Amsel et al. 2025 ("Polar Express"): minimax at each step for singular values in [1e-3, 1]
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+    (1.875, -1.25, 0.375))
+# bf16 rounds singular values past the end of each interval, where the polynomials blow up: widen all but the last.
+POLAR = (*((a / 1.01, b / 1.01 ** 3, c / 1.01 ** 5) for a, b, c in POLAR[:-1]), POLAR[-1])
+
+
+@functools.cache
+def matmul_dtype(device_type: str) -> torch.dtype:
+    """bf16 where the machine multiplies it in hardware, else fp32 (a CPU without it would be slower, not faster)."""
+    fast = device_type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def orthogonalize(matrices: Tensor, steps: int, kind: str = "quintic") -> Tensor:
+    """Approximate U V^T of the SVDs of (k,rows,cols) by Newton-Schulz, all at once; result in the working type."""
+    x = matrices.to(matmul_dtype(matrices.device.type))
+    if tall := x.size(-2) > x.size(-1):
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    table = QUINTIC if kind == "quintic" else POLAR
+    for a, b, c in (table[min(i, len(table) - 1)] for i in range(steps)):
+        gram = x @ x.mT
+        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, poly, x, beta=a)
+    return x.mT if tall else x
+
+
+@dataclass
+class Group:
+    """Parameters of one shape, owner and storage grid, as views of stacked buffers (k, *shape).
+
+    master: fp32 truth, touched by the optimizer alone. compute: what forward and backward see, in its own type,
+    rewritten from the masters before each step (on the storage grid under QAT), so nothing has to be restored.
+    grad: fp32 sum over micro-batches and ranks. raw: what autograd adds to (grad itself where types agree)."""
+    names: list[str]
+    owner: str              # muon, embed, head, scalar, state
+    grid: str               # how the tensors are stored ("" = not stored)
+    params: list[nn.Parameter]
+    master: Tensor
+    compute: Tensor
+    grad: Tensor
+    raw: Tensor
+    momentum: Tensor | None = None
+    average: Tensor | None = None
+    touched: bool = False   # whether autograd reached it in this step
+    waiting: int = 0        # parameters that have not reported in the last micro-batch
+    work: Any = None        # pending sum over ranks
+
+
+OWNER = {MATRIX: "muon", EMBEDDING: "embed", HEAD: "head", CORRECTION: "scalar", SCALAR: "scalar", CONTROL: "scalar",
+         STATE: "state"}
+
+
+class Weights:
+    """All parameters of the modules in groups; each belongs to exactly one, which is checked."""
+
+    def __init__(self, stored: nn.Module, extra: nn.Module | None, plan: dict[str, str], config: Config,
+                 runtime: Runtime):
+        self.runtime = runtime
+        sorted_in: dict[tuple, list] = {}
+        for name, role, parameter in named_roles(stored) + (named_roles(extra, "jepa.") if extra is not None else []):
+            owner = "muon" if role == HEAD and config.embed_style == "projected" else OWNER[role]
+            key = (owner, plan.get(name, ""), name in plan, tuple(parameter.shape))
+            sorted_in.setdefault(key, []).append((name, parameter))
+        self.groups = [self._make(key, members) for key, members in sorted_in.items()]
+        counted = [name for group in self.groups for name in group.names]
+        expected = sum(1 for module in (stored, extra) if module is not None for _ in module.parameters())
+        assert len(counted) == len(set(counted)) == expected, "a parameter without exactly one owner"
+        self.last_micro = False
+        self.fused_snap: list[FusedSnap] | None = None
+
+    def _make(self, key: tuple, members: list) -> Group:
+        owner, grid, _, shape = key
+        device = self.runtime.device
+        master = torch.stack([parameter.detach().float() for _, parameter in members]).to(device)
+        matrix = owner in ("muon", "embed", "head")
+        compute = master.to(self.runtime.dtype if matrix else torch.float32, copy=True)
+        grad = torch.zeros_like(master)
+        raw = grad if compute.dtype == torch.float32 else torch.zeros_like(compute)
+        group = Group([name for name, _ in members], owner, grid, [p for _, p in members], master, compute, grad, raw)
+        for index, (_, parameter) in enumerate(members):
+            parameter.data = compute[index]
+            parameter.grad = raw[index]
+            parameter.register_post_accumulate_grad_hook(functools.partial(self._arrived, group))
+        return group
+
+    def _arrived(self, group: Group, parameter: nn.Parameter) -> None:
+        """Autograd has added a gradient: after the group's last one of the step, its sum over ranks can start."""
+        group.touched = True
+        group.waiting -= 1
+        if self.last_micro and group.waiting == 0:
+            self._send(group)
+
+    def _send(self, group: Group) -> None:
+        if group.raw is not group.grad:
+            group.grad.add_(group.raw)
+            group.raw.zero_()
+        group.work = self.runtime.sum_(group.grad, wait=False)
+
+    def begin_micro(self, last: bool) -> None:
+        """Before a backward pass; on the last one of a step the sums over ranks start as gradients arrive."""
+        self.last_micro = last
+        for group in self.groups:
+            if group.raw is not group.grad and group.touched:
+                group.grad.add_(group.raw)
+                group.raw.zero_()
+            group.waiting = len(group.params)
+
+    def finish_gradients(self) -> None:
+        """After the last backward pass: send what has not been sent, wait for all sums."""
+        for group in self.groups:
+            if group.touched and group.waiting > 0:  # some of its parameters took no part in this loss
+                self._send(group)
+        for group in self.groups:
+            if group.work is not None:
+                group.work.wait()
+                group.work = None
+
+    def zero_grad(self) -> None:
+        for group in self.groups:
+            if group.touched:
+                group.grad.zero_()
+                group.touched = False
+
+    @torch.no_grad()
+    def load(self, which: str = "master", qat: bool = False) -> None:
+        """Write the compute weights: masters or averages, as they are or on their storage grid (bit for bit)."""
+        if which == "master" and qat and self.runtime.cuda and self.snap_fused():
+            return
+        for group in self.groups:
+            source = group.average if which == "average" and group.average is not None else group.master
+            if qat and group.grid:
+                snap_into(group.compute, source, group.grid)
+            else:
+                group.compute.copy_(source)
+
+    def snap_fused(self) -> bool:
+        """All groups in one launch, where every grid is one that the kernel knows; False = take the plain path."""
+        if self.fused_snap is None:
+            forms = [(group, fused_form(group.grid)) for group in self.groups if group.grid]
+            if any(form is None for _, form in forms):
+                return False
+            by_type = {group.compute.dtype for group, _ in forms}
+            self.fused_snap = [FusedSnap([(g.master.flatten(0, 1) if g.master.ndim > 2 else g.master,
+                                           g.compute.flatten(0, 1) if g.master.ndim > 2 else g.compute, *form)
+                                          for g, form in forms if g.compute.dtype == dtype]) for dtype in by_type]
+        for snap_all in self.fused_snap:
+            snap_all()
+        for group in self.groups:
+            if not group.grid:
+                group.compute.copy_(group.master)
+        return True
+
+    @torch.no_grad()
+    def average(self, decay: float, ok: Tensor) -> None:
+        """Exponential average of the masters; its first call starts from the weights as they are."""
+        for group in self.groups:
+            if group.average is None:
+                group.average = group.master.clone()
+            else:
+                group.average.lerp_(group.master, ((1 - decay) * ok).to(group.master.device))
+
+    def tensors(self, which: str = "master") -> dict[str, Tensor]:
+        """Views by name: master, average (master where there is none), momentum, compute."""
+        found = {}
+        for group in self.groups:
+            stack = getattr(group, which)
+            stack = group.master if stack is None and which == "average" else stack
+            if stack is not None:
+                found |= dict(zip(group.names, stack))
+        return found
+
+    def grids(self) -> dict[str, str]:
+        return {name: group.grid for group in self.groups for name in group.names if group.grid}
+
+    @torch.no_grad()
+    def norm(self) -> Tensor:
+        """Global gradient norm (0-dim, on the device: no host sync)."""
+        return torch.stack([group.grad.norm() for group in self.groups if group.touched]).norm()
+
+
+def named_roles(module: nn.Module, prefix: str = "") -> list[tuple[str, str, nn.Parameter]]:
+    """(name, role, parameter) of every parameter, the role as declared by the module that made it."""
+    found = []
+    for path, part in module.named_modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            full = f"{path}.{name}" if path else name
+            found.append((prefix + full, part.roles[name], parameter))
+    return found
+
+
+def like(found: dict[str, Tensor], name: str, wanted: Tensor) -> Tensor:
+    """A tensor from a file, if it is what is wanted: the fused kernels trust shapes blindly. KeyError, ValueError."""
+    tensor = found[name]
+    if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
+        raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}")
+    return tensor
+
+
+def stacked(found: dict[str, Tensor], group: Group, prefix: str = "") -> Tensor:
+    """The group's tensors (k, *shape) from a file that holds them by name."""
+    return torch.stack([like(found, prefix + name, view) for name, view in zip(group.names, group.master)])
+
+
+class Optimizer:
+    """Muon for the matrices, fused AdamW for the rest, one clip; a non-finite gradient leaves everything as it was.
+
+    All on the device: the norm, the clip and the verdict are 0-dim tensors, so no step waits for the host."""
+
+    def __init__(self, weights: Weights, config: Config):
+        self.weights, self.config, self.runtime = weights, config, weights.runtime
+        c = config
+        tied_style = c.embed_style == "tied"
+        rates = dict(embed=c.tied_embed_lr if tied_style and c.tie_embeddings else c.embed_lr, head=c.head_lr,
+                     scalar=c.scalar_lr, state=c.scalar_lr)
+        self.muon = [group for group in weights.groups if group.owner == "muon"]
+        for group in self.muon:
+            group.momentum = torch.zeros_like(group.master)
+        self.adam_groups = [group for group in weights.groups if group.owner != "muon"]
+        self.adam = torch.optim.AdamW(
+            [dict(params=[nn.Parameter(group.master)], base_lr=rates[group.owner],
+                  weight_decay=0.0 if group.owner == "state" else c.adam_wd) for group in self.adam_groups],
+            lr=1.0, betas=(c.beta1, c.beta2), eps=c.adam_eps, fused=True)
+        self.skipped = torch.zeros((), device=self.runtime.device)         # steps skipped so far
+        self.skipped_in_row = torch.zeros((), device=self.runtime.device)
+
+    @torch.no_grad()
+    def step(self, scale: float, momentum: float, clip: bool = True) -> tuple[Tensor, Tensor]:
+        """Update the masters at LR `scale`; returns the gradient norm and whether it was finite (0-dim tensors)."""
+        c, touched = self.config, [group for group in self.weights.groups if group.touched]
+        norm = self.weights.norm()
+        ok = torch.isfinite(norm).float()
+        limit = c.grad_clip_norm if clip and c.grad_clip_norm else math.inf
+        factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+        for group in touched:
+            group.grad.mul_(factor)
+        self._muon([group for group in self.muon if group.touched], scale, momentum, ok)
+        for group, settings in zip(self.adam_groups, self.adam.param_groups):
+            settings["lr"] = settings["base_lr"] * scale
+            settings["params"][0].grad = group.grad if group.touched else None
+        self.adam.found_inf = 1 - ok  # the fused kernel then leaves weights, moments and counters alone
+        self.adam.grad_scale = None
+        self.adam.step()
+        self.skipped += 1 - ok
+        self.skipped_in_row = (self.skipped_in_row + 1) * (1 - ok)
+        return norm, ok
+
+    def _muon(self, groups: list[Group], scale: float, momentum: float, ok: Tensor) -> None:
+        """Orthogonalized momentum. Each rank takes its share of a group's matrices; gathers overlap the next group."""
+        c, world, rank, pending = self.config, self.runtime.world, self.runtime.rank, []
+        keep = 1 - ok * (1 - momentum)  # 1 when the step is skipped
+        for group in groups:
+            grad = torch.where(ok > 0, group.grad, 0.0)
+            group.momentum.mul_(keep).add_(grad)
+            share = -(-len(group.names) // world)
+            mine = slice(min(rank * share, len(group.names)), min((rank + 1) * share, len(group.names)))
+            update = grad[mine].add(group.momentum[mine], alpha=momentum)  # Nesterov
+            if c.row_norm:
+                update = rms_norm(update, FP32_EPS)
+            update = orthogonalize(update, c.muon_backend_steps, c.muon_ns) if len(update) else update
+            if world > 1:
+                part = update.new_zeros(share, *group.master.shape[1:], dtype=matmul_dtype(update.device.type))
+                part[:len(update)] = update
+                update = part
+            pending.append((group, *self.runtime.gather(update.contiguous())))
+        for group, update, work in pending:
+            if work is not None:
+                work.wait()
+            lr = c.matrix_lr * scale
+            rows, cols = group.master.shape[-2:]
+            group.master.mul_(1 - lr * c.muon_wd * ok)
+            group.master.add_(update[:len(group.names)].float() * (-lr * max(1, rows / cols) ** 0.5 * ok))
+
+    def reset_after_warmup(self, everything: bool) -> None:
+        """Ghost warm-up is over: Adam's counters go to 0; with `everything` the moments go too."""
+        for group in self.muon if everything else ():
+            group.momentum.zero_()
+        for state in self.adam.state.values():
+            state["step"].zero_()
+            if everything:
+                state["exp_avg"].zero_()
+                state["exp_avg_sq"].zero_()
+        self.skipped.zero_()
+        self.skipped_in_row.zero_()
+
+    def state(self) -> dict[str, Tensor]:
+        """Moments and counters by name, for the checkpoint."""
+        found = {f"momentum/{name}": t for name, t in self.weights.tensors("momentum").items()}
+        for group, settings in zip(self.adam_groups, self.adam.param_groups):
+            for key, value in self.adam.state.get(settings["params"][0], {}).items():
+                if key == "step":
+                    found[f"step/{group.names[0]}"] = value
+                else:
+                    found |= {f"{key}/{name}": t for name, t in zip(group.names, value)}
+        return found | {"skipped": self.skipped, "skipped_in_row": self.skipped_in_row}
+
+    @torch.no_grad()
+    def load_state(self, found: dict[str, Tensor]) -> None:
+        """Put back what `state` gave. Adam makes its moments at the first step, so they are made here if needed."""
+        for group in self.muon:
+            group.momentum.copy_(stacked(found, group, "momentum/"))
+        for group, settings in zip(self.adam_groups, self.adam.param_groups):
+            if f"step/{group.names[0]}" not in found:
+                continue
+            parameter = settings["params"][0]
+            self.adam.state[parameter] = dict(
+                step=like(found, f"step/{group.names[0]}", torch.zeros(())).to(parameter.device, copy=True),
+                **{key: stacked(found, group, f"{key}/").to(parameter.device) for key in ("exp_avg", "exp_avg_sq")})
+        self.skipped.copy_(like(found, "skipped", self.skipped))
+        self.skipped_in_row.copy_(like(found, "skipped_in_row", self.skipped))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# storage: the grid of every stored tensor; training snaps to exactly what the artifact decodes to
+# ---------------------------------------------------------------------------------------------------------------
+
+INT8_CLIP = 0.9999984                      # system B: the 99.99984th percentile of a row's magnitudes
+PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+GRID_NAME = re.compile(r"int([456]|8a|8)(?:s([0-9][0-9.e-]{0,15}))?|int8f?|fp8|bf16|fp16|fp32")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How one tensor is stored; str() and parse() give the short name that the artifact carries.
+
+    intN, int8a   symbols times one bf16 scale per row, scale = absmax / (2^(bits-1) - 1), value rounded to bf16
+    intNsK        the same with scale = K times the row's root mean square, symbols up to +-127 ("int4s0.35")
+    int8, int8f   system B: clipped at a percentile, fp16 scale = clip / 127 (f: at least 1/127), value in fp32
+    fp8           e4m3fn, saturating at +-448;  bf16, fp16, fp32: plain
+    """
+    kind: str                              # intn, int8, fp8, bf16, fp16, fp32
+    bits: int = 0                          # intn only
+    k: float = 0.0                         # intn only: step in units of the row's deviation; 0: from its maximum
+    floor: bool = False                    # int8 only: the published lower limit of the scale
+
+    def __str__(self) -> str:
+        if self.kind == "intn":
+            return f"int{self.bits}" + ("a" if self.bits == 8 and not self.k else f"s{self.k:.12g}" if self.k else "")
+        return self.kind + "f" * self.floor
+
+    @staticmethod
+    def parse(name: str) -> Grid:
+        m = GRID_NAME.fullmatch(name) if isinstance(name, str) else None
+        try:
+            if m and m[1] and name != "int8":
+                grid = Grid("intn", int(m[1][0]), float(m[2] or 0))
+            else:
+                grid = Grid(name.removesuffix("f"), floor=name.endswith("f")) if m else None
+        except ValueError:
+            grid = None
+        if grid is None or str(grid) != name or grid.k and not 1e-3 <= grid.k <= 10:
+            raise UserError(f"storage grid {str(name)[:40]!r} is unknown; int4, int5, int6, int8a, int4s0.35, int8, "
+                            "int8f, fp8, bf16, fp16, fp32 are known")
+        return grid
+
+    @property
+    def qmax(self) -> int:
+        return 127 if self.k or self.kind == "int8" else 2 ** (self.bits - 1) - 1
+
+
+def rows_columns(shape) -> tuple[int, int]:
+    """The first dimension counts rows; a vector is one row."""
+    return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
+
+
+def as_rows(w: Tensor) -> Tensor:
+    return w.detach().float().reshape(rows_columns(w.shape))           # (R, C)
+
+
+def row_scales(rows: Tensor, grid: Grid, work: Tensor) -> Tensor:
+    """(R, 1) fp32 steps, each exactly a bf16 (intn) or fp16 (int8) number; work: (R, C) scratch."""
+    n = rows.shape[1]
+    if grid.kind == "int8":
+        at = INT8_CLIP * (n - 1)                               # linear interpolation between order statistics
+        top = torch.abs(rows, out=work).topk(n - int(at), dim=1).values      # two of them below 600,000 columns
+        clip = torch.lerp(top[:, -1:], top[:, -2:-1] if n > 1 else top, at - int(at))
+        return (clip / 127).clamp_min_(1 / 127 if grid.floor else 2.0 ** -24).half().float()
+    if grid.k:                                                 # fp64: the same bf16 whatever the order of summing
+        rms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64) / math.sqrt(n)
+        return (rms * grid.k).float().clamp_min_(1e-8).bfloat16().float()
+    return (torch.abs(rows, out=work).amax(1, keepdim=True).clamp_min_(1e-8) / grid.qmax).bfloat16().float()
+
+
+def row_blocks(rows: Tensor, grid: Grid):
+    """Yields (slice, symbols (r, C) fp32 in scratch memory, scale (r, 1)); on CPU in blocks that stay in cache."""
+    size = max(1, (1 << 18) // rows.shape[1]) if rows.device.type == "cpu" else len(rows)
+    scratch = torch.empty_like(rows[:size])
+    for start in range(0, len(rows), size):
+        part = rows[start:start + size]
+        work = scratch[:len(part)]
+        scale = row_scales(part, grid, work)
+        torch.div(part, scale, out=work).round_()
+        if grid.k or grid.kind == "int8":      # an absmax grid stays in its range: absmax / scale <= qmax (1 + 2^-8)
+            work.clamp_(-127, 127)
+        yield slice(start, start + len(part)), work, scale
+
+
+def snap(w: Tensor, grid: Grid, out: Tensor | None = None) -> Tensor:
+    """The grid values of w in fp32, bit for bit decode(encode(w)); out: fp32, contiguous, may be w itself.
+
+    Called every training step: about 1.5 ns per INT4 weight on two cores. NaN in gives NaN out.
+    """
+    out = torch.empty_like(w, dtype=torch.float32, memory_format=torch.contiguous_format) if out is None else out
+    if grid.kind == "fp8":
+        return out.copy_(w.detach().float().clamp(-448, 448).to(torch.float8_e4m3fn))
+    if grid.kind in PLAIN:
+        return out.copy_(w.detach().to(PLAIN[grid.kind]))
+    if w.numel():
+        rows, target = as_rows(w), out.detach().view(rows_columns(w.shape))
+        for at, q, scale in row_blocks(rows, grid):
+            q.mul_(scale).add_(0.0)            # the file knows no -0
+            target[at].copy_(q.bfloat16() if grid.kind == "intn" else q)
+    return out
+
+
+def all_finite(t: Tensor) -> bool:
+    return not t.numel() or bool(torch.stack((t.amin(), t.amax())).isfinite().all())     # NaN spreads; no mask is made
+
+
+def encode(w: Tensor, grid: Grid, name: str = "tensor") -> dict[str, Tensor]:
+    """Raw arrays: q int8 (R, C) and s (R,) bf16 or fp16; or q uint8 (fp8's bit patterns); or v in its own type.
+
+    NaN, infinity and what overflows the grid's type are refused by name. Use the device that training used.
+    """
+    rows = as_rows(w)
+    if not all_finite(rows):
+        raise UserError(f"{name} holds NaN or infinity and cannot be stored")
+    if grid.kind == "fp8":
+        return {"q": rows.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)}
+    if grid.kind in PLAIN:
+        arrays = {"v": rows.to(PLAIN[grid.kind])}
+    else:
+        half = torch.float16 if grid.kind == "int8" else torch.bfloat16
+        arrays = {"q": torch.zeros_like(rows, dtype=torch.int8), "s": rows.new_zeros(len(rows), dtype=half)}
+        for at, q, scale in row_blocks(rows, grid) if rows.numel() else ():
+            arrays["q"][at], arrays["s"][at] = q, scale[:, 0]
+    widest = arrays["s"].float() * grid.qmax if "s" in arrays else arrays["v"]
+    if not all_finite(widest.bfloat16() if grid.kind == "intn" else widest):
+        raise UserError(f"{name} holds values too large for {grid}")
+    return arrays
+
+
+def decode(arrays: dict[str, Tensor], grid: Grid, shape) -> Tensor:
+    """fp32 grid values of the given shape from encode's arrays."""
+    if grid.kind == "fp8":
+        return arrays["q"].view(torch.float8_e4m3fn).float().reshape(shape)
+    if grid.kind in PLAIN:
+        return arrays["v"].float().reshape(shape)
+    if grid.kind == "intn":                                    # a bf16 product is the rounded fp32 product
+        return (arrays["q"].bfloat16() * arrays["s"][:, None]).float().reshape(shape)
+    return (arrays["q"] * arrays["s"].float()[:, None]).reshape(shape)
+
+
+def storage_plan(model: nn.Module, c: Config) -> dict[str, str]:
+    """How each stored tensor is kept, by name: decided once, used by training, describe and the artifact.
+
+    intn: matrices of at least 4096 elements as INT rows; the embedding, the tie correction and small matrices as
+    FP8 under FP_STORAGE=FP8; all else bf16. int8 (system B): 2-D tensors above 65,536 elements as INT8 rows; control
+    tensors fp32; all else fp16."""
+    step = f"int{c.quant_bits}" + (f"s{c.quant_k:.12g}" if c.quant_step == "sigma" else "")
+    plan = {}
+    for name, role, parameter in named_roles(model):
+        if c.storage == "int8":
+            large = parameter.ndim == 2 and parameter.numel() > 65_536 and role != CONTROL
+            plan[name] = ("int8f" if c.int8_floor else "int8") if large else "fp32" if role == CONTROL else "fp16"
+        elif role in (MATRIX, HEAD) and parameter.numel() >= 4096:
+            plan[name] = step
+        else:
+            plan[name] = "fp8" if role in (MATRIX, HEAD, EMBEDDING, CORRECTION) and c.fp_storage == "FP8" else "bf16"
+    return plan
+
+
+def snap_into(compute: Tensor, master: Tensor, grid: str) -> None:
+    """Write the grid values of a stack of masters (k, *shape) into the compute weights."""
+    rows = master.flatten(0, 1) if master.ndim > 2 else master
+    if compute.dtype == torch.float32:
+        snap(rows, parse_grid(grid), out=compute.view(rows.shape))
+    else:
+        compute.copy_(snap(rows, parse_grid(grid)).view(compute.shape))
+
+
+def fused_form(name: str) -> tuple[str, float] | None:
+    """Format and parameter of a grid for FusedSnap, or None where it has no kernel (system B's INT8, fp16, fp32)."""
+    grid = parse_grid(name)
+    if grid.kind == "intn":
+        return ("sigma", grid.k) if grid.k else ("int", grid.qmax)
+    return (grid.kind, 0.0) if grid.kind in ("fp8", "bf16") else None
+
+
+parse_grid = functools.cache(Grid.parse)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# artifact: one container without pickle for artifacts and checkpoints, codecs, strict read
+# ---------------------------------------------------------------------------------------------------------------
+
+# One container for artifacts and checkpoints, no pickle. Little-endian:
+#   magic 8 | version u32 | header bytes, stored u32, raw u32 | header, zlib | section payloads | sha256 of all before
+# Header: {"kind", "meta", "sections": [{"name", "codec", "stored", "raw", "dtype", "shape"}]}
+MAGIC, VERSION, PREFIX = b"JEPAFILE", 1, struct.Struct("<8sIII")
+MAX_HEADER = 1 << 26                       # raw bytes of the JSON header
+MAX_ELEMENTS = 1 << 27                     # stored weights of one artifact: a bound for hostile tables
+PIECE = 1 << 19                            # raw bytes per section: the general codecs work on pieces side by side
+DTYPES = {str(t).removeprefix("torch."): t for t in (
+    torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.bool)}
+LZMA2 = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 1 << 22, "lc": 0, "lp": 0, "pb": 0}]
+
+
+def require(ok, path, fault: str):
+    if not ok:
+        raise UserError(f"{path}: {fault}")
+
+
+def write_container(path, kind: str, meta: dict, sections) -> int:
+    """Writes sections, pairs (entry, payload), all or nothing; returns the file's size in bytes.
+
+    entry: dict as in the header; payload: bytes-like of entry["stored"] bytes, or a function that makes it (so that
+    one copy of one tensor lives at a time). The file appears under its name only when complete and synced.
+    """
+    path = Path(path)
+    head = zlib.compress(json.dumps({"kind": kind, "meta": meta, "sections": [e for e, _ in sections]},
+                                    separators=(",", ":"), allow_nan=False).encode(), 9)
+    raw = len(zlib.decompress(head))
+    temporary, digest = path.with_name(f".{path.name}.{os.getpid()}.tmp"), hashlib.sha256()
+    try:
+        with open(temporary, "wb") as file:
+            def put(data):
+                for start in range(0, len(data), 1 << 22):
+                    digest.update(data[start:start + (1 << 22)])
+                    file.write(data[start:start + (1 << 22)])
+            put(PREFIX.pack(MAGIC, VERSION, len(head), raw) + head)
+            for entry, payload in sections:
+                payload = memoryview(payload() if callable(payload) else payload).cast("B")
+                assert len(payload) == entry["stored"], entry
+                put(payload)
+            file.write(digest.digest())
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.tell()
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+        return size
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); earlier files are intact") from error
+    finally:
+        with contextlib.suppress(OSError):     # it is there only after a fault
+            temporary.unlink()
+
+
+def parse_header(text: bytes, path) -> dict:
+    """JSON without what JSON permits but no writer of ours makes: duplicate keys, NaN, infinity."""
+    def unique(pairs):
+        require(len(dict(pairs)) == len(pairs), path, "duplicate key in the header")
+        return dict(pairs)
+
+    def finite(number):
+        require(math.isfinite(float(number)), path, "number out of range in the header")
+        return float(number)
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: header is not JSON ({str(error)[:60]})") from error
+
+
+def read_container(path, kind: str) -> tuple[dict, list[tuple[dict, bytearray]]]:
+    """Meta and [(entry, payload)] of a file whose checksum and every size hold; a UserError names any fault.
+
+    Sizes are compared with the real file before anything is allocated; memory never exceeds the file's size.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            require(size >= PREFIX.size + 32, path, f"{size} bytes are too few for a {kind}")
+            magic, version, stored, raw = PREFIX.unpack(file.read(PREFIX.size))
+            require(magic == MAGIC, path, "not a file of this program (wrong magic)")
+            require(version == VERSION, path, f"format version {version}; this program reads {VERSION}")
+            digest, left = hashlib.sha256(), size - 32
+            file.seek(0)
+            while left:
+                block = file.read(min(left, 1 << 22))
+                require(block, path, "shrank while being read")
+                digest.update(block)
+                left -= len(block)
+            require(file.read(33) == digest.digest(), path, "checksum differs: the file is damaged or truncated")
+            require(stored <= size - PREFIX.size - 32 and raw <= MAX_HEADER, path, "header size is impossible")
+            file.seek(PREFIX.size)
+            header = parse_header(decompress("zlib", file.read(stored), raw, path), path)
+            sections = check_header(header, kind, size - PREFIX.size - 32 - stored, path)
+            payloads = [bytearray(entry["stored"]) for entry in sections]
+            for payload in payloads:
+                require(file.readinto(payload) == len(payload), path, "shrank while being read")
+        return header["meta"], list(zip(sections, payloads))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def check_header(header, kind: str, payload_bytes: int, path) -> list[dict]:
+    require(isinstance(header, dict) and set(header) == {"kind", "meta", "sections"}, path, "header has other fields")
+    found = str(header["kind"])[:40]
+    require(header["kind"] == kind, path, f"is a {found!r} file; a {kind!r} file is needed")
+    require(isinstance(header["meta"], dict) and isinstance(header["sections"], list), path, "header has other types")
+    seen, total = set(), 0
+    for entry in header["sections"]:
+        require(isinstance(entry, dict) and set(entry) == {"name", "codec", "stored", "raw", "dtype", "shape"}, path,
+                "section entry has other fields")
+        name, shape = entry["name"], entry["shape"]
+        require(isinstance(name, str) and name not in seen, path, "section name is no text or occurs twice")
+        require(all(type(entry[key]) is int and 0 <= entry[key] < 1 << 48 for key in ("stored", "raw")), path,
+                "section size is impossible")
+        require(isinstance(entry["dtype"], str) and entry["dtype"] in DTYPES, path, "section has an unknown dtype")
+        require(is_shape(shape) and math.prod(shape) * DTYPES[entry["dtype"]].itemsize == entry["raw"], path,
+                "section size and shape disagree")
+        require(isinstance(entry["codec"], str) and (entry["codec"] != "raw" or entry["stored"] == entry["raw"]), path,
+                "section codec and sizes disagree")
+        seen.add(name)
+        total += entry["stored"]
+    require(total == payload_bytes, path, "section sizes do not add up to the file's size")
+    return header["sections"]
+
+
+def is_shape(shape) -> bool:
+    return isinstance(shape, list) and len(shape) <= 8 and all(type(n) is int and 0 <= n < 1 << 40 for n in shape)
+
+
+def write_tensors(path, kind: str, meta: dict, tensors: dict[str, Tensor]) -> int:
+    """Uncompressed tensors in the container (checkpoints); returns bytes written. Tensors may live on any device."""
+    def section(name, t):
+        data = {"name": name, "codec": "raw", "stored": t.numel() * t.itemsize, "raw": t.numel() * t.itemsize,
+                "dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)}
+        require(data["dtype"] in DTYPES, path, f"{name} has dtype {t.dtype}, which is not stored")
+        return data, lambda: t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return write_container(path, kind, meta, [section(name, t) for name, t in tensors.items()])
+
+
+def read_tensors(path, kind: str) -> tuple[dict, dict[str, Tensor]]:
+    """Meta and tensors (CPU) of write_tensors; strict."""
+    meta, sections = read_container(path, kind)
+    tensors = {}
+    for entry, payload in sections:
+        require(entry["codec"] == "raw", path, f"section {entry['name'][:60]!r} is compressed")
+        dtype = DTYPES[entry["dtype"]]
+        require(dtype != torch.bool or not payload or max(payload) <= 1, path, "a truth value is neither 0 nor 1")
+        flat = torch.frombuffer(payload, dtype=dtype) if payload else torch.empty(0, dtype=dtype)
+        tensors[entry["name"]] = flat.reshape(entry["shape"])
+    return meta, tensors
+
+
+# Codecs. Weights on a grid are noise with a skewed histogram: only symbol frequencies can be exploited, and "rans",
+# an entropy coder over the streams' own histograms, comes within 0.1% of the entropy where Huffman codes lose 0.5-2%.
+def compress(codec: str, data: bytes) -> bytes:
+    if codec == "zlib":
+        return zlib.compress(data, 9)
+    if codec == "lzma":
+        return lzma.compress(data, lzma.FORMAT_RAW, filters=LZMA2)
+    if codec == "zstd":
+        return zstandard.ZstdCompressor(level=22).compress(data)
+    return brotli.compress(data, quality=11, lgwin=20)
+
+
+def decompress(codec: str, data, raw: int, path) -> bytes:
+    """Exactly raw bytes; no more are ever allocated, whatever the data claim."""
+    require(codec in ("zlib", "lzma", "zstd", "brotli"), path, f"codec {str(codec)[:20]!r} is unknown")
+    require(codec != "zstd" or zstandard, path, "needs the package zstandard, which is not installed")
+    require(codec != "brotli" or brotli, path, "needs the package brotli, which is not installed")
+    try:
+        if codec == "zlib":
+            out = zlib.decompressobj().decompress(data, raw + 1)
+        elif codec == "lzma":
+            out = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA2).decompress(data, raw + 1)
+        elif codec == "zstd":
+            with zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(bytes(data)) as reader:
+                out = reader.read(raw + 1)
+        else:
+            out = brotli.Decompressor().process(bytes(data), output_buffer_limit=raw + 1)
+    except Exception as error:                 # each library has its own class of errors
+        raise UserError(f"{path}: {codec} data are damaged ({str(error)[:60]})") from error
+    require(len(out) == raw, path, f"{codec} data have another size than the header says")
+    return out
+
+
+BITS, LOW = 15, 1 << 31                    # precision of a frequency; lane states lie in [2^31, 2^63)
+
+
+def rans_lanes(size: int) -> int:
+    return min(max(size >> 12, 1), 2048)   # a lane costs 4 bytes of the file, more lanes make longer array operations
+
+
+def rans_rows(lengths, lanes: int):
+    """(stream, start, stop of row 1, stop of row 2) for each step: two rows of at most `lanes` symbols."""
+    at = 0
+    for stream, length in enumerate(lengths):
+        for start in range(at, at + length, 2 * lanes):
+            yield stream, start, min(start + lanes, at + length), min(start + 2 * lanes, at + length)
+        at += length
+
+
+def frequencies(counts: np.ndarray) -> np.ndarray:
+    """(256,) integers that sum to 2^BITS, positive where counts are."""
+    f = np.maximum(counts * ((1 << BITS) / max(counts.sum(), 1)), counts > 0).astype(np.int64)
+    while (excess := f.sum() - (1 << BITS)) and counts.any():          # the largest bear the rounding
+        f[f.argmax()] -= excess if excess < 0 else min(excess, f.max() // 2)
+    return f
+
+
+def rans_encode(data: np.ndarray, lengths) -> bytes:
+    """Interleaved rANS (Duda 2013; Giesen 2014) of uint8 streams laid end to end, one frequency table per stream.
+
+    Symbol i of a row belongs to lane i. Two symbols are coded between renormalizations, whose 32-bit words go to one
+    common list; coding runs backwards so that decoding runs forwards. Layout: bytes of the zlib'd tables u32, tables,
+    lane states u64, words u32.
+    """
+    cuts = np.cumsum([0, *lengths])
+    tables = [frequencies(np.bincount(data[a:b], minlength=256)) for a, b in zip(cuts, cuts[1:])]
+    tables = np.array(tables, np.int64).reshape(-1, 256)
+    starts = np.cumsum(tables, 1) - tables
+    lanes = rans_lanes(len(data))
+    x, words = np.full(lanes, LOW, np.int64), []
+    for stream, a, b, c in reversed(list(rans_rows(lengths, lanes))):
+        first, second = data[a:b], data[b:c]
+        f, g = tables[stream][first], tables[stream][second]
+        top = x[:b - a]
+        limit = f << BITS
+        limit[:c - b] = f[:c - b] * g
+        full = np.flatnonzero(top >> (63 - 2 * BITS) >= limit)
+        words.append(top[full].astype(np.uint32))                      # the low 32 bits
+        top[full] >>= 32
+        for symbol, freq in ((second, g), (first, f)):
+            lane = x[:len(symbol)]
+            lane += lane // freq * ((1 << BITS) - freq) + starts[stream][symbol]
+    table = tables.astype("<u2").view(np.uint8).reshape(-1, 2).T       # high bytes apart
+    table = zlib.compress(np.ascontiguousarray(table).tobytes(), 9)
+    return b"".join([struct.pack("<I", len(table)), table, x.astype("<u8").tobytes(),
+                     *(w.astype("<u4").tobytes() for w in reversed(words))])
+
+
+def rans_decode(payload, lengths, path) -> np.ndarray:
+    """Inverse of rans_encode: uint8 (sum of lengths,). Every fault of hostile data is a UserError."""
+    size, count, damaged = sum(lengths), len(lengths), "rans data are damaged"
+    lanes, at = rans_lanes(size), 4 + int.from_bytes(payload[:4], "little")
+    require(at + 8 * lanes <= len(payload) and (len(payload) - at) % 4 == 0, path, damaged)
+    tables = np.frombuffer(decompress("zlib", payload[4:at], 512 * count, path), np.uint8).reshape(2, -1)
+    tables = (tables[0] + tables[1].astype(np.int64) * 256).reshape(count, 256)
+    require((tables.sum(1) == np.where(np.array(lengths) > 0, 1 << BITS, 0)).all(), path, damaged)
+    x = np.frombuffer(payload, "<i8", lanes, at).astype(np.int64)
+    words = np.frombuffer(payload, "<u4", offset=at + 8 * lanes).astype(np.int64)
+    require((x >= LOW).all(), path, damaged)
+    out, used, current = np.empty(size, np.uint8), 0, -1
+    for stream, a, b, c in rans_rows(lengths, lanes):
+        if stream != current:                  # slot -> frequency << 32 | offset within the symbol << 8 | symbol
+            f, current = tables[stream], stream
+            slot = np.repeat(f << 32 | np.arange(256), f)
+            slot |= (np.arange(1 << BITS) - np.repeat(np.cumsum(f) - f, f)) << 8
+        for lo, hi in ((a, b), (b, c)):
+            lane = x[:hi - lo]
+            entry = slot.take(lane & ((1 << BITS) - 1))
+            out[lo:hi] = entry                 # keeps the low byte
+            lane >>= BITS
+            lane *= entry >> 32
+            lane += entry >> 8 & 0xffffff
+        low = np.flatnonzero(x < LOW)
+        require(used + len(low) <= len(words), path, damaged)
+        x[low] = x[low] << 32 | words[used:used + len(low)]
+        used += len(low)
+    require(used == len(words) and (x == LOW).all(), path, damaged)
+    return out
+
+
+# Streams. What looks alike is laid together: symbols of all rows of a grid, in up to 16 classes of rows with similar
+# histograms (chosen by code length), then the classes, then scales and plain values, high and low bytes apart.
+def row_classes(rows: list[np.ndarray], pairs: bool) -> np.ndarray:
+    """Class 0..15 of each row of uint8 symbols: entropy-constrained clustering (Chou, Lookabaugh, Gray 1989)."""
+    def histogram(q):
+        return np.bincount((np.arange(len(q), dtype=np.int64)[:, None] * width + q).ravel(),
+                           minlength=len(q) * width).reshape(len(q), width)
+    width = 1 + max((int(q.max()) for q in rows if q.size), default=0)
+    counts = np.concatenate([histogram(q) for q in rows]).astype(np.float32)
+    total, used = counts.sum(0), (counts.sum(0) > 0).sum()
+    table_bits = 10.0 * (used ** 2 if pairs else used)
+    order = np.argsort(counts @ -np.log2(np.maximum(total, 1) / total.sum().clip(1)) / counts.sum(1).clip(1),
+                       kind="stable")
+    best = np.zeros(len(counts), np.uint8), np.inf
+    for number in (1, 4, 16):
+        ids = np.empty(len(counts), np.int64)
+        ids[order] = np.arange(len(counts)) * number // max(len(counts), 1)
+        for _ in range(6 if number > 1 else 1):
+            share = np.stack([counts[ids == c].sum(0) for c in range(number)]) + 0.01
+            prior = np.bincount(ids, minlength=number) + 0.01
+            bits = counts @ -np.log2(share / share.sum(1, keepdims=True)).T - np.log2(prior / prior.sum())
+            ids = bits.argmin(1)
+        cost = bits.min(1).sum() + table_bits * len(np.unique(ids))
+        if cost < best[1]:
+            best = ids.astype(np.uint8), cost
+    return best[0]
+
+
+def to_bytes(t: Tensor) -> np.ndarray:
+    """(itemsize, n) uint8 byte planes of a tensor, the high byte first."""
+    flat = t.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().reshape(-1, t.itemsize).T[::-1]
+
+
+def from_bytes(planes: list[np.ndarray], dtype: torch.dtype) -> Tensor:
+    whole = np.ascontiguousarray(np.stack(planes[::-1], 1)).reshape(-1)
+    return torch.from_numpy(whole).view(dtype) if whole.size else torch.empty(0, dtype=dtype)
+
+
+def grid_layout(grid: Grid) -> tuple[bool, bool, torch.dtype | None]:
+    """(has symbols, two symbols per byte, dtype of scales or of plain values)."""
+    scale = {"intn": torch.bfloat16, "int8": torch.float16, "fp8": None}
+    if grid.kind not in scale:
+        return False, False, PLAIN[grid.kind]
+    return True, grid.kind == "intn" and grid.qmax < 8, scale[grid.kind]
+
+
+def table_groups(table) -> dict[Grid, list[int]]:
+    groups = {}
+    for i, (_, grid, _) in enumerate(table):
+        groups.setdefault(grid, []).append(i)
+    return groups
+
+
+def build_streams(table, encoded) -> list[np.ndarray]:
+    """table: [(name, grid, shape)], encoded: their arrays; returns uint8 streams in the order read_streams expects."""
+    streams = []
+    for grid, members in table_groups(table).items():
+        with_symbols, pairs, dtype = grid_layout(grid)
+        arrays = [encoded[i] for i in members]
+        if with_symbols:
+            rows = [a["q"].cpu() for a in arrays]
+            rows = [(q if grid.kind == "fp8" else (q + grid.qmax).view(torch.uint8)).numpy() for q in rows]
+            ids = row_classes(rows, pairs)
+            streams.append(ids)
+            split = np.split(ids, np.cumsum([len(q) for q in rows])[:-1])
+            for c in range(16):
+                q = np.concatenate([q[own == c].ravel() for q, own in zip(rows, split)])
+                if pairs:
+                    q = np.append(q, np.zeros(len(q) % 2, np.uint8))
+                    q = q[::2] << 4 | q[1::2]
+                streams.append(q)
+        if dtype:
+            key = "s" if with_symbols else "v"
+            streams.extend(np.concatenate([to_bytes(a[key]) for a in arrays], 1))
+    return streams
+
+
+def read_streams(table, lengths: list[int], data: np.ndarray, path) -> list[dict[str, Tensor]]:
+    """Arrays of every tensor of the table from the streams laid end to end; every length is checked."""
+    pieces, arrays = iter(np.split(data, np.cumsum(lengths)[:-1])), [{} for _ in table]
+
+    def take(length):
+        piece = next(pieces)
+        require(len(piece) == length, path, "stream lengths and tensor shapes disagree")
+        return piece
+    for grid, members in table_groups(table).items():
+        with_symbols, pairs, dtype = grid_layout(grid)
+        shapes = [rows_columns(table[i][2]) for i in members]
+        sizes = [r if with_symbols else r * n for r, n in shapes]
+        if with_symbols:
+            ids = take(sum(sizes))
+            require(not ids.size or ids.max() < 16, path, "a row's class is out of range")
+            split = np.split(ids, np.cumsum(sizes)[:-1])
+            q = [np.empty(shape, np.uint8) for shape in shapes]
+            for c in range(16):
+                own = [s == c for s in split]
+                count = sum(int(o.sum()) * n for o, (_, n) in zip(own, shapes))
+                piece, at = take((count + 1) // 2 if pairs else count), 0
+                if pairs:
+                    piece = np.stack((piece >> 4, piece & 15), 1).reshape(-1)
+                for tensor, o, (_, n) in zip(q, own, shapes):
+                    stop = at + int(o.sum()) * n
+                    tensor[o], at = piece[at:stop].reshape(-1, n) if n else 0, stop
+            for i, symbol in zip(members, q):
+                if grid.kind != "fp8":
+                    require(not symbol.size or symbol.max() <= 2 * grid.qmax, path, "a symbol is out of range")
+                    symbol = (symbol - np.uint8(grid.qmax)).view(np.int8)
+                arrays[i]["q"] = torch.from_numpy(symbol)
+        if dtype:
+            values = from_bytes([take(sum(sizes)) for _ in range(dtype.itemsize)], dtype).split(sizes)
+            for i, value in zip(members, values):
+                arrays[i]["s" if with_symbols else "v"] = value
+    return arrays
+
+
+def entropy_bytes(symbols: np.ndarray) -> float:
+    """Bytes of the empirical order-0 entropy of uint8 symbols."""
+    counts = np.bincount(symbols.reshape(-1), minlength=256).astype(np.float64)
+    counts = counts[counts > 0]
+    return float((counts * (math.log2(counts.sum()) - np.log2(counts))).sum() / 8) if counts.size else 0.0
+
+
+def tensor_entropy(arrays: dict[str, Tensor]) -> float:
+    """Bytes one tensor needs by itself: entropy of its symbols, scales and plain values at full width."""
+    return sum(entropy_bytes(t.cpu().view(torch.uint8).numpy()) if key == "q" else t.numel() * t.itemsize
+               for key, t in arrays.items())
+
+
+def encode_all(tensors) -> tuple[list, list[dict]]:
+    table = [(name, grid, list(w.shape)) for name, (w, grid) in tensors.items()]
+    return table, [encode(w, grid, name) for name, (w, grid) in tensors.items()]
+
+
+def artifact_meta(config: dict, table, streams) -> dict:
+    return {"config": config, "tensors": [[name, str(grid), shape] for name, grid, shape in table],
+            "streams": [len(s) for s in streams]}
+
+
+def estimate_bytes(tensors: dict[str, tuple[Tensor, Grid]], config: dict | None = None,
+                   normal: bool = False) -> dict:
+    """Predicted artifact bytes from entropies, nothing compressed. {"bytes", "entropy_bytes", "per_tensor"}
+
+    normal: stand-ins for what training will make of tensors that start as a constant (zero-initialized matrices, whose
+    entropy is 0 now), and of all rows on a step grid: normal numbers, on which a row's step does not depend.
+    """
+    if normal:
+        draw = torch.Generator().manual_seed(0)
+        tensors = {name: (torch.empty(w.shape).normal_(0, 0.02, generator=draw) if grid.kind in ("intn", "int8") or
+                          grid.kind == "fp8" and not w.any() else w, grid) for name, (w, grid) in tensors.items()}
+    table, encoded = encode_all(tensors)
+    streams = build_streams(table, encoded)
+    per_tensor = {name: tensor_entropy(arrays) for (name, _, _), arrays in zip(table, encoded)}
+    tables = zlib.compress(b"".join(frequencies(np.bincount(s, minlength=256)).astype("<u2").tobytes()
+                                    for s in streams), 9)
+    head = len(zlib.compress(json.dumps(artifact_meta(config or {}, table, streams)).encode(), 9)) + 150
+    lanes = 4 * rans_lanes(sum(map(len, streams)))
+    return {"bytes": round(sum(map(entropy_bytes, streams)) + len(tables) + head + lanes),
+            "entropy_bytes": round(sum(per_tensor.values())), "per_tensor": per_tensor}
+
+
+CODECS = ("brotli", "lzma", "zstd", "zlib", "rans")           # slowest first: they run side by side
+
+
+def pack(data: np.ndarray, lengths, codecs=CODECS) -> tuple[list, dict]:
+    """The smallest coding of the streams: ([(entry, payload)], report).
+
+    Brotli 11 needs 3 s per MB: of more than 4 MB it sees every fourth piece first, and the rest only if those say that
+    it wins; else its bytes are an estimate, and the report says so. A codec that fails is an error.
+    """
+    pieces = [data[at:at + PIECE].tobytes() for at in range(0, len(data), PIECE)]
+    missing = [c for c, module in (("brotli", brotli), ("zstd", zstandard)) if module is None and c in codecs]
+    codecs, sizes, estimated = [c for c in CODECS if c in codecs and c not in missing], {}, []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        sample = range(0, len(pieces), 4 if len(pieces) > 8 and "zlib" in codecs else 1)
+        done = {c: {i: pool.submit(compress, c, pieces[i]) for i in (sample if c == "brotli" else range(len(pieces)))}
+                for c in codecs if c != "rans"}
+        coded = rans_encode(data, lengths) if "rans" in codecs else b""
+        if coded:
+            sizes["rans"] = len(coded)
+        try:
+            for codec, futures in reversed(done.items()):
+                parts = {i: len(future.result()) for i, future in futures.items()}
+                sizes[codec] = sum(parts.values())
+                if len(parts) < len(pieces):   # its ratio to zlib on the same pieces, for they differ in entropy
+                    ratio = sizes[codec] / sum(len(done["zlib"][i].result()) for i in parts)
+                    sizes[codec] = round(ratio * sizes["zlib"])
+                    if sizes[codec] > min(sizes.values()):
+                        estimated.append(codec)
+                        continue
+                    futures |= {i: pool.submit(compress, codec, piece) for i, piece in enumerate(pieces)
+                                if i not in parts}
+                    sizes[codec] = sum(len(future.result()) for future in futures.values())
+        except Exception as error:
+            raise RuntimeError(f"codec {codec} failed: {error}") from error
+        best = min((c for c in sizes if c not in estimated), key=sizes.get)
+        payloads = [coded] if best == "rans" else [done[best][i].result() for i in range(len(pieces))]
+    raws = [len(data)] if best == "rans" else [len(p) for p in pieces]
+    sections = [({"name": str(i), "codec": best, "stored": len(p), "raw": raw, "dtype": "uint8", "shape": [raw]}, p)
+                for i, (p, raw) in enumerate(zip(payloads, raws))]
+    return sections, {"codec": best, "codec_bytes": sizes, "codec_estimated": estimated, "codec_missing": missing}
+
+
+def write_artifact(path, config: dict, tensors: dict[str, tuple[Tensor, Grid]], codecs=CODECS) -> dict:
+    """Stores tensors {name: (weights, grid)} and a JSON-able config; returns a report:
+
+    codec, codec_bytes per codec (payload), codec_estimated, codec_missing, bytes (the file), entropy_bytes (the sum of
+    the tensors' empirical entropies plus scales). The same input makes the same file.
+    """
+    table, encoded = encode_all(tensors)
+    streams = build_streams(table, encoded)
+    data = np.concatenate([*streams, np.empty(0, np.uint8)])
+    sections, report = pack(data, [len(s) for s in streams], codecs)
+    size = write_container(path, "artifact", artifact_meta(config, table, streams), sections)
+    return report | {"bytes": size, "entropy_bytes": round(sum(map(tensor_entropy, encoded)))}
+
+
+def check_table(meta: dict, sections, path) -> list[tuple[str, Grid, list[int]]]:
+    """The tensor table of an artifact, after every bound that can be checked before decoding holds."""
+    require(set(meta) == {"config", "tensors", "streams"} and isinstance(meta["config"], dict), path,
+            "artifact's meta data have other fields")
+    rows, lengths = meta["tensors"], meta["streams"]
+    require(isinstance(rows, list) and all(isinstance(r, list) and len(r) == 3 and isinstance(r[0], str) and
+            is_shape(r[2]) for r in rows), path, "tensor table has another form")
+    require(len({r[0] for r in rows}) == len(rows), path, "tensor name occurs twice")
+    try:
+        table = [(name, Grid.parse(grid), shape) for name, grid, shape in rows]
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    need = sum(max(math.prod(shape), rows_columns(shape)[0]) for _, _, shape in table)
+    require(need <= MAX_ELEMENTS, path, f"{need} weights are more than the {MAX_ELEMENTS} allowed")
+    layout = [grid_layout(grid) for grid in table_groups(table)]
+    count = sum(17 * symbols + (dtype.itemsize if dtype else 0) for symbols, _, dtype in layout)
+    require(isinstance(lengths, list) and len(lengths) == count and all(type(n) is int and n >= 0 for n in lengths) and
+            sum(lengths) == sum(e["raw"] for e, _ in sections) <= 4 * need + 16, path,
+            "stream lengths, tensor table and sections disagree")
+    return table
+
+
+def read_artifact(path, check=None) -> tuple[dict, dict[str, Tensor], dict[str, Grid]]:
+    """(config, {name: fp32 grid values}, {name: grid}); strict: any fault is a UserError naming file and fault.
+
+    check(config, {name: shape}) may refuse another model before anything is decoded.
+    """
+    meta, sections = read_container(path, "artifact")
+    table = check_table(meta, sections, path)
+    if check:
+        check(meta["config"], {name: tuple(shape) for name, _, shape in table})
+    lengths = meta["streams"]
+    if [entry["codec"] for entry, _ in sections] == ["rans"]:
+        data = rans_decode(sections[0][1], lengths, path)
+    else:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            parts = list(pool.map(lambda s: decompress(s[0]["codec"], s[1], s[0]["raw"], path), sections))
+        data = np.frombuffer(b"".join(parts), np.uint8)
+    arrays = read_streams(table, lengths, data, path)
+    tensors = {name: decode(a, grid, shape) for (name, grid, shape), a in zip(table, arrays)}
+    require(all(map(all_finite, tensors.values())), path, "holds NaN or infinity")
+    return meta["config"], tensors, {name: grid for name, grid, _ in table}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# checkpoint: everything an uninterrupted run would have at that step, in the artifact's container (no pickle)
+# ---------------------------------------------------------------------------------------------------------------
+
+class Checkpoints:
+    """The folder of a run's checkpoints; rank 0 writes them in the background from a snapshot."""
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder, self.keep = folder, keep
+        self.thread: threading.Thread | None = None
+        self.fault: UserError | None = None
+
+    def paths(self) -> list[Path]:
+        """Existing checkpoints, newest first."""
+        return sorted(self.folder.glob("step_*.ckpt"), reverse=True)
+
+    def save(self, step: int, meta: dict, tensors: dict[str, Tensor]) -> None:
+        """Snapshot now, write behind the training loop's back; a fault of the write before is raised here."""
+        self.wait()
+        snapshot = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+        def write() -> None:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for left in self.folder.glob(".step_*.tmp"):  # by a writer that was killed
+                    left.unlink()
+                write_tensors(self.folder / f"step_{step:09d}.ckpt", "checkpoint", meta, snapshot)
+                by_age = sorted(self.paths(), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+                for old in by_age[self.keep:]:  # not by step: a damaged newer one must not outlive this one
+                    old.unlink()
+            except OSError as error:
+                self.fault = UserError(f"{self.folder}: no checkpoint of step {step} ({error.strerror})")
+            except UserError as error:
+                self.fault = error
+
+        self.thread = threading.Thread(target=write, name="checkpoint")
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Until the last write is on disk; raises its fault."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.fault is not None:
+            fault, self.fault = self.fault, None
+            raise fault
+
+    def newest(self, say: Callable[[str], None]) -> tuple[dict, dict[str, Tensor]] | None:
+        """Meta and tensors of the newest valid checkpoint; damaged ones are named and passed over."""
+        for path in self.paths():
+            try:
+                return read_tensors(path, "checkpoint")
+            except UserError as error:
+                say(f"checkpoint passed over: {error}")
+        return None
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Knobs that differ, as lines `NAME: old -> new`."""
+    return [f"{name}: {format_knob(old.get(name))} -> {format_knob(new.get(name))}"
+            for name in sorted(set(old) | set(new)) if old.get(name) != new.get(name)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# evaluation: bits per byte, standard, sliding, tempered, carried; diagnostics of the latent
+# ---------------------------------------------------------------------------------------------------------------
+
+class Score(NamedTuple):
+    """Mean negative log-likelihood per token (nats) and bits per byte."""
+    loss: float
+    bpb: float
+
+
+class Evaluator:
+    """Scores one model on one set of tokens (n,) int64. Every token but the first is a target exactly once."""
+
+    def __init__(self, model: LanguageModel, tokens: Tensor, vocabulary: Vocabulary, seq_len: int, batch_tokens: int,
+                 runtime: Runtime, forward: Callable | None = None):
+        self.model, self.tokens, self.vocabulary, self.runtime = model, tokens, vocabulary, runtime
+        self.seq_len, self.forward = seq_len, forward or model
+        self.rows = max(1, batch_tokens // seq_len)
+        self.targets = len(tokens) - 1
+        self.bytes = int(vocabulary.target_bytes(tokens[:-1], tokens[1:]).sum())
+
+    def _finish(self, total: Tensor) -> list[Score]:
+        """Sums of NLL (K,) fp64 of this rank -> scores of all ranks."""
+        total = total.to("cpu")
+        if self.runtime.world > 1:
+            dist.all_reduce(total, group=self.runtime.control)
+        return [Score(nll / self.targets, nll / math.log(2) / max(self.bytes, 1)) for nll in total.tolist()]
+
+    def _hidden(self, ids: Tensor, states: list | None = None) -> tuple[Tensor, list]:
+        h, _, states = self.forward(self.runtime.to_device(ids), self.runtime.dtype, states)
+        return h, states
+
+    def _nll(self, h: Tensor, targets: Tensor, temperatures: Sequence[float] = (1.0,)) -> Tensor:
+        """Sum of the NLL at each temperature (K,) fp64; h (...,D), targets (...). The V-wide logits come in pieces."""
+        h, targets = h.reshape(-1, h.size(-1)), self.runtime.to_device(targets.reshape(-1))
+        piece = max(1, (1 << (25 if self.runtime.cuda else 22)) // self.vocabulary.base_bytes.numel())
+        total = torch.zeros(len(temperatures), dtype=torch.float64, device=h.device)
+        for part, wanted in zip(h.split(piece), targets.split(piece)):
+            logits = self.model.logits(part)
+            for index, temperature in enumerate(temperatures):
+                scaled = logits if temperature == 1 else logits / temperature
+                total[index] += F.cross_entropy(scaled, wanted, reduction="none").double().sum()
+        return total
+
+    @torch.no_grad()
+    def standard(self, temperatures: Sequence[float] = (1.0,), label: str = "validation") -> list[Score]:
+        """Rows of seq_len tokens side by side, each from an empty context; one score per temperature."""
+        rows, T, rank, world = self.targets // self.seq_len, self.seq_len, self.runtime.rank, self.runtime.world
+        first, last = rows * rank // world, rows * (rank + 1) // world
+        total = torch.zeros(len(temperatures), dtype=torch.float64, device=self.runtime.device)
+        for row in progress_bar(range(first, last, self.rows), label, self.runtime.main):
+            span = self.tokens[row * T:min(row + self.rows, last) * T + 1]
+            h, _ = self._hidden(span[:-1].view(-1, T))
+            total += self._nll(h, span[1:], temperatures)
+        return self._finish(total)
+
+    @torch.no_grad()
+    def sliding(self, stride: int, batch: int, temperature: float = 1.0, label: str = "sliding") -> Score:
+        """Windows of seq_len every `stride` tokens: the first scores all its tokens, later ones their last `stride`.
+
+        When the last whole window ends before the text does, one more ends with it and scores what is left. So each
+        token is scored once, with the longest context that the windows offer."""
+        T, n, rank, world = self.seq_len, self.targets, self.runtime.rank, self.runtime.world
+        windows = self.tokens[:-1].unfold(0, T, stride)                             # (W,T), a view
+        targets = self.tokens[1:].unfold(0, T, stride)[:, T - stride:]              # (W,stride), a view
+        count, left = len(windows) - 1, (n - T) % stride
+        total = torch.zeros(1, dtype=torch.float64, device=self.runtime.device)
+        if rank == 0:
+            total += self._nll(self._hidden(self.tokens[:T].view(1, T))[0], self.tokens[1:T + 1], [temperature])
+            if left:
+                h = self._hidden(self.tokens[n - T:n].view(1, T))[0][:, T - left:]
+                total += self._nll(h, self.tokens[n + 1 - left:], [temperature])
+        first, last = 1 + count * rank // world, 1 + count * (rank + 1) // world
+        scored, bar = 0, progress_bar(range(first, last, batch), label, self.runtime.main)
+        for index in bar:
+            part = slice(index, min(index + batch, last))
+            h, _ = self._hidden(windows[part])
+            total += self._nll(h[:, T - stride:], targets[part], [temperature])
+            scored += part.stop - part.start
+            if hasattr(bar, "set_postfix_str"):  # a terminal: show the figure so far
+                share = scored * stride + (T + left if rank == 0 else 0)
+                bar.set_postfix_str(f"bpb {float(total) / math.log(2) / share * n / max(self.bytes, 1):.4f}")
+        return self._finish(total)[0]
+
+    @torch.no_grad()
+    def carried(self, temperature: float = 1.0, label: str = "carried") -> Score:
+        """One pass, the recurrent state carried from piece to piece: each token is scored with all of its past.
+
+        Sequential by nature, so rank 0 does it alone, in pieces as long as the batch allows."""
+        total = torch.zeros(1, dtype=torch.float64, device=self.runtime.device)
+        if self.runtime.rank == 0:
+            states, piece = None, self.rows * self.seq_len
+            for start in progress_bar(range(0, self.targets, piece), label):
+                stop = min(start + piece, self.targets)
+                h, states = self._hidden(self.tokens[start:stop].unsqueeze(0), states)
+                total += self._nll(h, self.tokens[start + 1:stop + 1], [temperature])
+        return self._finish(total)[0]
+
+    def best_temperature(self) -> float:
+        """Temperature of the lowest NLL on these tokens: a coarse grid, then +-0.06 in steps of 0.02."""
+        coarse = [0.5, 0.7, 0.85, 0.95, 1.0, 1.1, 1.3, 1.5, 2.0]
+        losses = [score.loss for score in self.standard(coarse, "temperature")]
+        best = coarse[losses.index(min(losses))]
+        fine = [round(best + 0.02 * i, 4) for i in range(-3, 4)]
+        losses = [score.loss for score in self.standard(fine, "temperature")]
+        return fine[losses.index(min(losses))]
+
+
+# Diagnostics of the latent: one function each, tensors in, numbers out.
+
+def effective_rank(x: Tensor) -> float:
+    """exp of the entropy of the covariance's normalized eigenvalues (Roy & Vetterli 2007); x (...,L), from 1 to L."""
+    flat = x.float().flatten(0, -2)
+    values = torch.linalg.eigvalsh(torch.cov(flat.T).double().reshape(x.size(-1), -1)).clamp(min=0)
+    share = values / values.sum().clamp(min=1e-30)
+    return float(torch.exp(-(share * share.clamp(min=1e-30).log()).sum()))
+
+
+def within_share(x: Tensor) -> float:
+    """Share of the variance that lies within sequences: 0 when each row is constant, near 1 when rows are alike.
+    x (B,T,L)."""
+    x = x.double()
+    return float((x - x.mean(1, keepdim=True)).square().mean() / (x - x.mean((0, 1))).square().mean().clamp(min=1e-30))
+
+
+def lag1_autocorrelation(x: Tensor) -> float:
+    """sum (x_t - m)(x_{t+1} - m) / sqrt(sum (x_t - m)^2 sum (x_{t+1} - m)^2), m the mean of all; x (B,T,L)."""
+    x = x.double() - x.double().mean((0, 1))
+    a, b = x[:, :-1], x[:, 1:]
+    return float((a * b).sum() / (a.square().sum() * b.square().sum()).sqrt().clamp(min=1e-30))
+
+
+def predictability(guess: Tensor, target: Tensor) -> float:
+    """1 - MSE / variance of the target: 1 perfect, 0 no better than its mean. (B,S,L) each."""
+    target = target.double()
+    variance = (target - target.mean((0, 1))).square().mean().clamp(min=1e-30)
+    return float(1 - (guess.double() - target).square().mean() / variance)
+
+
+def gradient_shares(h: Tensor, terms: dict[str, Callable[[Tensor], Tensor]]) -> dict[str, float]:
+    """Norm of each weighted term's gradient in h relative to CE's, and its cosine with it. terms: name -> loss of h."""
+    leaf = h.detach().requires_grad_()
+    with torch.enable_grad():
+        grads = {name: torch.autograd.grad(term(leaf), leaf)[0].double().flatten() for name, term in terms.items()}
+    reference = grads["ce"].norm().clamp(min=1e-30)
+    found = {}
+    for name, grad in grads.items():
+        if name != "ce":
+            found[f"{name}_grad_ratio"] = float(grad.norm() / reference)
+            found[f"{name}_grad_cosine"] = float(grad @ grads["ce"] / (grad.norm().clamp(min=1e-30) * reference))
+    return found
+
+
+def linear_probe(h: Tensor, targets: Tensor, lengths: Tensor, vocab_size: int, steps: int, seed: int) -> float:
+    """Bits per byte of a linear classifier on frozen h (n,D): trained on the first 80% of the positions with `steps`
+    steps of Adam (1e-3, batch 4096), scored on the last 20%. targets (n,) ids, lengths (n,) their bytes."""
+    cut = int(0.8 * len(h))
+    h, generator = h.float(), torch.Generator().manual_seed(seed)
+    with torch.enable_grad():
+        weight = torch.zeros(vocab_size, h.size(-1), device=h.device, requires_grad=True)
+        bias = torch.zeros(vocab_size, device=h.device, requires_grad=True)
+        adam = torch.optim.Adam([weight, bias], lr=1e-3)
+        for _ in range(steps):
+            batch = torch.randint(cut, (min(4096, cut),), generator=generator).to(h.device)
+            adam.zero_grad()
+            token_loss_fused(h[batch], weight, bias, targets[batch])[0].backward()
+            adam.step()
+    nll = token_nll_fused(h[cut:], weight.detach(), bias.detach(), targets[cut:]).double().sum()
+    return float(nll / math.log(2) / lengths[cut:].sum().clamp(min=1))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# training: build, warm up, one step, the loop
+# ---------------------------------------------------------------------------------------------------------------
+
+def build_models(c: Config, kernels: Kernels | None = None) -> tuple[LanguageModel, JepaHead | None]:
+    """The stored model and the training-only head (None when every latent term is off), initialized from SEED."""
+    torch.manual_seed(c.seed)
+    model = LanguageModel(c, kernels)
+    return model, JepaHead(c) if c.latent_on else None
+
+
+def drawn(*key: int) -> torch.Generator:
+    """A generator that depends on the key alone, on every rank and after every resume."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+
+
+def unit_directions(count: int, width: int, generator: torch.Generator) -> Tensor:
+    return F.normalize(torch.randn(count, width, generator=generator), dim=-1)
+
+
+class Active(NamedTuple):
+    """Which terms a step computes: a term of weight 0 costs nothing. Static for the compiler, one graph each."""
+    ce: bool
+    jepa: bool
+    anti: bool
+
+
+class Trainer:
+    """Model, optimizer and data of a run, and the step that joins them."""
+
+    def __init__(self, config: Config, runtime: Runtime, stream: TokenStream):
+        c = self.config = config
+        self.runtime, self.stream = runtime, stream
+        self.kernels, self.note = choose_kernels(c, runtime)
+        self.model, self.jepa = build_models(c, self.kernels)
+        self.plan = storage_plan(self.model, c)
+        self.directions = unit_directions(c.num_proj, c.latent, drawn(c.seed, 1)).to(runtime.device)
+        self.model.to(runtime.device)
+        if self.jepa is not None:
+            self.jepa.to(runtime.device)
+        self.weights = Weights(self.model, self.jepa, self.plan, c, runtime)
+        self.optimizer = Optimizer(self.weights, c)
+        self.batches = Batches(stream, c.micro_batches, c.micro_rows, c.train_seq_len, lanes=c.carry_state)
+        self.mine = range(runtime.rank * c.micro_batches // runtime.world,
+                          (runtime.rank + 1) * c.micro_batches // runtime.world)
+        self.states = {micro: None for micro in self.mine}  # CARRY_STATE: the mixers' states of each micro-batch
+        self.position = 0
+        self.losses = compiled(self._losses, c.compile_mode)
+        self.forward = compiled(self.model, c.compile_mode) if runtime.cuda else self.model
+
+    def _losses(self, x: Tensor, y: Tensor, positions: Tensor, directions: Tensor, weights: Tensor, states,
+                active: Active) -> tuple[Tensor, Tensor, list]:
+        """Total loss, its parts [ce, jepa, anti] (3,) without gradient, and the mixers' states; one graph."""
+        c = self.config
+        h, x0, states = self.model(x, self.runtime.dtype, states)
+        ce = jepa = anti = seen = h.new_zeros((), dtype=torch.float32)
+        if active.ce:
+            features = self.model.features(h).flatten(0, 1)
+            ce, seen = self.kernels.token_loss(features, self.model.head(), self.model.vocab_bias, y.flatten(),
+                                               softcap=c.logit_softcap, softcap_type=c.softcap_type, z_loss=c.z_loss)
+        if active.jepa or active.anti:
+            z = self.jepa.project(h)
+        if active.jepa:
+            jepa = latent_rollout(self.jepa, z, x0, c.jepa_steps, c.jepa_target, c.jepa_chunk, c.jepa_loss,
+                                  c.detach_targets)
+        if active.anti and c.anticollapse == "sigreg":
+            anti = sigreg(z[:, positions], directions, c.sigreg_knots, c.sigreg_axis, c.sigreg_scale,
+                          self.runtime.average if c.sigreg_sync else None, self.runtime.world if c.sigreg_sync else 1)
+        elif active.anti:
+            anti = covariance_term(z)
+        total = weights[0] * ce + weights[1] * jepa + weights[2] * anti
+        if c.jepa_cov and (active.jepa or active.anti):
+            total = total + c.jepa_cov * covariance_term(z)
+        return total, torch.stack((seen, jepa.detach(), anti.detach())), states if c.carry_state else None
+
+    def step_inputs(self, step: int, micro: int) -> tuple:
+        """Tensors of one micro-batch on the device; what is random follows from (seed, step, micro-batch)."""
+        c, to = self.config, self.runtime.to_device
+        x, y = self.batches(self.position, micro)
+        positions = torch.randint(c.train_seq_len, (min(64, c.train_seq_len),), generator=drawn(c.seed, 2, step, micro))
+        directions = self.directions
+        if c.sigreg_resample:
+            directions = to(unit_directions(c.num_proj, c.latent, drawn(c.seed, 3, step)))
+        return to(x), to(y), to(positions), directions
+
+    def accumulate(self, step: int, at: LossWeights, backward: bool = True) -> Tensor:
+        """Gradients of this rank's micro-batches, summed over ranks; returns the sum of the parts [ce, jepa, anti]."""
+        c, parts = self.config, torch.zeros(3, device=self.runtime.device)
+        weights = self.runtime.to_device(torch.tensor([at.ce, at.jepa, at.anti]))
+        active = Active(at.ce > 0, at.jepa > 0, at.anti > 0)
+        for micro in self.mine:
+            loss, seen, states = self.losses(*self.step_inputs(step, micro), weights, self.states[micro], active)
+            self.weights.begin_micro(last=micro == self.mine[-1])
+            (loss / c.micro_batches).backward()
+            parts += seen / c.micro_batches
+            if c.carry_state:
+                self.states[micro] = [MambaState(*(t.detach().contiguous() for t in state)) for state in states]
+        self.weights.finish_gradients()
+        return parts
+
+    def train_step(self, at: Progress) -> Tensor:
+        """One optimizer step: grid, batches, losses, gradients, update. Returns [ce, jepa, anti, norm] of this rank."""
+        c, before = self.config, dict(self.states)
+        self.weights.load(qat=qat_on(at.fraction, c.qat_fraction))
+        parts = self.accumulate(at.step, loss_weights(at.fraction, c))
+        momentum = muon_momentum(at.step, c.muon_momentum_warmup_start, c.muon_momentum, c.muon_momentum_warmup_steps)
+        scale = lr_scale(at, c.warmdown, c.warmdown_fraction, c.warmdown_iters, c.min_lr)
+        norm, ok = self.optimizer.step(scale, momentum)
+        if averaging_on(at.fraction, c.swa_start):
+            self.weights.average(c.swa_decay, ok)
+        if c.carry_state:  # a skipped step may have left NaN in the states
+            for micro, states in self.states.items():
+                self.states[micro] = [MambaState(*(torch.where(ok > 0, n, o) for n, o in zip(new, old)))
+                                      for new, old in zip(states, before[micro])]
+        self.weights.zero_grad()
+        self.position += self.batches.values_per_step()
+        return torch.cat((parts, norm.view(1)))
+
+    def warm_up(self) -> None:
+        """Ghost steps at base LR, without QAT and clip; then weights, data and randomness go back, moments stay.
+
+        Also runs every combination of terms once that the schedule will ask for, so that nothing compiles later."""
+        c = self.config
+        masters = [group.master.clone() for group in self.weights.groups]
+        position, states, rng = self.position, dict(self.states), torch.get_rng_state()
+        if c.carry_state:
+            self.states = {micro: self.empty_states() for micro in self.mine}
+            states = dict(self.states)
+        for step in range(c.warmup_steps):
+            self.weights.load()
+            self.accumulate(step, loss_weights(0.0, c))
+            self.optimizer.step(1.0, c.muon_momentum, clip=False)
+            self.weights.zero_grad()
+            self.position += self.batches.values_per_step()
+        self.run_phases()
+        for group, master in zip(self.weights.groups, masters):
+            group.master.copy_(master)
+        self.position, self.states = position, states
+        torch.set_rng_state(rng)
+        self.optimizer.reset_after_warmup(c.warmup_rollback == "all")
+
+    def prepare(self, resumed: bool) -> None:
+        """Ghost warm-up, or on resume only the compilation; a batch that does not fit is refused with one that does."""
+        try:
+            self.run_phases() if resumed else self.warm_up()
+            return
+        except torch.OutOfMemoryError:
+            pass  # outside the handler, so that its frames no longer hold tensors
+        c, rows = self.config, self.config.micro_rows // 2
+        while rows and not self.fits(rows):
+            rows //= 2
+        fits = f"MICRO_BATCHES={c.micro_batches * c.micro_rows // rows}" if rows else "a smaller model or TRAIN_SEQ_LEN"
+        raise UserError(f"out of GPU memory with micro-batches of {c.micro_rows} rows of {c.train_seq_len}; the "
+                        f"largest that fits has {rows} rows ({rows * c.train_seq_len} tokens): take {fits}")
+
+    def fits(self, rows: int) -> bool:
+        """Whether forward and backward of a micro-batch of so many rows fit the device."""
+        self.runtime.free_memory()
+        self.batches.rows, self.weights.last_micro = rows, False
+        try:
+            self.losses = self._losses
+            weights = self.runtime.to_device(torch.ones(3))
+            active = Active(True, self.config.jepa_on, self.jepa is not None)
+            self.losses(*self.step_inputs(0, self.mine[0]), weights, None, active)[0].backward()
+            return True
+        except torch.OutOfMemoryError:
+            return False
+
+    def run_phases(self) -> None:
+        """Forward and backward once for every combination of active terms, changing nothing."""
+        if self.config.compile_mode == "off":
+            return
+        position, states = self.position, dict(self.states)
+        self.weights.load()
+        seen = set()
+        for p in np.linspace(0, 1, 1001):
+            at = loss_weights(float(p), self.config)
+            active = Active(at.ce > 0, at.jepa > 0, at.anti > 0)
+            if active not in seen:
+                seen.add(active)
+                self.accumulate(0, at)
+                self.weights.zero_grad()
+        self.position, self.states = position, states
+
+    def empty_states(self) -> list[MambaState]:
+        """States of rows that begin: zeros, so that the first step has the graph of all others."""
+        c, device = self.config, self.runtime.device
+        zeros = functools.partial(torch.zeros, c.micro_rows, device=device)
+        conv = zeros(c.d_conv - 1, c.d_inner + 2 * c.d_state, dtype=self.runtime.dtype)
+        ssm = zeros(c.d_inner // HEADDIM, HEADDIM, c.d_state)
+        return [MambaState(conv.clone(), ssm.clone()) for _ in range(c.num_layers)]
+
+
+def compiled(function: Callable, mode: str) -> Callable:
+    """torch.compile as one graph with static shapes, or the function itself."""
+    if mode == "off":
+        return function
+    if mode == "aot_eager":
+        return torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager")
+    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+
+
+class RunStopped(Exception):
+    """A run that ended before its end, on purpose: `code` is the exit code, the text says how to go on."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+class Signals:
+    """SIGTERM and SIGINT as a flag that the loop reads after each step; a second SIGINT ends at once."""
+
+    def __init__(self):
+        self.caught = 0
+        with contextlib.suppress(ValueError):  # not in the main thread (a test): leave signals alone
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._catch)
+
+    def _catch(self, number: int, frame) -> None:
+        if self.caught and number == signal.SIGINT:
+            os._exit(128 + number)
+        self.caught = number
+
+    def release(self) -> None:
+        """From here on signals act at once (the final evaluation can be repeated from the last checkpoint)."""
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Stopwatch:
+    """Training seconds: runs while training does, stands while validating, goes on after a resume."""
+
+    def __init__(self, seconds: float = 0.0):
+        self.before, self.started = seconds, None
+
+    def seconds(self) -> float:
+        return self.before + (now() - self.started if self.started is not None else 0.0)
+
+    @contextlib.contextmanager
+    def paused(self, runtime: Runtime) -> Iterator[None]:
+        """Stand still inside the block; the GPU's queue is waited for on both sides."""
+        runtime.synchronize()
+        self.before, self.started = self.seconds(), None
+        yield
+        runtime.synchronize()
+        self.started = now()
+
+
+def default_run_id(c: Config) -> str:
+    mixers = {"mamba2": "mamba2", "attention": "bytejepa"}.get(c.mixer, "hybrid")
+    begun = datetime.now()
+    if "TORCHELASTIC_RESTART_COUNT" in os.environ:  # the same name again when torchrun restarts its ranks
+        with contextlib.suppress(OSError):
+            begun = datetime.fromtimestamp(os.stat(f"/proc/{os.getppid()}").st_ctime)
+    return f"{mixers}-{c.tokenizer}-{c.num_layers}x{c.model_dim}-seed{c.seed}-{begun:%Y%m%d-%H%M%S}"
+
+
+RUN_FILES = ("log.txt", "metrics.jsonl", "config.json", "model.jepa", "result.json", "curves.png")
+
+
+def open_run(c: Config, runtime: Runtime) -> tuple[Path, Checkpoints, Path | None]:
+    """The run's folder, its checkpoints, and whether there is one to go on from. Rank 0 decides for all.
+
+    A finished run is refused unless OVERWRITE=1; an unfinished one resumes from its newest valid checkpoint."""
+    def decide() -> tuple[str, bool]:
+        run_id = c.run_id or default_run_id(c)
+        path = Path(c.runs_dir) / run_id
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # then OVERWRITE has had its turn
+        if c.overwrite and not restarted:
+            for name in RUN_FILES:
+                (path / name).unlink(missing_ok=True)
+            for old in checkpoints_of(c, path).paths():
+                old.unlink()
+        elif (path / "result.json").exists():
+            raise UserError(f"RUN_ID={run_id}: {path} holds a finished run; choose another RUN_ID, or OVERWRITE=1")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"RUNS_DIR={c.runs_dir}: {path} cannot be made ({error.strerror})") from error
+        return run_id
+
+    path = Path(c.runs_dir) / runtime.main_first(decide)
+    return path, checkpoints_of(c, path)
+
+
+def checkpoints_of(c: Config, path: Path) -> Checkpoints:
+    """Inside the run's folder, or in a folder of the run's name under CHECKPOINT_DIR: never shared by runs."""
+    return Checkpoints(Path(c.checkpoint_dir) / path.name if c.checkpoint_dir else path / "checkpoints",
+                       c.checkpoint_keep)
+
+
+class Run:
+    """One training run from the first line of its log to result.json."""
+
+    def __init__(self, config: Config, runtime: Runtime):
+        self.config, self.runtime = config, runtime
+        self.vocabulary = load_vocabulary(config)
+        validation = load_validation(config)
+        stream = TokenStream(find_shards(config.data_path, "train"), config.vocab_size)
+        self.trainer = Trainer(config, runtime, stream)  # faults of data and settings show before any file is made
+        self.signals = Signals()
+        path, self.checkpoints = open_run(config, runtime)
+        self.notes: list[str] = []
+        saved = self.load_checkpoint(path)
+        self.step, self.clock = 0, Stopwatch()
+        self.folder = RunFolder(path, runtime.main, saved["journals"] if saved else {"metrics.jsonl": 0})
+        self.log = self.folder.log
+        for note in self.notes:
+            self.log(note)
+        self.evaluator = Evaluator(self.trainer.model, validation, self.vocabulary, config.train_seq_len,
+                                   max(1, config.val_batch_size // config.micro_batches), runtime, self.trainer.forward)
+        self.stage, self.score, self.validated = "", None, -1  # validated: the last step with a validation
+        if saved:
+            self.step, self.clock, self.stage = saved["step"], Stopwatch(saved["seconds"]), saved["stage"]
+            self.validated, self.score = saved["validated"], Score(*saved["score"]) if saved["score"] else None
+            self.log(f"resumed at step {self.step} after {saved['seconds']:.1f} s of training")
+            for line in differences(saved["config"], config.named()):
+                self.log(f"changed since the checkpoint: {line}")
+            self.folder.write_json("config.json", config.named())
+            self.trainer.prepare(resumed=True)
+        else:
+            self.open_log()
+            self.trainer.prepare(resumed=False)
+
+    def open_log(self) -> None:
+        """The log's head: source, versions, hardware, configuration."""
+        c, source = self.config, source_text()
+        self.folder.write_json("config.json", c.named())
+        self.log(source, console=False)
+        digest = hashlib.sha256(source.encode()).hexdigest()
+        self.log(f"script: {len(source.encode())} bytes, sha256 {digest}", console=False)
+        self.log("\n" + c.render() + "\n", console=False)
+        facts = self.runtime.describe()
+        self.log("machine: " + ", ".join(f"{name} {value}" for name, value in facts.items()))
+        stored, extra = count_parameters(self.trainer.model), count_parameters(self.trainer.jepa)
+        self.log(f"run: {self.folder.path}  parameters: {stored:,} stored + {extra:,} training-only")
+        self.log(f"data: {len(self.trainer.stream):,} training tokens, {self.evaluator.targets:,} validation tokens = "
+                 f"{self.evaluator.bytes:,} bytes; documents begin with token {self.vocabulary.mark} (0 bytes)")
+        if self.trainer.note:
+            self.log(self.trainer.note)
+        self.log(f"scan: {self.trainer.kernels.name}; compile: {c.compile_mode}; step: {c.train_batch_tokens:,} tokens "
+                 f"in {c.micro_batches} micro-batches on {self.runtime.world} rank(s)")
+
+    def train(self) -> None:
+        """The loop: agree on the clock, validate when due, step, log, save."""
+        c, trainer, runtime, clock = self.config, self.trainer, self.runtime, self.clock
+        clock.started = now()
+        while True:
+            elapsed, caught = runtime.agree(clock.seconds() if runtime.main else -math.inf, self.signals.caught)
+            at = measure_progress(self.step, c.iterations, elapsed, c.max_wallclock_seconds)
+            finished = at.fraction >= 1
+            due = finished or c.val_loss_every and self.step % c.val_loss_every == 0
+            if due and self.step != self.validated:
+                with clock.paused(runtime):
+                    self.validate(elapsed)
+            if finished:
+                break
+            if caught:
+                self.stop(int(caught))
+            self.announce_stage(at.fraction)
+            parts = trainer.train_step(at)
+            self.step += 1
+            if self.step % c.train_log_every == 0 or self.step <= 10:
+                self.log_step(at, parts, elapsed)
+            self.guard(at, force=self.step % max(c.train_log_every, c.nonfinite_limit) == 0)
+            if c.checkpoint_every and self.step % c.checkpoint_every == 0:
+                self.save(clock.seconds())
+        if c.checkpoint_every:
+            self.save(clock.seconds())
+        self.checkpoints.wait()
+        self.signals.release()
+
+    def announce_stage(self, p: float) -> None:
+        stage = loss_weights(p, self.config).stage
+        if stage != self.stage and self.config.loss_schedule == "staged":
+            self.log(f"stage: {stage} begins at step {self.step} (progress {p:.3f})")
+        self.stage = stage
+
+    def log_step(self, at: Progress, parts: Tensor, started: float) -> None:
+        """step:… line and metrics of the step just done; the only place of the loop that waits for the device."""
+        c, total = self.config, parts[:3].clone()
+        self.runtime.sum_(total)
+        (ce, jepa, anti), norm = total.tolist(), float(parts[3])
+        seconds = self.runtime.from_main(self.clock.seconds())
+        scale = lr_scale(at, c.warmdown, c.warmdown_fraction, c.warmdown_iters, c.min_lr)
+        w = loss_weights(at.fraction, c)
+        shown = [f"{name}:{value:.4f}" for name, value, on in (("ce", ce, w.ce), (("jepa"), jepa, w.jepa),
+                                                              (c.anticollapse, anti, w.anti)) if on]
+        per_step = seconds / self.step
+        self.log(f"step:{self.step}/{c.iterations} {' '.join(shown)} grad_norm:{norm:.3f} lr_scale:{scale:.3f} "
+                 f"time:{seconds:.1f}s step_avg:{1e3 * per_step:.1f}ms tok/s:{c.train_batch_tokens / per_step:.0f}")
+        self.folder.metric(kind="train", step=self.step, progress=at.fraction, ce=ce if w.ce else None,
+                           jepa=jepa if w.jepa else None, anti=anti if w.anti else None, grad_norm=norm, lr_scale=scale,
+                           seconds=seconds, skipped=int(self.trainer.optimizer.skipped))
+
+    def validate(self, elapsed: float) -> Score:
+        """Standard score of the masters, or of their average where averaging has begun."""
+        self.trainer.weights.load("average")
+        score = self.evaluator.standard()[0]
+        self.log(f"step:{self.step}/{self.config.iterations} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
+                 f"train_time:{elapsed:.1f}s")
+        latent = self.latent_report() if self.config.diagnostics else {}
+        self.folder.metric(kind="validation", step=self.step, val_loss=score.loss, val_bpb=score.bpb, seconds=elapsed,
+                           **latent)
+        self.score, self.validated = score, self.step
+        return score
+
+    def guard(self, at: Progress, force: bool) -> None:
+        """Stop after too many non-finite steps in a row, naming the term and the layer."""
+        optimizer = self.trainer.optimizer
+        if self.runtime.cuda and not force or optimizer.skipped_in_row < self.config.nonfinite_limit:
+            return
+        trainer, used = self.trainer, self.trainer.batches.values_per_step()
+        trainer.weights.load(qat=qat_on(at.fraction, self.config.qat_fraction))
+        trainer.position -= used  # the failing batch once more
+        parts = trainer.accumulate(at.step, loss_weights(at.fraction, self.config))
+        trainer.position += used
+        self.runtime.sum_(parts)
+        names = [name for name, value in zip(("ce", "jepa", self.config.anticollapse), parts.tolist())
+                 if not math.isfinite(value)]
+        layers = [name for group in self.trainer.weights.groups for name, grad in zip(group.names, group.grad)
+                  if group.touched and not bool(torch.isfinite(grad).all())]
+        self.trainer.weights.zero_grad()
+        self.save(self.clock.seconds())
+        self.checkpoints.wait()
+        raise RunStopped(
+            f"stopped at step {self.step}: {int(optimizer.skipped_in_row)} steps in a row had a non-finite gradient; "
+            f"terms: {', '.join(names) or 'all finite'}; layers: {', '.join(layers[:4]) or 'none'}; "
+            "the weights before them are saved; lower MATRIX_LR or SCALAR_LR", 1)
+
+    def stop(self, number: int) -> None:
+        """A signal asked for the end: save and leave with 128 + its number."""
+        self.save(self.clock.seconds())
+        self.checkpoints.wait()
+        raise RunStopped(f"stopped by {signal.Signals(number).name} after step {self.step}; the same command with "
+                         f"RUN_ID={self.folder.path.name} goes on from there", 128 + number)
+
+    def save(self, seconds: float) -> None:
+        """Hand a snapshot to the writer."""
+        trainer = self.trainer
+        carried = self.gather_states()
+        if not self.runtime.main:
+            return
+        meta = dict(step=self.step, seconds=seconds, position=trainer.position, stage=self.stage,
+                    journals=self.folder.sizes(), fixed=self.config.fixed(), config=self.config.named(),
+                    averaged=trainer.weights.groups[0].average is not None, validated=self.validated, score=self.score)
+        tensors = {f"master/{name}": t for name, t in trainer.weights.tensors().items()}
+        if meta["averaged"]:
+            tensors |= {f"average/{name}": t for name, t in trainer.weights.tensors("average").items()}
+        tensors |= {f"optimizer/{name}": t for name, t in trainer.optimizer.state().items()}
+        tensors |= {"directions": trainer.directions, "rng": torch.get_rng_state()} | carried
+        self.checkpoints.save(self.step, meta, tensors)
+
+    def gather_states(self) -> dict[str, Tensor]:
+        """CARRY_STATE: the mixers' states of all micro-batches, from all ranks, by name."""
+        if not self.config.carry_state:
+            return {}
+        mine = {f"state/{micro}/{layer}/{kind}": getattr(state, kind) for micro, states in self.trainer.states.items()
+                for layer, state in enumerate(states) for kind in ("conv", "ssm")}
+        everywhere = {}
+        for part in self.runtime.collect({name: tensor.cpu() for name, tensor in mine.items()}):
+            everywhere |= part
+        return everywhere
+
+    def load_checkpoint(self, path: Path) -> dict | None:
+        """Put the newest valid checkpoint into the trainer and return its meta; refuse one of another model or data."""
+        found = self.checkpoints.newest(self.notes.append)
+        if found is None:
+            return None
+        try:
+            return self.restore(path, *found)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise UserError(f"{self.checkpoints.folder}: the newest checkpoint is not one of this run "
+                            f"({type(error).__name__}: {str(error)[:80]}); move it away") from error
+
+    def restore(self, path: Path, meta: dict, tensors: dict[str, Tensor]) -> dict:
+        """The checkpoint's contents into the trainer; a foreign one raises one of the errors that the caller names."""
+        whole = lambda value: type(value) is int and value >= 0
+        if not (whole(meta["step"]) and whole(meta["position"]) and isinstance(meta["stage"], str)
+                and type(meta["seconds"]) in (int, float) and meta["seconds"] >= 0
+                and isinstance(meta["averaged"], bool) and isinstance(meta["config"], dict)
+                and all(map(whole, meta["journals"].values()))
+                and type(meta["validated"]) is int and (meta["score"] is None or Score(*meta["score"]))):
+            raise ValueError("its meta data")
+        if lines := differences(meta["fixed"], self.config.fixed()):
+            raise UserError(f"RUN_ID={path.name}: its checkpoint was made with other settings; undo these, or start "
+                            "another RUN_ID:\n" + "\n".join("  " + line for line in lines))
+        trainer, device = self.trainer, self.runtime.device
+        part = lambda prefix: {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        with torch.no_grad():
+            for group in trainer.weights.groups:
+                group.master.copy_(stacked(part("master/"), group))
+                if meta["averaged"]:
+                    group.average = stacked(part("average/"), group).to(device)
+        trainer.optimizer.load_state(part("optimizer/"))
+        trainer.directions.copy_(like(tensors, "directions", trainer.directions))
+        trainer.position = meta["position"]
+        torch.set_rng_state(tensors["rng"])
+        if self.config.carry_state:
+            for micro in trainer.mine:
+                trainer.states[micro] = [
+                    MambaState(*(like(tensors, f"state/{micro}/{layer}/{kind}", getattr(empty, kind)).to(device)
+                                 for kind in ("conv", "ssm"))) for layer, empty in enumerate(trainer.empty_states())]
+        return meta
+
+    def finish(self) -> dict[str, Any]:
+        """After the last step: diagnostics, artifact, reload, every score from the reloaded file, result.json."""
+        c, trainer, runtime, started = self.config, self.trainer, self.runtime, now()
+        train_seconds, val = self.clock.seconds(), self.score
+        facts: dict[str, Any] = {}
+        if trainer.weights.groups[0].average is not None:
+            trainer.weights.load("master")
+            facts["last_val_bpb"] = self.evaluator.standard()[0].bpb
+            self.log(f"last weights: val_bpb:{facts['last_val_bpb']:.6f}; averaged weights: val_bpb:{val.bpb:.6f}")
+        trainer.weights.load("average")
+        diagnostics = self.diagnose() if c.diagnostics else {}
+        report = self.write_model()
+        model_path = self.folder.path / "model.jepa"
+        runtime.main_first(lambda: None)  # the file is complete before any rank reads it
+        load_artifact_into(trainer.model, model_path)
+        scores = final_scores(self.evaluator, c, calibration_tokens(trainer.stream, trainer.position,
+                                                                        c.train_seq_len), self.log)
+        code_bytes = len(source_text().encode())
+        total = report["bytes"] + code_bytes
+        fits = total <= SIZE_LIMIT
+        self.log(f"size: artifact {report['bytes']:,} ({report['codec']}) + code {code_bytes:,} = {total:,} bytes: "
+                 f"{'FITS' if fits else 'OVER'} {SIZE_LIMIT:,}")
+        result = dict(
+            run_id=self.folder.path.name, steps=self.step, train_seconds=train_seconds,
+            ms_per_step=1e3 * train_seconds / max(self.step, 1),
+            tokens_per_second=self.step * c.train_batch_tokens / max(train_seconds, 1e-9),
+            val_loss=val.loss, val_bpb=val.bpb, **facts, **scores,
+            artifact_bytes=report["bytes"], code_bytes=code_bytes, total_bytes=total, fits=fits,
+            codec=report["codec"], codec_bytes=report["codec_bytes"],
+            artifact_sha256=file_hash(model_path), script_sha256=hashlib.sha256(source_text().encode()).hexdigest(),
+            eval_params=count_parameters(trainer.model), train_only_params=count_parameters(trainer.jepa),
+            world_size=runtime.world, seed=c.seed, device=runtime.describe()["device"],
+            skipped_steps=int(trainer.optimizer.skipped), peak_memory_bytes=runtime.peak_memory(),
+            eval_seconds=now() - started, diagnostics=diagnostics, machine=runtime.describe())
+        self.folder.write_json("result.json", result)
+        if runtime.main:
+            try:
+                plot_curves(self.folder.path)
+            except OSError as error:
+                self.log(f"curves.png cannot be written ({error.strerror})")
+        self.log(f"done: {self.folder.path}  roundtrip_val_bpb:{result['roundtrip_val_bpb']:.6f} "
+                 f"eval_time:{result['eval_seconds']:.1f}s")
+        return result
+
+    def write_model(self) -> dict[str, Any]:
+        """Write model.jepa on rank 0 and hand its report to all."""
+        c, trainer = self.config, self.trainer
+        kept = trainer.weights.tensors("average")
+        header = dict(model=c.model_config(), vocabulary=self.vocabulary.pack(), position=trainer.position)
+
+        def write() -> dict:
+            tensors = {name: (kept[name], Grid.parse(grid)) for name, grid in self.trainer.plan.items()}
+            return write_artifact(self.folder.path / "model.jepa", header, tensors)
+
+        report = self.runtime.main_first(write)
+        sizes = ", ".join(f"{name} {size:,}" for name, size in report["codec_bytes"].items())
+        self.log(f"artifact: {report['bytes']:,} bytes with {report['codec']} ({sizes}); "
+                 f"entropy {report['entropy_bytes']:,}")
+        return report
+
+    def latent_report(self) -> dict[str, float]:
+        """Statistics of h and z on one micro-batch of validation text, with the weights as loaded."""
+        c, trainer, rows = self.config, self.trainer, self.config.micro_rows
+        tokens = self.evaluator.tokens[:rows * c.train_seq_len + 1]
+        to = self.runtime.to_device
+        with torch.no_grad():
+            x, y = to(tokens[:-1].view(-1, c.train_seq_len)), to(tokens[1:])
+            h, x0, _ = trainer.model(x, self.runtime.dtype)
+            found = dict(h_effective_rank=effective_rank(h), h_within_share=within_share(h),
+                         h_lag1_autocorrelation=lag1_autocorrelation(h))
+            if trainer.jepa is None:
+                return found
+            z, positions = trainer.jepa.project(h), torch.linspace(0, c.train_seq_len - 1, 64).long().unique()
+            value = sigreg(z[:, to(positions)], trainer.directions, c.sigreg_knots)
+            found |= dict(z_effective_rank=effective_rank(z), z_within_share=within_share(z), z_dim=z.size(-1),
+                          z_lag1_autocorrelation=lag1_autocorrelation(z), sigreg=float(value),
+                          sigreg_over_null=float(value) / sigreg_null(len(z), c.sigreg_knots))
+            if c.jepa_on:
+                pairs = rollout(trainer.jepa, z, x0, c.jepa_steps, c.jepa_target, c.jepa_chunk)
+                found |= {f"predictability_{k}": predictability(*pair) for k, pair in enumerate(pairs, 1)}
+        at = loss_weights(0.5 if c.loss_schedule == "staged" else 0.0, dataclasses.replace(c, sigreg_schedule=False))
+        model, jepa = trainer.model, trainer.jepa
+        terms = {"ce": lambda h: token_loss_fused(model.features(h).flatten(0, 1), model.head(), model.vocab_bias, y,
+                                                  softcap=c.logit_softcap, softcap_type=c.softcap_type)[0]}
+        if at.jepa:
+            terms["jepa"] = lambda h: at.jepa * latent_rollout(jepa, jepa.project(h), x0, c.jepa_steps, c.jepa_target,
+                                                               c.jepa_chunk, c.jepa_loss, c.detach_targets)
+        if at.anti:
+            terms["anti"] = lambda h: at.anti * (
+                covariance_term(jepa.project(h)) if c.anticollapse == "covariance" else sigreg(
+                    jepa.project(h)[:, positions], trainer.directions, c.sigreg_knots, c.sigreg_axis, c.sigreg_scale))
+        return found | gradient_shares(h, terms)
+
+    @torch.no_grad()
+    def diagnose(self) -> dict[str, Any]:
+        """On at most 50,000 validation tokens: latent statistics, cosine and MSE of the prediction, accuracy, probe."""
+        c, trainer, evaluator, model = self.config, self.trainer, self.evaluator, self.trainer.model
+        found: dict[str, Any] = self.latent_report()
+        rows = min(50_000, evaluator.targets) // c.train_seq_len or 1
+        tokens = evaluator.tokens[:rows * c.train_seq_len + 1]
+        targets, kept, hits = tokens[1:].to(self.runtime.device), [], torch.zeros(3)
+        cosine, error, count = 0.0, 0.0, 0
+        for row in range(0, rows, evaluator.rows):
+            x = tokens[row * c.train_seq_len:min(row + evaluator.rows, rows) * c.train_seq_len]
+            h, x0, _ = model(self.runtime.to_device(x.view(-1, c.train_seq_len)), self.runtime.dtype)
+            kept.append(h.flatten(0, 1))
+            if c.jepa_on:
+                guess, goal = next(rollout(trainer.jepa, trainer.jepa.project(h), x0, 1, c.jepa_target, c.jepa_chunk))
+                cosine += float(F.cosine_similarity(guess.float(), goal.float(), dim=-1).sum())
+                error += float((guess.float() - goal.float()).square().mean(-1).sum())
+                count += guess.size(0) * guess.size(1)
+        h = torch.cat(kept)
+        for part, wanted in zip(h.split(1024), targets.split(1024)):
+            rank = (model.logits(part).topk(min(10, c.vocab_size)).indices == wanted.unsqueeze(-1)).float().cpu()
+            hits += torch.stack([rank[:, :k].sum() for k in (1, 5, 10)])
+        found |= dict(zip(("top1_accuracy", "top5_accuracy", "top10_accuracy"), (hits / len(targets)).tolist()))
+        if c.jepa_on:
+            found |= dict(jepa_cosine=cosine / count, jepa_mse=error / count)
+        if c.probe_steps:
+            lengths = self.vocabulary.target_bytes(tokens[:-1], tokens[1:]).to(self.runtime.device)
+            found["probe_bpb"] = linear_probe(h, targets, lengths, c.vocab_size, c.probe_steps, c.seed)
+        self.log("diagnostics " + " ".join(f"{name}:{value:.4g}" for name, value in found.items()))
+        return found
+
+
+def final_scores(evaluator: Evaluator, c: Config, calibration: Tensor | None, log: Callable) -> dict[str, Any]:
+    """Scores of the weights that were read from the artifact, as result.json and MODE=eval report them."""
+    found: dict[str, Any] = {}
+    score = evaluator.standard(label="round trip")[0]
+    found |= dict(roundtrip_val_loss=score.loss, roundtrip_val_bpb=score.bpb)
+    log(f"roundtrip val_loss:{score.loss:.6f} val_bpb:{score.bpb:.6f}")
+    temperature = 1.0
+    if c.temp_scaling:
+        if c.temp_calib:
+            temperature = c.temp_calib
+        elif calibration is not None:
+            chooser = Evaluator(evaluator.model, calibration, evaluator.vocabulary, evaluator.seq_len,
+                                evaluator.rows * evaluator.seq_len, evaluator.runtime, evaluator.forward)
+            temperature = chooser.best_temperature()
+        score = score if temperature == 1 else evaluator.standard([temperature], "tempered")[0]
+        found |= dict(temperature=temperature, tempered_val_loss=score.loss, tempered_val_bpb=score.bpb)
+        log(f"tempered temperature:{temperature:g} val_loss:{score.loss:.6f} val_bpb:{score.bpb:.6f}")
+    else:
+        found |= dict(temperature=None, tempered_val_bpb=None)
+    found |= dict(sliding_val_bpb=None, sliding_stride=None)
+    if c.sliding_eval:
+        score = evaluator.sliding(c.sliding_eval_stride, c.sliding_batch_size, temperature)
+        found |= dict(sliding_val_loss=score.loss, sliding_val_bpb=score.bpb, sliding_stride=c.sliding_eval_stride)
+        log(f"sliding stride:{c.sliding_eval_stride} temperature:{temperature:g} val_loss:{score.loss:.6f} "
+            f"val_bpb:{score.bpb:.6f}")
+    if c.eval_state == "carry":
+        score = evaluator.carried(temperature)
+        found |= dict(carried_val_loss=score.loss, carried_val_bpb=score.bpb)
+        log(f"carried temperature:{temperature:g} val_loss:{score.loss:.6f} val_bpb:{score.bpb:.6f}")
+    return found
+
+
+@torch.no_grad()
+def load_artifact_into(model: LanguageModel, path: Path) -> dict:
+    """Read the file and put its tensors into the model; UserError unless names and shapes are exactly the model's."""
+    header, tensors, _ = read_artifact(path)
+    own = dict(model.named_parameters())
+    if set(own) != set(tensors) or any(own[name].shape != tensors[name].shape for name in own):
+        raise UserError(f"{path}: an artifact of another model (names or shapes differ from this configuration's)")
+    for name, parameter in own.items():
+        parameter.copy_(tensors[name])
+    return header
+
+
+def count_parameters(module: nn.Module | None) -> int:
+    return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
+
+
+def file_hash(path: Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Lines of metrics.jsonl; a last line that is still being written is left out."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
+def plot_curves(folder: Path) -> None:
+    """curves.png: loss terms on the left, validation BPB on the right, over steps. Without matplotlib: none."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return
+    lines = read_metrics(folder / "metrics.jsonl")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for name, label in (("ce", "cross-entropy (nats/token)"), ("jepa", "JEPA"), ("anti", "anti-collapse")):
+        points = [(m["step"], m[name]) for m in lines if m["kind"] == "train" and m.get(name) is not None]
+        if points:
+            left.plot(*zip(*points), label=label, marker="." if len(points) < 40 else None)
+    left.set(xlabel="step", ylabel="training loss", yscale="log", title="Loss terms")
+    left.legend(frameon=False)
+    points = [(m["step"], m["val_bpb"]) for m in lines if m["kind"] == "validation"]
+    if points:
+        right.plot(*zip(*points), marker="o", markersize=4, color="C3")
+        right.annotate(f"{points[-1][1]:.4f}", points[-1], textcoords="offset points", xytext=(-4, 8), ha="right")
+    right.set(xlabel="step", ylabel="bits per byte", title="Validation BPB (before storage)")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.suptitle(folder.name)
+    figure.savefig(folder / "curves.png", dpi=120)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# evaluation alone and generation: from an artifact, on any machine
+# ---------------------------------------------------------------------------------------------------------------
+
+def config_of_artifact(c: Config, stored: Any) -> Config:
+    """The user's knobs with the artifact's model knobs in their place; UserError when those make no model."""
+    if not isinstance(stored, dict) or not isinstance(stored.get("model"), dict):
+        raise UserError(f"ARTIFACT={c.artifact}: its header describes no model")
+    knobs, model = Config.knobs(), stored["model"]
+    if set(model) != set(MODEL_KNOBS):
+        raise UserError(f"ARTIFACT={c.artifact}: its header names other knobs than this script has")
+    values = {name.lower(): parse_knob(name, knobs[name], format_knob(value)) for name, value in model.items()}
+    training = dict(train_batch_tokens=c.micro_batches * values["train_seq_len"], loss_schedule="joint", ce_weight=1.0,
+                    jepa_weight=0.0, jepa_steps=0, sigreg_lambda=0.0, jepa_cov=0.0, carry_state=False)
+    return dataclasses.replace(c, **values, **training).validate()
+
+
+def open_artifact(c: Config, runtime: Runtime) -> tuple[Config, LanguageModel, Vocabulary, dict]:
+    """Read ARTIFACT strictly and build its model on this device: configuration, model, vocabulary, header."""
+    if not c.artifact:
+        raise UserError(f"ARTIFACT: MODE={c.mode} needs the path of a model.jepa")
+    built: list[Config] = []
+
+    def check(header: dict, shapes: dict[str, tuple]) -> None:  # before anything large is made or decoded
+        own = config_of_artifact(c, header)
+        try:
+            if own.num_layers > len(shapes):
+                raise ValueError
+            with torch.device("meta"):
+                model = LanguageModel(own)
+        except (RuntimeError, ValueError, OverflowError):
+            model = None
+        if model is None or {name: tuple(p.shape) for name, p in model.named_parameters()} != shapes:
+            raise UserError(f"{c.artifact}: its tensors are not those of the model that its header describes")
+        built.append(own)
+
+    header, tensors, _ = read_artifact(c.artifact, check)
+    own = built[0]
+    vocabulary = Vocabulary.unpack(header.get("vocabulary"), own.vocab_size)
+    kernels, _ = choose_kernels(own, runtime)
+    with torch.device("meta"):
+        model = LanguageModel(own, kernels)
+    matrices = {name for name, role, _ in named_roles(model) if role in (MATRIX, EMBEDDING, HEAD)}
+    for name in tensors:
+        module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        value = tensors[name].to(runtime.device, runtime.dtype if name in matrices else torch.float32)
+        setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+    return own, model, vocabulary, header
+
+
+def evaluate_alone(c: Config) -> dict[str, Any]:
+    """MODE=eval: the scores of an artifact on the validation shards at DATA_PATH; the same as the run that wrote it."""
+    with Runtime(c) as runtime:
+        own, model, vocabulary, header = open_artifact(c, runtime)
+        started, position = now(), header.get("position", 0)
+        if not isinstance(position, int):
+            raise UserError(f"ARTIFACT={c.artifact}: its data position is no number")
+        log = lambda line: print(line, flush=True) if runtime.main else None
+        forward = compiled(model, own.compile_mode) if runtime.cuda else model
+        evaluator = Evaluator(model, load_validation(own), vocabulary, own.train_seq_len,
+                              max(1, own.val_batch_size // own.micro_batches), runtime, forward)
+        calibration = None
+        if own.temp_scaling and not own.temp_calib:
+            try:
+                stream = TokenStream(find_shards(own.data_path, "train"), own.vocab_size)
+                calibration = calibration_tokens(stream, position, own.train_seq_len)
+            except UserError as error:
+                log(f"no temperature search: {error}; TEMP_CALIB sets a temperature")
+        log(f"artifact: {c.artifact} ({os.path.getsize(c.artifact):,} bytes), {count_parameters(model):,} parameters; "
+            f"{evaluator.targets:,} validation tokens = {evaluator.bytes:,} bytes")
+        scores = final_scores(evaluator, own, calibration, log)
+        return scores | dict(artifact=str(c.artifact), artifact_bytes=os.path.getsize(c.artifact),
+                             artifact_sha256=file_hash(c.artifact), eval_params=count_parameters(model),
+                             val_tokens=evaluator.targets, val_bytes=evaluator.bytes, eval_seconds=now() - started,
+                             world_size=runtime.world, device=runtime.describe()["device"])
+
+
+def calibration_tokens(stream: TokenStream, position: int, seq_len: int) -> Tensor:
+    """The next 65,536 training tokens after the run, in whole rows: what the temperature is chosen on."""
+    return torch.from_numpy(stream.read(position, max(65_536 // seq_len, 1) * seq_len + 1))
+
+
+def choose_token(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
+    """One id drawn from logits (V,): temperature (0 = the most likely), then top-k, then nucleus sampling."""
+    if temperature == 0:
+        return int(logits.argmax())
+    probability = torch.softmax(logits.float().cpu() / temperature, dim=-1)
+    ranked, ids = probability.sort(descending=True)
+    keep = len(ranked) if not top_k else min(top_k, len(ranked))
+    before = ranked.cumsum(0) - ranked  # mass of the likelier ones: the first is always kept
+    ranked = ranked * (torch.arange(len(ranked)) < keep) * (before < top_p)
+    return int(ids[torch.multinomial(ranked, 1, generator=generator)])
+
+
+class TextDecoder:
+    """Ids to text as they come: whole UTF-8 characters only, a replacement mark for what is none."""
+
+    def __init__(self, pieces=None):
+        self.pieces, self.ids, self.shown = pieces, [], ""
+        self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, token: int, last: bool = False) -> str:
+        """Text that `token` completes ("" while a character is open); with last=True also what is left over."""
+        if self.pieces is None:
+            return self.utf8.decode(bytes([token]) if token >= 0 else b"", final=last)
+        self.ids += [token] if token >= 0 else []
+        text = self.pieces.decode(self.ids)
+        if not last and text.endswith("\N{REPLACEMENT CHARACTER}"):  # byte pieces of an unfinished character
+            return ""
+        new, self.shown = text[len(self.shown):], text
+        return new
+
+
+@torch.no_grad()
+def generate(model: LanguageModel, prompt: list[int], count: int, runtime: Runtime, choose: Callable[[Tensor], int],
+             stop: int) -> Iterator[int]:
+    """Ids after `prompt` (never empty), at most `count`, until `stop`: prefill by the chunked scan, then one step of
+    the recurrence per token, constant in time and memory for Mamba-2 blocks."""
+    h, _, states = model(torch.tensor([prompt], device=runtime.device), runtime.dtype)
+    for _ in range(count):
+        token = choose(model.logits(h[0, -1]))
+        if token == stop:
+            return
+        yield token
+        h, _, states = model(torch.tensor([[token]], device=runtime.device), runtime.dtype, states, step=True)
+
+
+def draw_token(c: Config, silent: Tensor, generator: torch.Generator, logits: Tensor) -> int:
+    """The next id of MODE=sample; `silent` (V,) ids are never drawn."""
+    return choose_token(logits.cpu().masked_fill(silent, -math.inf), c.temperature, c.top_k, c.top_p, generator)
+
+
+def sample(c: Config) -> None:
+    """MODE=sample: NUM_SAMPLES continuations of PROMPT, streamed to the terminal."""
+    with Runtime(c) as runtime:
+        own, model, vocabulary, _ = open_artifact(c, runtime)
+        pieces = load_sentencepiece(c.tokenizer_path) if own.tokenizer == "bpe" else None
+        if pieces is not None and pieces.vocab_size() != own.vocab_size:
+            raise UserError(f"TOKENIZER_PATH={c.tokenizer_path}: has {pieces.vocab_size()} pieces, the artifact "
+                            f"{own.vocab_size}; take the tokenizer that it was trained with")
+        body = pieces.encode(c.prompt) if pieces else [byte for byte in c.prompt.encode() if byte != vocabulary.mark]
+        silent = vocabulary.boundary.clone()
+        silent[vocabulary.mark] = False  # the document's end may be drawn; padding, unknown and unused may not
+        for index in range(c.num_samples):
+            generator, decoder = torch.Generator().manual_seed(c.seed + index), TextDecoder(pieces)
+            choose = functools.partial(draw_token, c, silent, generator)
+            if c.num_samples > 1:
+                print(f"--- sample {index + 1}")
+            print(c.prompt, end="", flush=True)
+            if pieces is not None:
+                for token in body:
+                    decoder.feed(token)
+            for token in generate(model, [vocabulary.mark, *body], c.sample_tokens, runtime, choose, vocabulary.mark):
+                print(decoder.feed(token), end="", flush=True)
+            print(decoder.feed(-1, last=True), flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# submission: runs of one configuration as a folder in the challenge's form, checked the way a stranger would
+# ---------------------------------------------------------------------------------------------------------------
+
+TRACK_SECONDS = 600  # of the 10-minute track: for training, and again for evaluation
+# A resumed run may change these, yet runs that differ in them are not repetitions of one experiment.
+RESULT_KNOBS = frozenset("ITERATIONS MAX_WALLCLOCK_SECONDS DATA_PATH TOKENIZER_PATH VAL_MAX_TOKENS SSD_KERNEL "
+                         "SSD_CHUNK COMPILE_MODE SLIDING_EVAL_STRIDE TEMP_SCALING TEMP_CALIB".split())
+# What a check of the artifact takes from the run, so that batches have the shapes, and sums the order, of the run.
+EVAL_KNOBS = ("VAL_MAX_TOKENS VAL_BATCH_SIZE MICRO_BATCHES SLIDING_BATCH_SIZE EVAL_STATE TEMP_CALIB DTYPE SSD_KERNEL "
+              "SSD_CHUNK COMPILE_MODE").split()
+SCORES = dict(carried="state carried through, one pass", sliding="sliding window", tempered="temperature-scaled",
+              roundtrip="round trip")  # the first that a run has is the one it is known by
+# What the check's process may see of this one's environment: no knob, no rank, no PYTHONPATH.
+PLAIN_ENVIRONMENT = ("PATH HOME USER LANG TMPDIR LD_LIBRARY_PATH CUDA_HOME CUDA_VISIBLE_DEVICES OMP_NUM_THREADS "
+                     "TRITON_CACHE_DIR TORCHINDUCTOR_CACHE_DIR").split()
+
+
+class RunRecord(NamedTuple):
+    """What a run folder tells; config and result are empty where the run has not come that far."""
+    path: Path
+    config: dict[str, Any]
+    result: dict[str, Any]
+    metrics: list[dict]
+
+    seed = property(lambda self: self.config.get("SEED"))
+
+    def number(self, name: str) -> float | None:
+        """A value of the result; None where it is missing or no finite number."""
+        value = self.result.get(name)
+        return value if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+    def score(self, kind: str) -> float | None:
+        """BPB of a kind of SCORES."""
+        return self.number(f"{kind}_val_bpb")
+
+    @property
+    def kind(self) -> str | None:
+        return next((kind for kind in SCORES if self.score(kind) is not None), None)
+
+
+def read_run(path: Path) -> RunRecord:
+    """A run folder in any state: not begun, going on, failed, finished."""
+    def read(name: str) -> dict:
+        try:
+            found = json.loads((path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+    metrics = [line for line in read_metrics(path / "metrics.jsonl") if isinstance(line, dict)]
+    return RunRecord(path, read("config.json"), read("result.json"), metrics)
+
+
+def find_runs(patterns: str, knob: str) -> list[RunRecord]:
+    """Run folders that the space-separated names and globs mean, in that order, each once; UserError if none."""
+    found: dict[Path, RunRecord] = {}
+    for pattern in patterns.split() or [""]:
+        folders = [Path(name) for name in sorted(glob.glob(pattern)) if os.path.isdir(name)]
+        if not folders:
+            raise UserError(f"{knob}={pattern}: no such folder; give run folders or globs such as \"runs/a* runs/b*\"")
+        for path in folders:
+            found.setdefault(path.resolve(), read_run(path))
+    return list(found.values())
+
+
+def configuration(config: dict[str, Any]) -> dict[str, Any]:
+    """The knobs that make a run's experiment, whatever its seed, folder and logging. One that an older script did
+    not have counts as its default; data count by the name of their folder, wherever it lies."""
+    knobs = Config.knobs()
+    values = {name: config.get(name, f.default) for name, f in knobs.items()
+              if name != "SEED" and (not f.metadata["free"] or name in RESULT_KNOBS)}
+    values |= {name: value for name, value in config.items() if name not in knobs}
+    return values | {name: Path(values[name]).name for name in ("DATA_PATH", "TOKENIZER_PATH")}
+
+
+def logged_script(log: bytes) -> tuple[str | None, bytes]:
+    """(sha256 that the log states, script text before that). A run begun anew has both twice: the last counts."""
+    stated = list(re.finditer(rb"^script: (\d+) bytes, sha256 ([0-9a-f]{64})$", log, re.M))
+    if not stated:
+        return None, b""
+    end = stated[-1].start() - 1
+    return stated[-1][2].decode(), log[max(end - int(stated[-1][1]), 0):end]
+
+
+def run_faults(run: RunRecord, track: str) -> Iterator[str]:
+    """Reasons, a line each, why this run cannot be submitted on the track."""
+    where, result, code = run.path, run.result, source_text().encode()
+    if not result or not run.config:
+        yield f"{where}: unfinished, it has no {'result' if run.config else 'config'}.json; let the run end first"
+        return
+    if run.score("roundtrip") is None:
+        yield f"{where}: no round trip: result.json lacks roundtrip_val_bpb, the score of the artifact; train again"
+    artifact = where / "model.jepa"
+    if not artifact.is_file():
+        yield f"{where}: model.jepa is missing; a submission needs the artifact that was scored"
+    elif file_hash(artifact) != result.get("artifact_sha256"):
+        yield (f"{where}: model.jepa is not the artifact whose BPB result.json states (other sha256); restore "
+               "that file or train again")
+    if artifact.is_file() and (total := artifact.stat().st_size + len(code)) > SIZE_LIMIT:
+        yield (f"{where}: {total:,} bytes (artifact + code), over the {SIZE_LIMIT:,} allowed; store fewer bits "
+               "(QUANT_BITS, FP_STORAGE) or train a smaller model")
+    log = (where / "log.txt").read_bytes() if (where / "log.txt").is_file() else b""
+    stated, text = logged_script(log)
+    here, held = hashlib.sha256(code).hexdigest(), hashlib.sha256(text).hexdigest()
+    if not stated:
+        yield f"{where}: log.txt does not say which script ran; a submission needs the run's own log"
+    elif {stated, held, result.get("script_sha256")} != {here}:
+        yield (f"{where}: the script changed since the run: sha256 {here[:12]} here, log.txt states {stated[:12]} "
+               f"and holds {held[:12]}, result.json states {str(result.get('script_sha256'))[:12]}; submit with the "
+               "script that ran")
+    for name, what in (("train_seconds", "training"), ("eval_seconds", "evaluation")):
+        seconds = run.number(name)
+        if track == "10min" and (seconds is None or seconds > TRACK_SECONDS):
+            took = "an unknown time" if seconds is None else f"{seconds:.2f} s"
+            yield f"{where}: {what} took {took}, TRACK=10min allows {TRACK_SECONDS} s; take TRACK=unlimited"
+
+
+def submission_faults(c: Config, runs: Sequence[RunRecord]) -> list[str]:
+    """All reasons, a line each, why these runs make no submission."""
+    faults = [f"{name}: missing; a submission names its author: AUTHOR=\"Full Name\" GITHUB_ID=account"
+              for name in ("AUTHOR", "GITHUB_ID") if not getattr(c, name.lower()).strip()]
+    faults += [fault for run in runs for fault in run_faults(run, c.track)]
+    begun = [run for run in runs if run.config]
+    for run in begun[1:]:
+        if lines := differences(configuration(begun[0].config), configuration(run.config)):
+            faults.append(f"{run.path}: another configuration than {begun[0].path}: {'; '.join(lines)}")
+    for seed in sorted({run.seed for run in begun}, key=str):
+        if len(same := [str(run.path) for run in begun if run.seed == seed]) > 1:
+            faults.append(f"RUN: seed {seed} stands there {len(same)} times ({', '.join(same)}); once is right")
+    if len({run.kind for run in runs if run.kind}) > 1:
+        ways = ", ".join(f"{run.path}: {run.kind}" for run in runs if run.kind)
+        faults.append(f"RUN: scored in different ways ({ways}); one submission needs the same evaluation knobs")
+    return faults
+
+
+def deviation(values: Sequence[float]) -> float | None:
+    """Sample standard deviation (n - 1); None of a single value."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text, the first the heading, as a GitHub table with numbers to the right."""
+    cell = lambda text: text.replace("|", "\\|")
+    lines = ["| " + " | ".join(map(cell, row)) + " |" for row in rows]
+    return "\n".join([lines[0], "|---|" + "---:|" * (len(rows[0]) - 1), *lines[1:]])
+
+
+def run_script(config: dict[str, Any]) -> str:
+    return "run_bytejepa.sh" if config["MIXER"] == "attention" else f"run_jepa_{config['TOKENIZER']}.sh"
+
+
+def submission_facts(c: Config, runs: Sequence[RunRecord]) -> dict[str, Any]:
+    """submission.json. Scores are means over seeds; bytes and wallclock are the largest of any seed."""
+    config, kind, code = runs[0].config, runs[0].kind, len(source_text().encode())
+    size = f"{config['NUM_LAYERS']}x{config['MODEL_DIM']}"
+    system = "transformer" if config["MIXER"] == "attention" else "Mamba-2"
+    seeds = {}
+    for run in runs:
+        kept = ("temperature", "sliding_stride", "steps", "ms_per_step", "train_seconds", "eval_seconds")
+        stored = (run.path / "model.jepa").stat().st_size
+        seeds[str(run.seed)] = dict(
+            val_loss=run.result[f"{kind}_val_loss"], val_bpb=run.score(kind),
+            **{f"{name}_val_bpb": run.score(name) for name in SCORES}, **{name: run.result.get(name) for name in kept},
+            artifact_bytes=stored, bytes_total=stored + code)
+    column = lambda name: [entry[name] for entry in seeds.values()]
+    return dict(
+        author=c.author, github_id=c.github_id, name=c.submission_name or f"JEPA {system} {size} {config['TOKENIZER']}",
+        blurb=c.blurb or f"{system} language model ({size}) with latent prediction beside the cross-entropy, trained "
+                         "on its own storage grid.",
+        date=f"{datetime.now():%Y-%m-%d}", track=c.track, val_loss=float(np.mean(column("val_loss"))),
+        val_bpb=float(np.mean(column("val_bpb"))), val_bpb_std=deviation(column("val_bpb")), scoring=SCORES[kind],
+        bytes_total=max(column("bytes_total")), bytes_code=code, seeds=[run.seed for run in runs], seed_results=seeds,
+        hardware=", ".join(sorted({f"{run.result['world_size']} x {run.result['device']}" for run in runs})),
+        steps=round(np.mean(column("steps"))), wallclock=max(column("train_seconds")))
+
+
+def shell_lines(knobs: dict[str, str]) -> str:
+    """Indented lines of a few NAME=value each, joined as the shell joins them; empty values are left out."""
+    words = [f"{name}={value}" for name, value in knobs.items() if value]
+    return " \\\n".join("    " + " ".join(words[i:i + 5]) for i in range(0, len(words), 5))
+
+
+def submission_readme(facts: dict[str, Any], runs: Sequence[RunRecord], best: RunRecord) -> str:
+    """README.md of the folder: results, configuration, reproduction, contents, compliance."""
+    config, result, script = best.config, best.result, run_script(best.config)
+    entries = facts["seed_results"].values()
+    kinds = [kind for kind in reversed(SCORES) if all(run.score(kind) is not None for run in runs)]
+    rows = [["seed", *(f"{SCORES[kind]} BPB" for kind in kinds), "steps", "ms/step", "training s", "evaluation s",
+             "bytes"]]
+    for run, e in zip(runs, entries):
+        rows.append([str(run.seed), *(f"{run.score(kind):.6f}" for kind in kinds), f"{e['steps']:,}",
+                     f"{e['ms_per_step']:.1f}", f"{e['train_seconds']:.1f}", f"{e['eval_seconds']:.1f}",
+                     f"{e['bytes_total']:,}"])
+    columns = [[run.score(kind) for run in runs] for kind in kinds]
+    rows.append(["mean", *(f"{np.mean(column):.6f}" for column in columns), *[""] * 5])
+    if len(runs) > 1:
+        rows.append(["std", *(f"{deviation(column):.6f}" for column in columns), *[""] * 5])
+    data, found, first = Path(config["DATA_PATH"]).name, result.get("temperature"), config["VAL_MAX_TOKENS"]
+    defaults = {name: f.default for name, f in Config.knobs().items()}
+    settings = configuration(config) | {"SLIDING_EVAL": config["SLIDING_EVAL"]}
+    settings = {name: value for name, value in settings.items() if value != defaults.get(name)}
+    settings["DATA_PATH"] = f"data/datasets/{data}"
+    if settings.pop("TOKENIZER_PATH", ""):
+        settings["TOKENIZER_PATH"] = f"data/tokenizers/{Path(config['TOKENIZER_PATH']).name}"
+    knobs = shell_lines({name: format_knob(value) for name, value in settings.items()})
+    launch = "python" if result["world_size"] == 1 else f"torchrun --standalone --nproc_per_node={result['world_size']}"
+    check = shell_lines(dict(DATA_PATH=settings["DATA_PATH"]) | evaluation_knobs(best))
+    temperature = "No temperature is applied." if found is None else "The temperature was set by hand before scoring." \
+        if config.get("TEMP_CALIB") else \
+        f"The temperature ({found:g} for seed {best.seed}) was chosen on training tokens."
+    limit = "no limit applies" if facts["track"] == "unlimited" else f"the track allows {TRACK_SECONDS} s for each"
+    if facts["track"] == "10min" and not re.match(r"8 x .*H100[^,]*$", facts["hardware"]):
+        limit += ", on 8 x H100, which these runs did not use"
+    longest = max(e["eval_seconds"] for e in entries)
+    mixers = {"mamba2": "Mamba-2", "attention": "attention"}.get(config["MIXER"], f"mixed ({config['MIXER']})")
+    return f"""# {facts['name']}
+
+{facts['blurb']}
+
+**{facts['val_bpb']:.6f} bits per byte** ({facts['scoring']}; seeds: {len(runs)}), {facts['bytes_total']:,} bytes.
+Track {facts['track']}; {facts['author']} (@{facts['github_id']}), {facts['date']}.
+
+## Results
+
+{markdown_table(rows)}
+
+Every score is of the weights read back from the written artifact, on
+{f'the first {first:,} tokens (not the whole) of' if first else 'the whole of'} the validation set in {data}.
+
+## Configuration
+
+{config['NUM_LAYERS']} {mixers} blocks of width {config['MODEL_DIM']}, {config['VOCAB_SIZE']:,} token ids,
+{result['eval_params']:,} stored parameters and {result['train_only_params']:,} that serve in training only.
+{config['TRAIN_BATCH_TOKENS']:,} tokens per step in rows of {config['TRAIN_SEQ_LEN']:,}; matrices are stored
+in {config['QUANT_BITS']} bits. What differs from the defaults stands in the command below, everything in the logs.
+
+## How to reproduce
+
+`bash setup_jepa.sh` installs the environment and the data. Then, in this folder:
+
+    for seed in {' '.join(map(str, facts['seeds']))}; do {launch} train_jepa.py SEED=$seed RUN_ID=seed$seed \\
+{knobs}; done
+
+`bash {script}` starts the same script with the published settings of its kind. The artifact alone is scored by
+
+    {launch} train_jepa.py MODE=eval ARTIFACT=model.jepa \\
+{check}
+
+## What is included
+
+`train_jepa.py` as run (sha256 {result['script_sha256']}),
+`model.jepa` of the best seed, {best.seed}, the full log of each seed (`train_seed*.log`), `submission.json`,
+`requirements.txt`, `{script}` and the `setup_jepa.sh` that it needs. Counted against {SIZE_LIMIT:,} bytes:
+`model.jepa` and `train_jepa.py` ({facts['bytes_code']:,} bytes).
+
+## Compliance
+
+- No validation data in training: it reads fineweb_train_*.bin only; scoring reads fineweb_val_*.bin.
+- {temperature}
+- One pass: each score goes over the validation set once and predicts every token once, from tokens before it; no
+  weight changes meanwhile.
+- Training took at most {facts['wallclock']:.1f} s, evaluation {longest:.1f} s, on {facts['hardware']}; {limit}.
+- A copy of this folder, elsewhere and alone, gave the scores of seed {best.seed} to 1e-6 by MODE=eval.
+"""
+
+
+def evaluation_knobs(run: RunRecord) -> dict[str, str]:
+    """What MODE=eval must be told to repeat the run's scores: read from its result where that says it."""
+    result, known = run.result, {name: format_knob(run.config[name]) for name in EVAL_KNOBS if name in run.config}
+    return known | dict(
+        DEVICE=result.get("machine", {}).get("device_type", "auto"),
+        SLIDING_EVAL=str(int(run.score("sliding") is not None)),
+        SLIDING_EVAL_STRIDE=str(result.get("sliding_stride") or 1),
+        TEMP_SCALING=str(int(result.get("temperature") is not None)))
+
+
+def verify_as_stranger(folder: Path, run: RunRecord, data_path: Path) -> dict[str, Any]:
+    """Run MODE=eval in a copy of `folder` with a clean environment; UserError unless it repeats the run's scores."""
+    ranks = run.result["world_size"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    knobs = dict(MODE="eval", ARTIFACT="model.jepa", DATA_PATH=data_path) | evaluation_knobs(run)
+    environment = {name: os.environ[name] for name in PLAIN_ENVIRONMENT if name in os.environ}
+    with tempfile.TemporaryDirectory(prefix="submission-") as elsewhere:
+        copy = shutil.copytree(folder, Path(elsewhere) / "copy")
+        command = [sys.executable, *launcher, "train_jepa.py", *(f"{name}={value}" for name, value in knobs.items())]
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    said = [line for line in done.stderr.splitlines() if line.strip()]
+    if done.returncode:
+        said = [line for line in said if line.startswith("train_jepa.py:")] or said or ["it said nothing"]
+        raise UserError(f"not submitted: MODE=eval in a copy of the folder ended with {done.returncode}: {said[-1]}")
+    try:
+        scores = json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
+    except (IndexError, ValueError):
+        raise UserError("not submitted: MODE=eval in a copy of the folder did not end with scores as JSON") from None
+    wrong = []
+    for name in (*(f"{kind}_val_bpb" for kind in reversed(SCORES)), "temperature"):
+        stated, got = run.result.get(name), scores.get(name)
+        if stated is not None and not (isinstance(got, (int, float)) and abs(got - stated) <= 1e-6):
+            wrong.append(f"{name} {got} instead of {stated}")
+    if wrong:
+        raise UserError(f"not submitted: the artifact of {run.path}, evaluated alone, gives {'; '.join(wrong)}")
+    return scores
+
+
+def submit(c: Config) -> dict[str, Any]:
+    """MODE=submit: write the submission folder of the runs in RUN and check it from a copy. All or nothing: the folder
+    is made under another name and gets its own only when a stranger's evaluation has repeated the scores."""
+    if int(os.environ.get("RANK", 0)):
+        return {}
+    runs = find_runs(c.run, "RUN")
+    if faults := submission_faults(c, runs):
+        raise UserError("\n".join(faults))
+    runs.sort(key=lambda run: run.seed)
+    best = min(runs, key=lambda run: run.score(run.kind))
+    facts, root = submission_facts(c, runs), Path(__file__).resolve().parent
+    out = Path(c.out or Path("submissions") / (re.sub(r"[^\w.-]+", "-", facts["name"]).strip("-.") or "submission"))
+    if out.exists() and not (c.overwrite and (out / "submission.json").exists()):
+        raise UserError(f"OUT={out}: exists already; choose another folder, or OVERWRITE=1 over an earlier submission")
+    data_path = Path(c.data_path if "DATA_PATH" in c.sources else best.config["DATA_PATH"]).resolve()
+    if not data_path.is_dir():
+        raise UserError(f"DATA_PATH={data_path}: no such folder; checking the submission needs the data of the run")
+    aside = [root / name for name in ("requirements.txt", run_script(best.config), "setup_jepa.sh")]
+    if missing := [path.name for path in aside if not path.is_file()]:
+        raise UserError(f"{', '.join(missing)}: not found beside train_jepa.py; a submission includes it")
+    making = out.resolve().with_name(f".{out.resolve().name}.{os.getpid()}.tmp")
+    try:
+        making.mkdir(parents=True)
+        for path in aside:
+            shutil.copy(path, making)
+        for run in runs:
+            shutil.copyfile(run.path / "log.txt", making / f"train_seed{run.seed}.log")
+        shutil.copyfile(best.path / "model.jepa", making / "model.jepa")
+        write_atomically(making / "train_jepa.py", source_text().encode())
+        write_atomically(making / "submission.json", (json.dumps(facts, indent=2) + "\n").encode())
+        write_atomically(making / "README.md", submission_readme(facts, runs, best).encode())
+        print(f"checking a copy of the folder by MODE=eval (seed {best.seed})", file=sys.stderr, flush=True)
+        verified = verify_as_stranger(making, best, data_path)
+        if out.exists():
+            shutil.rmtree(out)
+        making.rename(out)
+    except OSError as error:
+        raise UserError(f"OUT={out}: cannot be written ({error.strerror})") from error
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+    print(f"submission: {out}  val_bpb:{facts['val_bpb']:.6f}  {facts['bytes_total']:,} bytes, verified in a copy")
+    return dict(out=str(out), files=sorted(path.name for path in out.iterdir()), verified=verified, **facts)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# comparison: runs by configuration, paired by seed
+# ---------------------------------------------------------------------------------------------------------------
+
+COLUMNS = dict(roundtrip_val_bpb="round trip BPB", sliding_val_bpb="sliding BPB", total_bytes="bytes",
+               ms_per_step="ms/step")  # of result.json, and their names in tables
+COLUMN_FORMATS = dict(total_bytes=",.0f", ms_per_step=".1f")  # where five decimals are not it
+
+
+def t_tail(t: float, freedom: int) -> float:
+    """P(|T| > |t|) of Student's t with n = freedom: the regularized incomplete beta function I_x(n/2, 1/2) at
+    x = n/(n + t^2), by its continued fraction (DLMF 8.17.22) in Lentz's forward evaluation."""
+    a, b, x, y = freedom / 2, 0.5, freedom / (freedom + t * t), t * t / (freedom + t * t)  # y is 1 - x, uncancelled
+    if swapped := x > (a + 1) / (a + b + 2):  # converges fast on the other side: I_x(a, b) = 1 - I_y(b, a)
+        a, b, x, y = b, a, y, x
+    if x == 0:  # t infinite, or 0
+        return float(swapped)
+    front = math.exp(a * math.log(x) + b * math.log(y) + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)) / a
+    value, num, den = 1.0, 1.0, 0.0  # 1 + d1/(1 + d2/(1 + ...))
+    for k in range(1, 500):
+        m = k // 2
+        d = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)) if k % 2 else \
+            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        den = 1 / (1 + d * den or 1e-300)
+        num = 1 + d / num or 1e-300
+        value *= num * den
+        if abs(num * den - 1) < 1e-15:
+            break
+    return 1 - front / value if swapped else front / value
+
+
+def t_quantile(freedom: int, outside: float = 0.05) -> float:
+    """t with P(|T| > t) = outside, by bisection."""
+    low, high = 0.0, 1.0
+    while t_tail(high, freedom) > outside:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_tail(middle, freedom) > outside else (low, middle)
+    return high
+
+
+def paired(deltas: Sequence[float]) -> dict[str, Any]:
+    """Mean difference, its 95% confidence interval and the p-value of the paired t-test. None where they do not exist:
+    fewer than two pairs, and p where every difference is 0."""
+    n, mean, spread = len(deltas), float(np.mean(deltas)), deviation(deltas)
+    if spread is None:
+        return dict(n=n, difference=mean, std=None, low=None, high=None, p=None, deltas=list(deltas))
+    error = spread / math.sqrt(n)
+    p = t_tail(mean / error, n - 1) if error else 0.0 if mean else None
+    half = t_quantile(n - 1) * error
+    return dict(n=n, difference=mean, std=spread, low=mean - half, high=mean + half, p=p, deltas=list(deltas))
+
+
+class RunGroup(NamedTuple):
+    """Runs of one configuration: `done` have a result with a finite BPB, `open` do not (yet)."""
+    name: str
+    done: list[RunRecord]
+    open: list[RunRecord]
+
+    def values(self, column: str) -> list[tuple[Any, float]]:
+        """(seed, value) of every finished run that has the column."""
+        return [(run.seed, run.number(column)) for run in self.done if run.number(column) is not None]
+
+    def by_seed(self, column: str) -> dict[Any, float]:
+        """Value per seed; the mean where a seed was run more than once."""
+        found = self.values(column)
+        return {seed: float(np.mean([value for other, value in found if other == seed])) for seed, _ in found}
+
+    def summary(self) -> dict[str, Any]:
+        facts: dict[str, Any] = dict(name=self.name, n=len(self.done), unfinished=len(self.open),
+                                     seeds=[run.seed for run in self.done + self.open],
+                                     runs=[str(run.path) for run in self.done + self.open])
+        for column in COLUMNS:
+            values = [value for _, value in self.values(column)]
+            facts[column] = dict(mean=float(np.mean(values)) if values else None, std=deviation(values), n=len(values))
+        return facts
+
+
+def group_runs(runs: Sequence[RunRecord]) -> tuple[list[RunGroup], dict[str, list]]:
+    """Groups in order of first appearance, and the values of the knobs that differ between them. The first is named
+    by all of these, the others by those in which they differ from the first."""
+    members: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        members.setdefault(json.dumps(configuration(run.config), sort_keys=True), []).append(run)
+    configs = [configuration(group[0].config) for group in members.values()]
+    varied = {name: [config.get(name) for config in configs] for name in dict.fromkeys(n for c in configs for n in c)}
+    varied = {name: values for name, values in varied.items() if any(value != values[0] for value in values)}
+    groups = []
+    for i, group in enumerate(members.values()):
+        words = [f"{knob}={values[i]:g}" if isinstance(values[i], float) else f"{knob}={format_knob(values[i])}"
+                 for knob, values in varied.items() if not i or values[i] != values[0]]
+        name = ", ".join(words) if len(words) <= 3 else f"{i + 1}: {group[0].path.name}" + " etc." * (len(group) > 1)
+        done = [run for run in group if run.score("roundtrip") is not None]
+        groups.append(RunGroup(name or "all runs", done, [run for run in group if run not in done]))
+    return groups, varied
+
+
+def run_state(run: RunRecord) -> dict[str, Any]:
+    """Where a run without a result stands: last step and validation, and a sentence that says it."""
+    steps = [line["step"] for line in run.metrics if isinstance(line.get("step"), int)]
+    checks = [line for line in run.metrics if line.get("kind") == "validation" and line.get("val_bpb") is not None]
+    times = [path.stat().st_mtime for path in (run.path / "log.txt", run.path / "metrics.jsonl") if path.exists()]
+    step, check = max(steps, default=0), checks[-1] if checks else {}
+    text = "finished without a finite round-trip BPB" if run.result else f"no result; step {step:,}" + (
+        f" of at most {run.config['ITERATIONS']:,}" if "ITERATIONS" in run.config else "")
+    text += f"; last validation {check['val_bpb']:.4f} BPB at step {check['step']:,}" if check else "; never validated"
+    text += f"; last written {(time.time() - max(times)) / 60:,.0f} min ago" if times else ""
+    return dict(step=step, val_bpb=check.get("val_bpb"), val_step=check.get("step"), text=text)
+
+
+def compare(c: Config) -> dict[str, Any]:
+    """MODE=compare: table, paired tests, and compare.md, .csv and .png in OUT. The first configuration is the baseline;
+    runs without a result are told of and drawn, but not averaged."""
+    if int(os.environ.get("RANK", 0)):
+        return {}
+    runs = find_runs(c.runs, "RUNS")
+    begun = [run for run in runs if run.config]
+    if not begun:
+        raise UserError(f"RUNS={c.runs}: no run there has begun (no config.json in any of the {len(runs)} folders)")
+    groups, varied = group_runs(begun)
+    summaries, base, tests = [group.summary() for group in groups], groups[0], []
+    for group in groups[1:]:
+        for column in ("roundtrip_val_bpb", "sliding_val_bpb"):
+            ours, theirs = group.by_seed(column), base.by_seed(column)
+            if seeds := sorted(set(ours) & set(theirs), key=str):
+                tests.append(dict(name=group.name, baseline=base.name, column=column, seeds=seeds)
+                             | paired([ours[seed] - theirs[seed] for seed in seeds]))
+    states = {str(run.path): run_state(run) for run in runs if not run.config or run.score("roundtrip") is None}
+    text = compare_text(groups, summaries, varied, tests, states)
+    out = Path(c.out or "compare")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_csv(out / "compare.csv", summaries, tests)
+        plot_comparison(out / "compare.png", groups, tests)
+    except OSError as error:
+        raise UserError(f"OUT={out}: cannot be written ({error.strerror})") from error
+    write_atomically(out / "compare.md", text.encode())
+    print(text)
+    return dict(out=str(out), groups=summaries, knobs=varied, paired=tests, unfinished=states)
+
+
+def compare_text(groups: Sequence[RunGroup], summaries: Sequence[dict], varied: dict[str, list], tests: Sequence[dict],
+                 states: dict[str, dict]) -> str:
+    """The comparison as Markdown."""
+    number = lambda value, form="+.5f": "–" if value is None else f"{value:{form}}"
+
+    def cell(found: dict, column: str) -> str:
+        form = COLUMN_FORMATS.get(column, ".5f")
+        return number(found["mean"], form) + (f" ± {found['std']:{form}}" if found["std"] is not None else "")
+
+    parts = ["# Comparison\n\nMean ± standard deviation over finished runs"
+             + "; the first row is the baseline" * (len(groups) > 1) + ".\n"]
+    parts.append(markdown_table([["configuration", *COLUMNS.values(), "n", "unfinished", "seeds"]] + [
+        [facts["name"], *(cell(facts[column], column) for column in COLUMNS), str(facts["n"]), str(facts["unfinished"]),
+         ", ".join(map(str, facts["seeds"]))] for facts in summaries]))
+    if varied:
+        parts += ["\n## Knobs that differ\n", markdown_table([["knob", *(group.name for group in groups)]] + [
+            [name, *("–" if value is None else format_knob(value) for value in values)]
+            for name, values in varied.items()])]
+    if tests:
+        parts += [f"\n## Paired by seed, against {groups[0].name}\n", markdown_table(
+            [["configuration", "score", "pairs", "difference", "95% interval", "p"]] + [
+                [test["name"], COLUMNS[test["column"]], str(test["n"]), number(test["difference"]),
+                 "–" if test["low"] is None else f"{number(test['low'])} to {number(test['high'])}",
+                 number(test["p"], ".2g")] for test in tests]),
+            "\nBelow 0 is better than the baseline. Interval and p: Student's t on the differences of equal seeds. "
+            "Reviewers of the challenge took less than 0.005 BPB for noise and more than 0.01 for real."]
+    notes = [f"{group.name}: no finished seed in common with the baseline, so no test" for group in groups[1:]
+             if group.name not in {test["name"] for test in tests}]
+    notes += [f"{group.name}: a seed was run more than once; the pairs take its mean" for group in groups
+              if len({run.seed for run in group.done}) < len(group.done)]
+    done = [run.result for group in groups for run in group.done]
+    machines = sorted({f"{result.get('world_size', 1)} x {result.get('device')}" for result in done})
+    notes += [f"different machines ({', '.join(machines)}): compare ms/step with care"] if len(machines) > 1 else []
+    versions = len({result.get("script_sha256") for result in done})
+    notes += [f"the runs were made by {versions} versions of train_jepa.py"] if versions > 1 else []
+    parts += ["\n## Runs without a result\n"] * bool(states) + [f"- {path}: {s['text']}" for path, s in states.items()]
+    parts += ["\n## Notes\n"] * bool(notes) + [f"- {note}" for note in notes]
+    return "\n".join(parts) + "\n"
+
+
+def write_csv(path: Path, summaries: Sequence[dict], tests: Sequence[dict]) -> None:
+    """A row per configuration: mean, std and n of each column, then its paired difference to the first one."""
+    parts, rows = ("n", "difference", "low", "high", "p"), []
+    for facts in summaries:
+        row = dict(configuration=facts["name"], n=facts["n"], unfinished=facts["unfinished"])
+        row |= {f"{column}_{part}": facts[column][part] for column in COLUMNS for part in ("mean", "std", "n")}
+        found = {test["column"]: test for test in tests if test["name"] == facts["name"]}
+        row |= {f"{column}_paired_{part}": found.get(column, {}).get(part)
+                for column in ("roundtrip_val_bpb", "sliding_val_bpb") for part in parts}
+        rows.append(row)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def plot_comparison(path: Path, groups: Sequence[RunGroup], tests: Sequence[dict]) -> None:
+    """Validation curves on the left, paired differences with intervals on the right. Without matplotlib: none."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return
+    shown = list({test["name"]: test for test in tests}.values())[::-1]  # sliding BPB where there is one
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, max(4.8, 1.6 + 0.75 * len(shown))), layout="constrained",
+                                         width_ratios=(3, 2))
+    palette = plt.get_cmap("tab10") if len(groups) <= 10 else plt.get_cmap("turbo", len(groups))
+    colors, late = {group.name: palette(i) for i, group in enumerate(groups)}, []
+    for group in groups:
+        first = "baseline, " * (group is groups[0] and len(groups) > 1)
+        dashed = f"; dashed: {len(group.open)} unfinished" * bool(group.open)
+        left.plot([], [], color=colors[group.name], label=f"{group.name} ({first}n={len(group.done)}{dashed})")
+        for run in group.done + group.open:
+            points = [(m["step"], m["val_bpb"]) for m in run.metrics if m.get("kind") == "validation"
+                      and isinstance(m.get("val_bpb"), (int, float)) and math.isfinite(m["val_bpb"])]
+            points = points[1:] if len(points) > 2 else points  # the untrained model would flatten the rest
+            late += [value for _, value in points[len(points) // 5:]]
+            if points:
+                style = dict(linestyle="-" if run in group.done else "--", marker="o" if len(points) < 25 else None)
+                left.plot(*zip(*points), color=colors[group.name], linewidth=1, alpha=0.85, markersize=3, **style)
+    if late:
+        margin = 0.05 * (max(late) - min(late)) or 0.01
+        left.set_ylim(min(late) - margin, max(late) + margin)
+    left.set(xlabel="step", ylabel="bits per byte", title="Validation BPB before storage, a line per seed")
+    left.legend(frameon=False, fontsize=9)
+    for row, test in enumerate(shown):
+        color, mean = colors[test["name"]], test["difference"]
+        reach = None if test["low"] is None else [[mean - test["low"]], [test["high"] - mean]]
+        right.plot(test["deltas"], [row] * test["n"], "|", color=color, markersize=11, alpha=0.7)
+        right.errorbar(mean, row, xerr=reach, color=color, marker="o", capsize=4, linewidth=1.6)
+        text = f"{test['name']}\n{mean:+.4f} {COLUMNS[test['column']]}, {test['n']} pair" + "s" * (test["n"] > 1)
+        right.annotate(text + ("" if test["p"] is None else f", p = {test['p']:.2g}"), (0.02, row), (0, 9), fontsize=9,
+                       xycoords=("axes fraction", "data"), textcoords="offset points", va="bottom",
+                       bbox=dict(facecolor="white", edgecolor="none", alpha=0.8, pad=1))
+    if shown:
+        right.axvline(0, color="0.5", linewidth=1)
+        right.set(ylim=(-0.5, len(shown)), xlabel="bits per byte minus the baseline's (below 0: better)",
+                  title="Paired differences: mean, 95% interval, | each seed")
+    else:
+        right.text(0.5, 0.5, "no seed finished in two configurations", ha="center", transform=right.transAxes)
+    right.set_yticks([])
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# describe, bench, main
+# ---------------------------------------------------------------------------------------------------------------
+
+COMPONENTS = {"in_proj": r"mixer\.in_proj", "out_proj": r"mixer\.out_proj", "attention q, k, v": r"mixer\.[qkv]_proj",
+              "MLP fc": r"mlp\.up", "MLP down": r"mlp\.down", "embedding": r"^token_embed|^lm_head_correction",
+              "embedding projections": r"^embed_proj|^adapter", "head": r"^lm_head$",
+              "predictor": r"^jepa\.(fc|out|action)", "projections of the latent": r"^jepa\.", "scalars": ""}
+
+
+def component(name: str) -> str:
+    return next(label for label, pattern in COMPONENTS.items() if re.search(pattern, name))
+
+
+def describe(c: Config) -> dict[str, Any]:
+    """MODE=describe: knobs with their sources, parameters per component and storage type, estimated bytes."""
+    model, jepa = build_models(c)
+    plan = storage_plan(model, c)
+    print(c.render() + "\n")
+    rows: dict[tuple[str, str], list[int]] = {}
+    stored_tensors = {name: (p.detach(), Grid.parse(plan[name])) for name, _, p in named_roles(model)}
+    everything = [(name, p) for name, _, p in named_roles(model)]
+    everything += [(name, p) for name, _, p in named_roles(jepa, "jepa.")] if jepa is not None else []
+    for name, parameter in everything:
+        rows.setdefault((component(name), plan.get(name, "not stored")), []).append(parameter.numel())
+    print(f"{'component':<28}{'storage':<14}{'tensors':>8}{'parameters':>14}")
+    for (label, grid), counts in sorted(rows.items(), key=lambda row: -sum(row[1])):
+        print(f"{label:<28}{grid:<14}{len(counts):>8}{sum(counts):>14,}")
+    stored, extra = count_parameters(model), count_parameters(jepa)
+    by_grid = {grid: sum(p.numel() for n, _, p in named_roles(model) if plan[n] == grid) for grid in set(plan.values())}
+    estimate = estimate_bytes(stored_tensors, normal=True)["bytes"]
+    code = len(source_text().encode())
+    verdict = "FITS" if estimate + code <= SIZE_LIMIT else "OVER"
+    print(f"\nstored {stored:,} + training-only {extra:,} parameters; artifact about {estimate:,} bytes (entropy of "
+          f"normal weights) + code {code:,} bytes: {verdict} {SIZE_LIMIT:,}")
+    return dict(eval_params=stored, train_only_params=extra, estimated_artifact_bytes=estimate, code_bytes=code,
+                fits=estimate + code <= SIZE_LIMIT, parameters_by_storage=by_grid,
+                parameters_by_component={label: sum(sum(v) for (l, _), v in rows.items() if l == label)
+                                         for label in {l for l, _ in rows}},
+                tokens_per_step=c.train_batch_tokens, micro_batches=c.micro_batches)
+
+
+class SyntheticStream:
+    """Random tokens in place of shards: MODE=bench needs no data."""
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def __len__(self) -> int:
+        return 1 << 40
+
+    def read(self, position: int, count: int) -> np.ndarray:
+        return np.random.default_rng(position).integers(0, self.vocab_size, count)
+
+
+def bench(c: Config, runtime: Runtime) -> dict[str, Any]:
+    """MODE=bench: median ms per step on random tokens, then the share of its parts; the last line is JSON.
+
+    Whole steps are timed first, undisturbed; then again with a wait between the parts, which gives the shares. On CUDA
+    a profile names the largest kernels. One H100 of the published runs: TRAIN_BATCH_TOKENS=65536 MICRO_BATCHES=1."""
+    trainer = Trainer(c, runtime, SyntheticStream(c.vocab_size))
+    trainer.run_phases()
+    steps, warm = min(c.iterations, 50 if runtime.cuda else 5), 10 if runtime.cuda else 1
+    at = Progress(0, 0.5, steps)
+    whole, parts = [], {}
+
+    def clocked(work: Callable, times: list[float]) -> Any:
+        runtime.synchronize()
+        started = now()
+        value = work()
+        runtime.synchronize()
+        times.append(1e3 * (now() - started))
+        return value
+
+    for step in range(-warm, steps):
+        clocked(lambda: trainer.train_step(at), whole)
+        if runtime.main:
+            print(f"step {step}: {whole[-1]:.1f} ms", file=sys.stderr)
+    peak = runtime.peak_memory()
+    for _ in range(max(1, min(steps, 10) // 2)):
+        timed_parts(trainer, at, clocked, parts)
+    each = lambda name: len(trainer.mine) if name in PER_MICRO else 1
+    per_part = {name: float(np.median(np.array(times).reshape(-1, each(name)).sum(1))) for name, times in parts.items()}
+    per_step, total = float(np.median(whole[warm:])), sum(per_part.values())
+    flops = flops_per_token(c) * c.train_batch_tokens
+    if runtime.main:
+        print(f"{'part':<16}{'ms':>10}{'share':>8}")
+        for name, ms in sorted(per_part.items(), key=lambda row: -row[1]):
+            print(f"{name:<16}{ms:>10.2f}{ms / total:>8.1%}")
+    return dict(ms_per_step=per_step, tokens_per_second=1e3 * c.train_batch_tokens / per_step, steps=steps,
+                tokens_per_step=c.train_batch_tokens, peak_memory_bytes=peak, parts_ms=per_part,
+                shares={name: ms / total for name, ms in per_part.items()}, model_tflops=flops / per_step * 1e-9,
+                mfu_of_h100=flops / per_step * 1e-9 / 989 / runtime.world if runtime.cuda else None,
+                gemm_floor_ms_at_800_tflops=flops / 800e12 * 1e3 / runtime.world if runtime.cuda else None,
+                largest_kernels=largest_kernels(trainer, at) if runtime.cuda else None,
+                scan=trainer.kernels.name, compile_mode=c.compile_mode, **runtime.describe())
+
+
+PER_MICRO = ("data", "forward", "backward")
+
+
+def timed_parts(trainer: Trainer, at: Progress, clocked: Callable, parts: dict[str, list[float]]) -> None:
+    """The lines of Trainer.train_step, one by one under the clock."""
+    c = trainer.config
+    note = lambda name, work: clocked(work, parts.setdefault(name, []))
+    now_at = loss_weights(at.fraction, c)
+    active = Active(now_at.ce > 0, now_at.jepa > 0, now_at.anti > 0)
+    scales = trainer.runtime.to_device(torch.tensor([now_at.ce, now_at.jepa, now_at.anti]))
+    states = trainer.empty_states() if c.carry_state else None
+    note("snap", lambda: trainer.weights.load(qat=qat_on(at.fraction, c.qat_fraction)))
+    for micro in trainer.mine:
+        inputs = note("data", functools.partial(trainer.step_inputs, at.step, micro))
+        trainer.weights.begin_micro(last=micro == trainer.mine[-1])
+        loss = note("forward", lambda inputs=inputs: trainer.losses(*inputs, scales, states, active)[0])
+        note("backward", (loss / c.micro_batches).backward)
+    note("gradient sums", trainer.weights.finish_gradients)
+    note("optimizer", lambda: trainer.optimizer.step(1.0, c.muon_momentum))
+    trainer.weights.zero_grad()
+
+
+def largest_kernels(trainer: Trainer, at: Progress) -> list[dict[str, Any]]:
+    """The five kernels of one step that take the most GPU time, with their share of all."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        trainer.train_step(at)
+        trainer.runtime.synchronize()
+    rows = [(event.key, event.self_device_time_total) for event in profile.key_averages()]
+    total = sum(time for _, time in rows) or 1
+    return [dict(kernel=name[:100], ms=time / 1e3, share=time / total)
+            for name, time in sorted(rows, key=lambda row: -row[1])[:5]]
+
+
+def flops_per_token(c: Config) -> float:
+    """Multiply-adds times 2 of matrix products, forward and backward (3 x forward), per trained token."""
+    model, jepa = build_models(dataclasses.replace(c, seed=0))
+    dense = sum(p.numel() for name, role, p in named_roles(model) if role in (MATRIX, HEAD))
+    head = c.vocab_size * (c.embed if c.tie_embeddings else 0)
+    latent = 0
+    if c.jepa_on and jepa is not None:
+        sizes = {name: p.numel() for name, role, p in named_roles(jepa) if role == MATRIX}
+        again = sum(count for name, count in sizes.items() if "projector" not in name)
+        latent = sum(sizes.values()) + (c.jepa_steps - 1) * again
+    scan = c.pattern.count("m") * c.d_inner * (2 * c.d_state + c.ssd_chunk / 2 * 1.5)
+    attention = c.pattern.count("a") * c.model_dim * c.train_seq_len
+    return 6 * (dense + head + latent + scan + attention)
+
+
+def train(c: Config) -> dict[str, Any]:
+    with Runtime(c) as runtime:
+        run = Run(c, runtime)
+        try:
+            run.train()
+            return run.finish()
+        except (UserError, RunStopped) as end:
+            with contextlib.suppress(UserError):  # the disk may be full
+                run.log(f"ended: {end}", console=False)
+            raise
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Dispatch on MODE. Exit codes: 0 done, 2 wrong input (one line each on stderr), 128+n stopped by signal n."""
+    argv = sys.argv[1:] if argv is None else argv
+    if any(argument in ("-h", "--help") for argument in argv):
+        print(help_text())
+        return 0
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        config = Config.from_env(dict(os.environ), argv)
+        report = run_mode(config)
+        if report is not None and rank == 0:
+            print(json.dumps(report), flush=True)
+        return 0
+    except UserError as error:
+        if rank:  # a fault of all ranks is said once, by rank 0; one of this rank alone is said by it
+            time.sleep(2)
+        for line in str(error).splitlines():
+            print(f"train_jepa.py: {line}", file=sys.stderr, flush=True)
+        return 2
+    except RunStopped as stopped:
+        if rank == 0:
+            print(f"train_jepa.py: {stopped}", file=sys.stderr, flush=True)
+        return stopped.code
+    except KeyboardInterrupt:
+        return 130
+
+
+def run_mode(config: Config) -> dict | None:
+    """What MODE asks for; the JSON that a reporting mode ends with, or None."""
+    if config.mode == "train":
+        train(config.validate())
+        return None
+    if config.mode == "describe":
+        return describe(config.validate())
+    if config.mode == "bench":
+        with Runtime(config.validate()) as runtime:
+            return bench(config, runtime)
+    if config.mode == "eval":
+        return evaluate_alone(config)
+    if config.mode == "sample":
+        return sample(config)
+    return submit(config) if config.mode == "submit" else compare(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
