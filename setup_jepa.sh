@@ -212,6 +212,7 @@ import hashlib
 import json
 import lzma
 import os
+import random
 import re
 import shutil
 import sys
@@ -355,13 +356,33 @@ def byte_document(text):
     return np.concatenate(([MARK], data[data != MARK])).astype("<u2")
 
 
+PIECE = 8000    # characters
+
+
+def pieces_of(novels):
+    """The novels cut before paragraphs into pieces of about PIECE, in a fixed random order, a document each: a short
+    run then sees a bit of every author, where whole novels in a row would teach it one voice after the other."""
+    pieces = []
+    for novel in novels:
+        piece = ""
+        for paragraph in novel.split("\n\n"):
+            piece += paragraph + "\n\n"
+            if len(piece) >= PIECE:
+                pieces.append(piece)
+                piece = ""
+        if piece.strip():
+            pieces.append(piece)
+    random.Random(0).shuffle(pieces)
+    return pieces
+
+
 def demo():
     tokenizer = DEMO / "fineweb_8192_bpe.model"
     files = {"train": DEMO / "novels_train.txt.xz", "val": DEMO / "alice_valid.txt"}
     for path in (tokenizer, *files.values()):
         if not path.is_file():
             raise Failure(f"{path} is missing; it belongs to the repository")
-    source = {path.name: digest(path) for path in (tokenizer, *files.values())}
+    source = {path.name: digest(path) for path in (tokenizer, *files.values())} | {"piece": PIECE}
     if not (TOKENIZERS / tokenizer.name).is_file():
         copy_file(tokenizer, TOKENIZERS / tokenizer.name)
     encode = {
@@ -377,6 +398,8 @@ def demo():
             raw = path.read_bytes()
             text = (lzma.decompress(raw) if path.suffix == ".xz" else raw).decode()
             documents = text.split("\f\n")     # a line with one form feed separates novels
+            if split == "train":
+                documents = pieces_of(documents)
             count = write_shard(targets[split], bar(iterable=map(document, documents), total=len(documents), desc=name))
             note(f"{targets[split]}: {len(documents)} document(s), {count:,} tokens")
         write_json(DATASETS / name / "source.json", source)

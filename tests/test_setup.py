@@ -1,6 +1,7 @@
 """setup_jepa.sh: environment, demo shards, download through a stubbed hub, byte conversion, restart."""
 import hashlib
 import json
+import lzma
 import os
 import re
 import shutil
@@ -175,8 +176,11 @@ def test_demo_shards(demo):
     values = read_shard(copy.datasets / "demo_bytes/fineweb_val_000000.bin")
     assert values[0] == 0 and values[1:].astype("u1").tobytes() == alice
     train = read_shard(copy.datasets / "demo_bytes/fineweb_train_000000.bin")
-    assert (train == 0).sum() == 6 and train.max() < 256
-    for split, documents in (("train", 6), ("val", 1)):
+    pieces = [piece.strip() for piece in train.astype("u1").tobytes().split(b"\0")[1:]]
+    novels = lzma.decompress((ROOT / "data/demo/novels_train.txt.xz").read_bytes())
+    assert len(pieces) > 250 and train.max() < 256 and len(novels) * 0.99 < sum(map(len, pieces)) <= len(novels)
+    assert all(piece in novels for piece in pieces) and sorted(pieces, key=novels.index) != pieces
+    for split, documents in (("train", len(pieces)), ("val", 1)):
         tokens = read_shard(copy.datasets / f"demo_sp8192/fineweb_{split}_000000.bin")
         assert tokens[0] == 1 and (tokens == 1).sum() == documents and tokens.max() < 8192
     assert (copy.root / "data/tokenizers/fineweb_8192_bpe.model").read_bytes() == MODEL.read_bytes()
