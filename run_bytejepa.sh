@@ -25,7 +25,7 @@ if [[ $PROFILE == cpu ]]; then      # about two minutes of training on two cores
     export NUM_HEADS="${NUM_HEADS-4}"
     export NUM_KV_HEADS="${NUM_KV_HEADS-2}"
     export TRAIN_SEQ_LEN="${TRAIN_SEQ_LEN-256}"
-    export TRAIN_BATCH_TOKENS="${TRAIN_BATCH_TOKENS-8192}"
+    export TRAIN_BATCH_TOKENS="${TRAIN_BATCH_TOKENS-4096}"
     export MICRO_BATCHES="${MICRO_BATCHES-2}"
     export MAX_WALLCLOCK_SECONDS="${MAX_WALLCLOCK_SECONDS-120}"
     export WARMDOWN_ITERS="${WARMDOWN_ITERS-100}"
@@ -33,6 +33,7 @@ if [[ $PROFILE == cpu ]]; then      # about two minutes of training on two cores
     export TRAIN_LOG_EVERY="${TRAIN_LOG_EVERY-20}"
     export VAL_BATCH_SIZE="${VAL_BATCH_SIZE-8192}"
     export WARMUP_STEPS="${WARMUP_STEPS-3}"
+    export PROBE_STEPS="${PROBE_STEPS-20}"
     export COMPILE_MODE="${COMPILE_MODE-off}"
 fi
 

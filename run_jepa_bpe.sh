@@ -19,19 +19,28 @@ if [[ $PRESET == best ]]; then
 fi
 
 if [[ $PROFILE == cpu ]]; then      # about two minutes of training on two cores
-    export MODEL_DIM="${MODEL_DIM-192}"
+    export MODEL_DIM="${MODEL_DIM-128}"
     export NUM_LAYERS="${NUM_LAYERS-4}"
-    export EMBED_DIM="${EMBED_DIM-96}"
-    export TRAIN_SEQ_LEN="${TRAIN_SEQ_LEN-256}"
-    export TRAIN_BATCH_TOKENS="${TRAIN_BATCH_TOKENS-8192}"
+    export EMBED_DIM="${EMBED_DIM-64}"
+    export JEPA_STEPS="${JEPA_STEPS-1}"
+    export TRAIN_SEQ_LEN="${TRAIN_SEQ_LEN-128}"
+    export TRAIN_BATCH_TOKENS="${TRAIN_BATCH_TOKENS-2048}"
     export MICRO_BATCHES="${MICRO_BATCHES-2}"
-    export MAX_WALLCLOCK_SECONDS="${MAX_WALLCLOCK_SECONDS-120}"
+    export PREDICTOR_HIDDEN_MULT="${PREDICTOR_HIDDEN_MULT-1}"
+    export MAX_WALLCLOCK_SECONDS="${MAX_WALLCLOCK_SECONDS-150}"
+    export WARMUP_STEPS="${WARMUP_STEPS-3}"
+    export MATRIX_LR="${MATRIX_LR-0.02}"
+    export EMBED_LR="${EMBED_LR-0.03}"
+    export SCALAR_LR="${SCALAR_LR-0.02}"
+    export MUON_MOMENTUM_WARMUP_STEPS="${MUON_MOMENTUM_WARMUP_STEPS-100}"
+    export WARMDOWN_FRACTION="${WARMDOWN_FRACTION-0.7}"
     export VAL_LOSS_EVERY="${VAL_LOSS_EVERY-100}"
     export TRAIN_LOG_EVERY="${TRAIN_LOG_EVERY-20}"
-    export VAL_BATCH_SIZE="${VAL_BATCH_SIZE-8192}"
-    export SLIDING_EVAL_STRIDE="${SLIDING_EVAL_STRIDE-64}"
-    export SLIDING_BATCH_SIZE="${SLIDING_BATCH_SIZE-32}"
+    export VAL_BATCH_SIZE="${VAL_BATCH_SIZE-16384}"
+    export PROBE_STEPS="${PROBE_STEPS-20}"
     export COMPILE_MODE="${COMPILE_MODE-off}"
+    export SLIDING_EVAL_STRIDE="${SLIDING_EVAL_STRIDE-32}"
+    export SLIDING_BATCH_SIZE="${SLIDING_BATCH_SIZE-64}"
 fi
 
 # Published configuration, 10 minutes on 8 H100

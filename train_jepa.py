@@ -3486,7 +3486,7 @@ class Evaluator:
     def _nll(self, h: Tensor, targets: Tensor, temperatures: Sequence[float] = (1.0,)) -> Tensor:
         """Sum of the NLL at each temperature (K,) fp64; h (...,D), targets (...). The V-wide logits come in pieces."""
         h, targets = h.reshape(-1, h.size(-1)), self.runtime.to_device(targets.reshape(-1))
-        piece = max(1, (1 << (25 if self.runtime.cuda else 22)) // self.vocabulary.base_bytes.numel())
+        piece = max(1, (1 << (25 if h.is_cuda else 22)) // self.vocabulary.base_bytes.numel())
         total = torch.zeros(len(temperatures), dtype=torch.float64, device=h.device)
         for part, wanted in zip(h.split(piece), targets.split(piece)):
             logits = self.model.logits(part)

@@ -36,8 +36,11 @@ needs_mamba = pytest.mark.skipif(importlib.util.find_spec("mamba_ssm") is None, 
 
 # -- CPU ---------------------------------------------------------------------------------------------------------------
 def spawn(*command, **env):
+    """A Python process that finds train_jepa, behind whatever PYTHONPATH the test gives."""
+    path = os.pathsep.join(filter(None, (env.pop("PYTHONPATH", ""), str(HERE.parent))))
     return subprocess.Popen([sys.executable, *command], cwd=HERE, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
+                            stderr=subprocess.STDOUT,
+                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | env)
 
 
 @pytest.fixture(scope="module", autouse=True)
