@@ -497,7 +497,11 @@ class Runtime:
         if self.world > 1:
             limit = timedelta(seconds=config.collective_timeout)
             where = dict(device_id=self.device) if self.cuda else {}
-            dist.init_process_group("nccl" if self.cuda else "gloo", timeout=limit, **where)
+            # torchrun's static rendezvous keeps one store over restarts: each attempt has its own keys in it.
+            store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+            store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group("nccl" if self.cuda else "gloo", timeout=limit, store=store, rank=self.rank,
+                                    world_size=self.world, **where)
             # Clock and signals travel over gloo: agreeing on them must not wait for the GPU's queue.
             self.control = dist.new_group(backend="gloo", timeout=limit)
 

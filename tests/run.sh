@@ -11,4 +11,5 @@ if [[ "${1-}" == quick ]]; then
     arguments=(-m "not slow")
 fi
 "$PY" -m ruff check --config tests/ruff.toml .
-exec "$PY" -m pytest -c tests/pytest.ini tests -n "${TEST_WORKERS-2}" --dist loadfile ${arguments[@]+"${arguments[@]}"} "$@"
+exec "$PY" -m pytest -c tests/pytest.ini tests -n "${TEST_WORKERS-2}" --dist loadfile \
+    ${arguments[@]+"${arguments[@]}"} "$@"

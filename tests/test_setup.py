@@ -210,7 +210,7 @@ def test_demo_repeats_without_work_and_repairs(copy, demo):
 
 def test_summary_and_usage(copy, demo):
     text = demo.text
-    for word in ("Python ", "torch ", "CUDA ", "mamba-ssm ", "demo_bytes: train 1 shard(s), 2,409,556 tokens"):
+    for word in ("Python ", "torch ", "CUDA ", "mamba-ssm ", "demo_bytes: train 1 shard(s), 2,409,843 tokens"):
         assert word in text
     assert "usage: bash setup_jepa.sh" in copy.setup("nonsense", code=2)
 
