@@ -196,7 +196,13 @@ class Config:
     warmdown_fraction: float = knob(0.15, "last fraction of the run", low=0, high=1)
     warmdown_iters: int = knob(2000, "last steps (under a cap: at the mean step time so far)", low=0)
     min_lr: float = knob(0.0, "LR at the end / base LR", low=0, high=1)
+    seq_len_start: int = knob(0, "tokens per row at the start (0 = TRAIN_SEQ_LEN all the time)", low=0)
+    seq_len_full: float = knob(0.5, "fraction of the run at which rows have doubled up to TRAIN_SEQ_LEN", low=0, high=1)
+    batch_tokens_start: int = knob(0, "tokens per step at the start (0 = TRAIN_BATCH_TOKENS all the time)", low=0)
+    batch_tokens_full: float = knob(0.5, "fraction of the run at which steps have doubled up to TRAIN_BATCH_TOKENS",
+                                    low=0, high=1)
     carry_state: bool = knob(False, "1 = rows continue where they ended, with their final states")
+    carry_reset: bool = knob(False, "1 = states begin anew at document starts (PyTorch scan)")
     val_loss_every: int = knob(500, "steps between validations (0 = at the end only)", low=0, free=True)
     train_log_every: int = knob(100, "steps between log lines", low=1, free=True)
     compile_mode: str = knob("default", "torch.compile mode; off = eager; aot_eager = traced, not generated",
@@ -230,7 +236,16 @@ class Config:
     quant_k: float = knob(0.35, "step in deviations of the row with QUANT_STEP=sigma", low=0.01, high=4)
     int8_floor: bool = knob(False, "1 = int8 scales never below 1/127, as published")
     fp_storage: str = knob("BF16", "embedding and tie correction", choices=("BF16", "FP8"))
+    mlp_grid: str = knob("", "grid of the MLP matrices: int4, int5, int6, int8a, int4s0.35 (step of 0.35 deviations), "
+                         "fp8, bf16 (empty: QUANT_BITS and QUANT_STEP)")
+    proj_grid: str = knob("", "grid of all other matrices: projections of mixers and embedding, untied head")
+    dt_grid: str = knob("", "grid of the rows of in_proj that make dt (empty: as in_proj)")
+    embed_grid: str = knob("", "grid of embedding and tie correction (empty: FP_STORAGE)")
     qat_fraction: float = knob(1.0, "last fraction of the run that trains on the storage grid", low=0, high=1)
+    rounding: str = knob("nearest", "of the last weights: nearest symbol, or each column's error compensated by later "
+                         "columns, by second moments of the inputs (GPTQ)", choices=("nearest", "compensated"))
+    rounding_tokens: int = knob(65_536, "training tokens for these moments", low=1)
+    fit: bool = knob(False, "1 = MODE=describe finds the largest MODEL_DIM and MLP_MULT that fit", free=True)
     # group: evaluation
     sliding_eval: bool = knob(False, "1 = sliding windows after training", free=True)
     sliding_eval_stride: int = knob(16, "tokens scored per window", low=1, free=True)
@@ -323,19 +338,35 @@ class Config:
         per_micro = c.micro_batches * c.train_seq_len
         need(c.train_batch_tokens % per_micro == 0, f"TRAIN_BATCH_TOKENS={c.train_batch_tokens}: must be a multiple "
              f"of MICRO_BATCHES*TRAIN_SEQ_LEN={c.micro_batches}*{c.train_seq_len}={per_micro}")
+        for start, full in (("SEQ_LEN_START", "TRAIN_SEQ_LEN"), ("BATCH_TOKENS_START", "TRAIN_BATCH_TOKENS")):
+            first, last = getattr(c, start.lower()) or 1, getattr(c, full.lower())
+            need(first <= last and last % first == 0 and (last // first).bit_count() == 1 or first == 1,
+                 f"{start}={first}: {full}={last} must be this times a power of two")
+            need(first == 1 or not c.carry_state, f"{start}={first}: CARRY_STATE=1 keeps rows of one length")
+        need(not c.batch_tokens_start or c.batch_tokens_start % per_micro == 0, f"BATCH_TOKENS_START="
+             f"{c.batch_tokens_start}: must be a multiple of MICRO_BATCHES*TRAIN_SEQ_LEN={per_micro}")
+        need(not c.carry_reset or c.carry_state or c.eval_state == "carry" or c.mode in ("eval", "sample"),
+             "CARRY_RESET=1: goes with CARRY_STATE=1 or EVAL_STATE=carry")
+        need(not c.carry_reset or c.ssd_kernel in ("auto", "torch"),
+             f"SSD_KERNEL={c.ssd_kernel}: CARRY_RESET=1 needs the PyTorch scan; take torch or auto")
         need(c.storage == "int8" or c.quant_bits in (4, 5, 6),
              f"QUANT_BITS={c.quant_bits}: 4, 5 or 6 (8 goes with STORAGE=int8)")
         need(c.storage != "int8" or c.quant_bits == 8, f"QUANT_BITS={c.quant_bits}: STORAGE=int8 needs 8")
         need(c.storage != "int8" or c.fp_storage == "BF16", "FP_STORAGE=FP8: STORAGE=int8 stores no FP8")
         need(c.storage != "int8" or c.quant_step == "absmax", "QUANT_STEP=sigma: goes with STORAGE=intn")
+        for name in ("MLP_GRID", "PROJ_GRID", "DT_GRID", "EMBED_GRID"):
+            value = getattr(c, name.lower())
+            need(not value or c.storage == "intn", f"{name}={value}: goes with STORAGE=intn")
+            need(not value or fits_training(value), f"{name}={value}: int4, int5, int6, int8a, int4s0.35, fp8 or bf16")
         need(not c.int8_floor or c.storage == "int8", "INT8_FLOOR=1: goes with STORAGE=int8")
         need(c.ce_weight > 0 or c.jepa_on or c.loss_schedule == "staged",
              "CE_WEIGHT=0 with JEPA off: no loss is left; raise CE_WEIGHT, or JEPA_WEIGHT with JEPA_STEPS")
         need(c.jepa_on or c.loss_schedule == "joint",
              "LOSS_SCHEDULE=staged: its first stage needs JEPA_WEIGHT > 0 and JEPA_STEPS > 0")
         reach = c.jepa_steps * (c.jepa_chunk if c.jepa_target != "latent" else 1)
-        need(not c.jepa_on or reach < c.train_seq_len, f"JEPA_STEPS={c.jepa_steps}: the last target lies {reach} "
-             f"tokens ahead, TRAIN_SEQ_LEN={c.train_seq_len} is too short for it")
+        shortest = c.seq_len_start or c.train_seq_len
+        need(not c.jepa_on or reach < shortest, f"JEPA_STEPS={c.jepa_steps}: the last target lies {reach} "
+             f"tokens ahead, {'SEQ_LEN_START' if c.seq_len_start else 'TRAIN_SEQ_LEN'}={shortest} is too short for it")
         need(c.jepa_target == "latent" or c.jepa_steps <= 1,
              f"JEPA_TARGET={c.jepa_target}: chunk targets have one horizon; JEPA_STEPS=1, and JEPA_CHUNK sets it")
         need(not c.jepa_dim or c.projector_type != "none", "JEPA_DIM: PROJECTOR_TYPE=none leaves z = h; take linear")
@@ -389,7 +420,7 @@ class Config:
 
 MODEL_KNOBS = ("TOKENIZER VOCAB_SIZE MODEL_DIM NUM_LAYERS MIXER D_STATE D_CONV EXPAND NUM_HEADS NUM_KV_HEADS ROPE_BASE "
                "EMBED_DIM MLP_MULT MLP_EVERY ACTIVATION MLP_NORM NORM_EPS TIE_EMBEDDINGS VOCAB_BIAS LOGIT_SOFTCAP "
-               "SOFTCAP_TYPE TRAIN_SEQ_LEN").split()
+               "SOFTCAP_TYPE TRAIN_SEQ_LEN CARRY_RESET").split()
 
 
 GROUPS = dict(MODE="run", TOKENIZER="data", MODEL_DIM="model", LOSS_SCHEDULE="losses", TRAIN_SEQ_LEN="training",
@@ -919,17 +950,19 @@ def load_validation(config: Config) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------
 
 def ssd_chunked(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *, chunk: int = 64,
-                initial_state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+                initial_state: Tensor | None = None, document: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """y and the final state of h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, y_t = h_t C_t + D x_t.
 
     x (B,T,H,P); dt (B,T,H) fp32, after softplus; A (H,) fp32, negative; B, C (B,T,N), one group; D (H,);
     initial_state (B,H,P,N) fp32 or None for zeros. Returns y (B,T,H,P) in x.dtype and the state (B,H,P,N) in fp32.
-    Any T. Four steps: within chunks, states of chunks, states between chunks, their effect within chunks."""
+    document (B,T) counts the documents begun so far in the row: where it rises the state begins anew. Any T.
+    Four steps: within chunks, states of chunks, states between chunks, their effect within chunks."""
     batch, length, heads, width = x.shape
     state_size = B.size(-1)
     chunk = min(chunk, length)
     if pad := -length % chunk:  # dt = 0 neither decays nor adds: padding leaves the state alone
         x, dt, B, C = (F.pad(t, (0, 0) * (t.ndim - 2) + (0, pad)) for t in (x, dt, B, C))
+        document = document if document is None else torch.cat((document, document[:, -1:].expand(-1, pad)), 1)
     chunks = (length + pad) // chunk
     split = lambda t: t.reshape(batch, chunks, chunk, *t.shape[2:])
     u = split((x * dt.unsqueeze(-1)).to(x.dtype))                                   # (b,c,Q,H,P)
@@ -937,11 +970,17 @@ def ssd_chunked(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tenso
     logs = split(dt * A).transpose(2, 3).cumsum(-1)                                 # (b,c,H,Q) log decay so far
     # 1. Within a chunk: y_i = sum_{j<=i} (C_i.B_j) exp(logs_i - logs_j) u_j. Masked before exp, else inf * 0 = NaN.
     future = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
+    if document is not None:
+        document = split(document)                                                  # (b,c,Q)
+        ends = F.pad(document[..., -1], (1, 0))                                     # (b,c+1), 0 before the row
+        future = future | (document.unsqueeze(-1) != document.unsqueeze(-2)).unsqueeze(2)
     decay = (logs.unsqueeze(-1) - logs.unsqueeze(-2)).masked_fill(future, -math.inf).exp()  # (b,c,H,Q,Q)
     scores = (C @ B.transpose(-1, -2)).unsqueeze(2) * decay
     y = (scores.to(x.dtype) @ u.transpose(2, 3)).transpose(2, 3)                    # (b,c,Q,H,P)
     # 2. What each chunk adds to the state by its end.
     to_end = (logs[..., -1:] - logs).exp().transpose(2, 3).unsqueeze(-1)            # (b,c,Q,H,1)
+    if document is not None:
+        to_end = to_end * (document == document[..., -1:])[..., None, None]
     added = (u * to_end).to(x.dtype).flatten(3).transpose(-1, -2) @ B               # (b,c,H*P,N)
     added = added.to(logs.dtype).view(batch, chunks, heads, width * state_size).transpose(1, 2)   # (b,H,c,P*N)
     # 3. States at chunk starts: a (c+1)x(c+1) decay matrix over [initial, chunk 1, ...] in one product.
@@ -949,13 +988,18 @@ def ssd_chunked(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tenso
         initial_state.reshape(batch, heads, 1, width * state_size).to(logs.dtype)
     total = F.pad(logs[..., -1].transpose(1, 2), (1, 0)).cumsum(-1)                 # (b,H,c+1)
     future = torch.ones(chunks + 1, chunks + 1, dtype=torch.bool, device=x.device).triu(1)
+    if document is not None:
+        future = future | (ends.unsqueeze(-1) != ends.unsqueeze(-2)).unsqueeze(1)
     carry = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(future, -math.inf).exp()
     states = carry @ torch.cat((first, added), dim=2)                               # (b,H,c+1,P*N)
     final = states[:, :, -1].reshape(batch, heads, width, state_size)
     # 4. What the state at a chunk's start gives to its positions.
     starts = states[:, :, :-1].transpose(1, 2).reshape(batch, chunks, heads * width, state_size).to(x.dtype)
     carried = (C @ starts.transpose(-1, -2)).view(batch, chunks, chunk, heads, width)
-    y = y + carried * logs.exp().transpose(2, 3).unsqueeze(-1)
+    so_far = logs.exp().transpose(2, 3).unsqueeze(-1)                               # (b,c,Q,H,1)
+    if document is not None:
+        so_far = so_far * (document == ends[:, :-1, None])[..., None, None]
+    y = y + carried * so_far
     y = y.reshape(batch, length + pad, heads, width)[:, :length] + D.unsqueeze(-1) * x[:, :length]
     return y.to(x.dtype), final
 
@@ -967,19 +1011,25 @@ def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, 
     return ((state * C[:, None, None, :]).sum(-1) + D.unsqueeze(-1) * x).to(x.dtype), state
 
 
-def causal_conv_silu(u: Tensor, weight: Tensor, bias: Tensor, *, initial: Tensor | None = None
-                     ) -> tuple[Tensor, Tensor]:
+def causal_conv_silu(u: Tensor, weight: Tensor, bias: Tensor, *, initial: Tensor | None = None,
+                     document: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """silu of the depthwise causal convolution of u (B,T,C) with weight (C,1,K) and bias (C,).
 
     `initial` (B,K-1,C) are the inputs before the row (None: zeros). Returns the output (B,T,C) and the last K-1
-    inputs. K shifted multiply-adds: no alignment rules, and a compiler fuses them into one pass."""
+    inputs. `document` as in ssd_chunked: inputs of earlier documents count as zeros. K shifted
+    multiply-adds: no alignment rules, and a compiler fuses them into one pass."""
     taps, length = weight.size(-1), u.size(1)
     before = u.new_zeros(u.size(0), taps - 1, u.size(2)) if initial is None else initial.to(u.dtype)
     padded = torch.cat((before, u), dim=1)
     out = bias.to(u.dtype)
+    near = None if document is None else F.pad(document, (taps - 1, 0)).unsqueeze(-1)  # 0: before the row
     for k in range(taps):
-        out = out + padded[:, k:k + length] * weight[:, 0, k].to(u.dtype)
-    return F.silu(out), padded[:, length:]
+        seen = padded[:, k:k + length]
+        if near is not None:
+            seen = seen * (near[:, k:k + length] == document.unsqueeze(-1))
+        out = out + seen * weight[:, 0, k].to(u.dtype)
+    last = padded[:, length:]
+    return F.silu(out), last if near is None else last * (near[:, length:] == near[:, -1:])
 
 
 def soft_cap(logits: Tensor, cap: float, kind: str) -> Tensor:
@@ -1871,6 +1921,8 @@ class Kernels(NamedTuple):
 
 def choose_kernels(c: Config, runtime: Runtime) -> tuple[Kernels, str]:
     """The forms for this device and SSD_KERNEL, and a line that says what a fallback costs ("" = none)."""
+    if c.carry_reset:
+        return Kernels(), "CARRY_RESET=1: PyTorch scan and convolution" if runtime.cuda else ""
     name, note = choose_ssd(c.ssd_kernel, runtime.device)
     ssd = dict(torch=ssd_chunked, mamba_ssm=ssd_mamba_ssm, fused=ssd_triton)[name]
     return Kernels(ssd, causal_conv_silu_triton if runs_triton(torch.empty(0, device=runtime.device)) else
@@ -1881,10 +1933,13 @@ def choose_kernels(c: Config, runtime: Runtime) -> tuple[Kernels, str]:
 # blocks: norm, linear, mixers, MLPs, residual block. Each module names the role of its parameters in `roles`.
 # ---------------------------------------------------------------------------------------------------------------
 
-MATRIX, EMBEDDING, HEAD, CORRECTION = "matrix", "embedding", "head", "correction"
+MATRIX, MLP_MATRIX, IN_PROJ = "matrix", "MLP matrix", "in_proj"
+MATRICES = (MATRIX, MLP_MATRIX, IN_PROJ)
+EMBEDDING, HEAD, CORRECTION = "embedding", "head", "correction"
 SCALAR, STATE, CONTROL = "scalar", "state", "control"
-# matrix: Muon, stored INT; embedding, head: AdamW at their own rates; correction (of the tied head), scalar: AdamW at
-# SCALAR_LR; state: the same without decay; control: a scalar that system B stores in fp32 (scales, mixes, gains).
+# Matrices: Muon, stored INT; three roles, since their grids may differ. Embedding, head: AdamW at their own rates.
+# Correction (of the tied head), scalar: AdamW at SCALAR_LR; state: the same without decay; control: a scalar that
+# system B stores in fp32 (scales, mixes, gains).
 
 
 def rms_norm(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
@@ -1893,10 +1948,10 @@ def rms_norm(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
 
 class Linear(nn.Module):
     """y = x W^T (+ b), weight (out, in), torch's Linear init; the weight is cast to x's type at use."""
-    roles = {"weight": MATRIX, "bias": SCALAR}
 
-    def __init__(self, inputs: int, outputs: int, bias: bool = False, zero: bool = False):
+    def __init__(self, inputs: int, outputs: int, bias: bool = False, zero: bool = False, role: str = MATRIX):
         super().__init__()
+        self.roles = {"weight": role, "bias": SCALAR}
         self.weight = nn.Parameter(torch.zeros(outputs, inputs))
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
         bound = inputs ** -0.5
@@ -1906,7 +1961,10 @@ class Linear(nn.Module):
                 nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        if x.is_cuda and bias is None and (pad := -weight.size(0) % 8):  # rows of another width are misaligned for
+            return F.linear(x, F.pad(weight, (0, 0, 0, pad)))[..., :weight.size(0)]  # the GPU's wide loads
+        return F.linear(x, weight, bias)
 
 
 class DepthwiseConv(nn.Module):
@@ -1946,7 +2004,7 @@ class Mamba2(nn.Module):
         super().__init__()
         self.d_inner, self.d_state, self.heads = expand * dim, d_state, expand * dim // HEADDIM
         self.kernels, self.chunk = kernels, chunk
-        self.in_proj = Linear(dim, 2 * self.d_inner + 2 * d_state + self.heads)  # rows: z, x, B, C, dt
+        self.in_proj = Linear(dim, 2 * self.d_inner + 2 * d_state + self.heads, role=IN_PROJ)  # rows: z, x, B, C, dt
         self.conv1d = DepthwiseConv(self.d_inner + 2 * d_state, d_conv)
         log_dt = torch.empty(self.heads).uniform_(math.log(0.001), math.log(0.1))
         dt = log_dt.exp().clamp(min=1e-4)
@@ -1956,20 +2014,20 @@ class Mamba2(nn.Module):
         self.norm = GatedNorm(self.d_inner)
         self.out_proj = Linear(self.d_inner, dim)
 
-    def forward(self, u: Tensor, state: MambaState | None = None) -> tuple[Tensor, MambaState]:
-        """u (B,T,D) -> (B,T,D) and the state after the last position; `state` is the one before the first."""
+    def forward(self, u: Tensor, state: MambaState | None = None, document: Tensor | None = None
+                ) -> tuple[Tensor, MambaState]:
+        """u (B,T,D) -> (B,T,D) and the state after the last position; `state` is the one before the first.
+
+        document (B,T): see ssd_chunked; only the PyTorch kernels know it."""
         inner, N, H = self.d_inner, self.d_state, self.heads
-        # Rows of 2*d_inner+2N+H elements are misaligned for the GPU's wide loads: zero rows round them up at use.
-        weight = self.in_proj.weight.to(u.dtype)
-        if u.is_cuda and (pad := -weight.size(0) % 8):
-            weight = F.pad(weight, (0, 0, 0, pad))
-        z, xBC, dt = F.linear(u, weight)[..., :2 * inner + 2 * N + H].split((inner, inner + 2 * N, H), dim=-1)
+        z, xBC, dt = self.in_proj(u).split((inner, inner + 2 * N, H), dim=-1)
+        apart = {} if document is None else {"document": document}
         xBC, conv = self.kernels.conv(xBC, self.conv1d.weight, self.conv1d.bias,
-                                      initial=None if state is None else state.conv)
+                                      initial=None if state is None else state.conv, **apart)
         x, B, C = xBC.split((inner, N, N), dim=-1)
         dt = F.softplus(dt.float() + self.dt_bias)
         y, ssm = self.kernels.ssd(x.unflatten(-1, (H, HEADDIM)), dt, -self.A_log.exp(), B, C, self.D, chunk=self.chunk,
-                                  initial_state=None if state is None else state.ssm)
+                                  initial_state=None if state is None else state.ssm, **apart)
         return self.out_proj(self.norm(y.flatten(2), z)), MambaState(conv, ssm)
 
     def step(self, u: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
@@ -2033,8 +2091,8 @@ class MLP(nn.Module):
     def __init__(self, dim: int, mult: int, activation: str, norm: bool):
         super().__init__()
         self.activation, self.norm = activation, norm
-        self.up = Linear(dim, mult * dim * (2 if activation == "swiglu" else 1))
-        self.down = Linear(mult * dim, dim, zero=True)
+        self.up = Linear(dim, mult * dim * (2 if activation == "swiglu" else 1), role=MLP_MATRIX)
+        self.down = Linear(mult * dim, dim, zero=True, role=MLP_MATRIX)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.up(x)
@@ -2060,11 +2118,12 @@ class Block(nn.Module):
         if mlp is not None:
             self.mlp_scale = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor, x0: Tensor, state=None, step: bool = False):
-        """x, x0 (B,T,D) -> (B,T,D) and the mixer's state."""
+    def forward(self, x: Tensor, x0: Tensor, state=None, step: bool = False, document: Tensor | None = None):
+        """x, x0 (B,T,D) -> (B,T,D) and the mixer's state; document: see ssd_chunked."""
         mix = self.mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        mixed, state = (self.mixer.step if step else self.mixer)(rms_norm(x, self.eps), state)
+        apart = {} if document is None or step else {"document": document}
+        mixed, state = (self.mixer.step if step else self.mixer)(rms_norm(x, self.eps), state, **apart)
         x = x + self.mixer_scale.to(x.dtype) * mixed
         if self.mlp is not None:
             x = x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x, self.eps))
@@ -2089,6 +2148,7 @@ class LanguageModel(nn.Module):
         dim, embed, vocab, tie = c.model_dim, c.embed, c.vocab_size, c.tie_embeddings
         self.softcap, self.softcap_type, self.tie = c.logit_softcap, c.softcap_type, tie
         self.eps = c.norm_eps
+        self.mark: int | None = None  # CARRY_RESET: the id at which all states begin anew
         std = 0.02 if c.embed_style == "projected" else c.tied_embed_init_std
         self.token_embed = nn.Parameter(torch.randn(vocab, embed) * std)
         self.embed_proj = Linear(embed, dim) if embed != dim else None
@@ -2119,12 +2179,16 @@ class LanguageModel(nn.Module):
                 ) -> tuple[Tensor, Tensor, list]:
         """ids (B,T) -> h (B,T,D), x0 (B,T,D), and one state per block; `states` are those before the first id."""
         x = x0 = self.embed(ids, dtype)
+        document = None if self.mark is None else (ids == self.mark).cumsum(1)
+        if document is not None and step and states is not None:
+            states = [MambaState(*(torch.where((ids == self.mark).view(-1, *(1,) * (t.ndim - 1)), 0, t) for t in state))
+                      for state in states]
         skips, new_states = [], []
         for index, block in enumerate(self.blocks):
             decoder = index - self.encoders
             if decoder >= 0 and skips:
                 x = x + self.skip_weights[decoder].to(dtype) * skips.pop()
-            x, state = block(x, x0, None if states is None else states[index], step)
+            x, state = block(x, x0, None if states is None else states[index], step, document)
             new_states.append(state)
             if decoder < 0:
                 skips.append(x)
@@ -2336,6 +2400,12 @@ def loss_weights(p: float, c: Config) -> LossWeights:
     return LossWeights(c.ce_weight * bridge, jepa * (1 - bridge), c.sigreg_weight * (1 - bridge), "bridge")
 
 
+def grown(p: float, start: int, final: int, full: float) -> int:
+    """A size that doubles from `start` to `final` = start * 2^n in equal spans of progress, done at p = full."""
+    doublings = (final // (start or final)).bit_length() - 1
+    return final if p >= full else final >> doublings - int(p * doublings / full)
+
+
 def qat_on(p: float, fraction: float) -> bool:
     """Whether training runs on the storage grid: the last `fraction` of the run."""
     return fraction > 0 and p >= 1 - fraction
@@ -2408,8 +2478,8 @@ class Group:
     work: Any = None        # pending sum over ranks
 
 
-OWNER = {MATRIX: "muon", EMBEDDING: "embed", HEAD: "head", CORRECTION: "scalar", SCALAR: "scalar", CONTROL: "scalar",
-         STATE: "state"}
+OWNER = {**dict.fromkeys(MATRICES, "muon"), EMBEDDING: "embed", HEAD: "head", CORRECTION: "scalar", SCALAR: "scalar",
+         CONTROL: "scalar", STATE: "state"}
 
 
 class Weights:
@@ -2498,13 +2568,12 @@ class Weights:
     def snap_fused(self) -> bool:
         """All groups in one launch, where every grid is one that the kernel knows; False = take the plain path."""
         if self.fused_snap is None:
-            forms = [(group, fused_form(group.grid)) for group in self.groups if group.grid]
-            if any(form is None for _, form in forms):
+            jobs = [job for group in self.groups if group.grid
+                    for job in grid_pairs(group.compute, group.master, group.grid)]
+            if any(fused_form(grid) is None for _, _, grid in jobs):
                 return False
-            by_type = {group.compute.dtype for group, _ in forms}
-            self.fused_snap = [FusedSnap([(g.master.flatten(0, 1) if g.master.ndim > 2 else g.master,
-                                           g.compute.flatten(0, 1) if g.master.ndim > 2 else g.compute, *form)
-                                          for g, form in forms if g.compute.dtype == dtype]) for dtype in by_type]
+            self.fused_snap = [FusedSnap([(master, compute, *fused_form(grid)) for compute, master, grid in jobs
+                                          if compute.dtype == dtype]) for dtype in {job[0].dtype for job in jobs}]
         for snap_all in self.fused_snap:
             snap_all()
         for group in self.groups:
@@ -2824,31 +2893,119 @@ def storage_plan(model: nn.Module, c: Config) -> dict[str, str]:
         if c.storage == "int8":
             large = parameter.ndim == 2 and parameter.numel() > 65_536 and role != CONTROL
             plan[name] = ("int8f" if c.int8_floor else "int8") if large else "fp32" if role == CONTROL else "fp16"
-        elif role in (MATRIX, HEAD) and parameter.numel() >= 4096:
-            plan[name] = step
+        elif role in (*MATRICES, HEAD) and parameter.numel() >= 4096:
+            plan[name] = (c.mlp_grid if role == MLP_MATRIX else c.proj_grid) or step
+            if role == IN_PROJ and c.dt_grid:
+                plan[name] += f"+{c.d_inner // HEADDIM}x{c.dt_grid}"
+        elif role in (EMBEDDING, CORRECTION) and c.embed_grid:
+            plan[name] = c.embed_grid
         else:
-            plan[name] = "fp8" if role in (MATRIX, HEAD, EMBEDDING, CORRECTION) and c.fp_storage == "FP8" else "bf16"
+            small = role in (*MATRICES, HEAD, EMBEDDING, CORRECTION)
+            plan[name] = "fp8" if small and c.fp_storage == "FP8" else "bf16"
     return plan
 
 
-def snap_into(compute: Tensor, master: Tensor, grid: str) -> None:
+@functools.cache
+def row_grids(plan: str, rows: int) -> tuple[tuple[slice, Grid], ...]:
+    """An entry of the plan as (rows, grid) pairs: "int4" is one grid, "int4+10xint8a" has another for the last 10."""
+    head, _, tail = plan.partition("+")
+    count, _, other = tail.partition("x")
+    if not tail:
+        return ((slice(0, rows), Grid.parse(head)),)
+    return (slice(0, rows - int(count)), Grid.parse(head)), (slice(rows - int(count), rows), Grid.parse(other))
+
+
+def stored_parts(name: str, w: Tensor, plan: str) -> Iterator[tuple[str, Tensor, Grid]]:
+    """The tensor as the artifact keeps it: whole, or its last rows apart, named by their first row ("in_proj[202]")."""
+    for part, grid in row_grids(plan, len(w) if w.ndim else 1):
+        yield (f"{name}[{part.start}]" if part.start else name), (w[part] if w.ndim else w), grid
+
+
+def whole_shapes(parts: dict[str, tuple]) -> dict[str, tuple]:
+    """Shapes by name after `whole_tensors`; parts that do not join keep their own names."""
+    whole: dict[str, tuple] = {}
+    for name, shape in parts.items():
+        base, _, start = name.partition("[")
+        joins = start and base in whole and start == f"{whole[base][0]}]" and whole[base][1:] == shape[1:]
+        whole[base if joins else name] = (whole[base][0] + shape[0], *shape[1:]) if joins else shape
+    return whole
+
+
+def whole_tensors(parts: dict[str, Tensor], path) -> dict[str, Tensor]:
+    """Inverse of `stored_parts` over the tensors of an artifact; UserError where the parts do not join."""
+    whole: dict[str, Tensor] = {}
+    for name, tensor in parts.items():
+        base, _, start = name.partition("[")
+        if start:
+            before = whole.get(base)
+            if before is None or start != f"{len(before)}]" or before.shape[1:] != tensor.shape[1:]:
+                raise UserError(f"{path}: the parts of {base[:60]} do not join")
+            tensor = torch.cat((before, tensor))
+        whole[base] = tensor
+    return whole
+
+
+def grid_pairs(compute: Tensor, master: Tensor, plan: str) -> list[tuple[Tensor, Tensor, Grid]]:
+    """Views (compute, master, grid) of stacks (k, *shape): all rows at once where they share a grid."""
+    pieces = row_grids(plan, master.size(1) if master.ndim > 1 else 1)
+    if len(pieces) > 1:
+        return [(c[part], m[part], grid) for c, m in zip(compute, master) for part, grid in pieces]
+    flat = (compute.flatten(0, 1), master.flatten(0, 1)) if master.ndim > 2 else (compute, master)
+    return [(*flat, pieces[0][1])]
+
+
+def snap_into(compute: Tensor, master: Tensor, plan: str) -> None:
     """Write the grid values of a stack of masters (k, *shape) into the compute weights."""
-    rows = master.flatten(0, 1) if master.ndim > 2 else master
-    if compute.dtype == torch.float32:
-        snap(rows, parse_grid(grid), out=compute.view(rows.shape))
-    else:
-        compute.copy_(snap(rows, parse_grid(grid)).view(compute.shape))
+    for target, source, grid in grid_pairs(compute, master, plan):
+        if target.dtype == torch.float32:
+            snap(source, grid, out=target)
+        else:
+            target.copy_(snap(source, grid))
 
 
-def fused_form(name: str) -> tuple[str, float] | None:
+def fused_form(grid: Grid) -> tuple[str, float] | None:
     """Format and parameter of a grid for FusedSnap, or None where it has no kernel (system B's INT8, fp16, fp32)."""
-    grid = parse_grid(name)
     if grid.kind == "intn":
         return ("sigma", grid.k) if grid.k else ("int", grid.qmax)
     return (grid.kind, 0.0) if grid.kind in ("fp8", "bf16") else None
 
 
-parse_grid = functools.cache(Grid.parse)
+def fits_training(name: str) -> bool:
+    """Whether a grid can be asked for by a knob: known, and with a fused kernel."""
+    with contextlib.suppress(UserError):
+        return fused_form(Grid.parse(name)) is not None
+    return False
+
+
+@torch.no_grad()
+def round_compensated(w: Tensor, grid: Grid, moments: Tensor) -> tuple[dict[str, Tensor], float]:
+    """encode's arrays for an INT grid, rounded so that the layer's output changes least (GPTQ, Frantar et al. 2022),
+    and the output's squared error as a share of plain rounding's.
+
+    w (R,C); moments (C,C): mean of x x^T over the layer's inputs x. Columns are rounded by falling input power; each
+    one's error is spread over the columns still to come, as the inverse of the moments says. The row's step stays.
+    A row that plain rounding serves better, (w - q) moments (w - q)^T, keeps plain rounding."""
+    plain, rows = encode(w, grid), as_rows(w).double()
+    scale, limit = plain["s"].double(), grid.qmax
+    power = moments.double().diagonal()
+    order = power.argsort(descending=True, stable=True)
+    spread = moments.double()[order][:, order] + torch.eye(len(order), dtype=torch.float64, device=w.device) * (
+        0.01 * power.mean() + 1e-12)
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(spread)), upper=True)
+    left, q = rows[:, order], torch.empty_like(rows)
+    for start in range(0, len(order), 128):
+        stop = min(start + 128, len(order))
+        errors = left.new_zeros(len(left), stop - start)
+        for j in range(start, stop):
+            q[:, j] = (left[:, j] / scale).round().clamp(-limit, limit)
+            errors[:, j - start] = (left[:, j] - q[:, j] * scale) / factor[j, j]
+            left[:, j + 1:stop] -= errors[:, j - start, None] * factor[j, j + 1:stop]
+        left[:, stop:] -= errors @ factor[start:stop, stop:]
+    q = q[:, order.argsort()]
+    mine, other = ((((e := rows - decode({"q": symbols.to(torch.int8), "s": plain["s"]}, grid, w.shape).double())
+                     @ moments.double()) * e).sum(1) for symbols in (q, plain["q"]))
+    best = torch.where((mine < other)[:, None], q, plain["q"].double()).to(torch.int8)
+    return {"q": best, "s": plain["s"]}, float(torch.minimum(mine, other).sum() / other.sum().clamp_min(1e-300))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -3260,9 +3417,10 @@ def tensor_entropy(arrays: dict[str, Tensor]) -> float:
                for key, t in arrays.items())
 
 
-def encode_all(tensors) -> tuple[list, list[dict]]:
+def encode_all(tensors, given=None) -> tuple[list, list[dict]]:
+    """Table and arrays of all tensors; `given` holds the arrays of those that are rounded already."""
     table = [(name, grid, list(w.shape)) for name, (w, grid) in tensors.items()]
-    return table, [encode(w, grid, name) for name, (w, grid) in tensors.items()]
+    return table, [(given or {}).get(name) or encode(w, grid, name) for name, (w, grid) in tensors.items()]
 
 
 def artifact_meta(config: dict, table, streams) -> dict:
@@ -3334,13 +3492,13 @@ def pack(data: np.ndarray, lengths, codecs=CODECS) -> tuple[list, dict]:
     return sections, {"codec": best, "codec_bytes": sizes, "codec_estimated": estimated, "codec_missing": missing}
 
 
-def write_artifact(path, config: dict, tensors: dict[str, tuple[Tensor, Grid]], codecs=CODECS) -> dict:
-    """Stores tensors {name: (weights, grid)} and a JSON-able config; returns a report:
+def write_artifact(path, config: dict, tensors: dict[str, tuple[Tensor, Grid]], codecs=CODECS, given=None) -> dict:
+    """Stores tensors {name: (weights, grid)} and a JSON-able config; returns a report (given: see encode_all):
 
     codec, codec_bytes per codec (payload), codec_estimated, codec_missing, bytes (the file), entropy_bytes (the sum of
     the tensors' empirical entropies plus scales). The same input makes the same file.
     """
-    table, encoded = encode_all(tensors)
+    table, encoded = encode_all(tensors, given)
     streams = build_streams(table, encoded)
     data = np.concatenate([*streams, np.empty(0, np.uint8)])
     sections, report = pack(data, [len(s) for s in streams], codecs)
@@ -3626,6 +3784,28 @@ def linear_probe(h: Tensor, targets: Tensor, lengths: Tensor, vocab_size: int, s
     return float(nll / math.log(2) / lengths[cut:].sum().clamp(min=1))
 
 
+@torch.no_grad()
+def input_moments(model: nn.Module, batches: Sequence[Tensor], forward: Callable[[Tensor], Any]) -> dict[str, Tensor]:
+    """Mean of x x^T (C,C) in fp64 over the inputs x of every Linear layer, by the layer's name."""
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def note(name: str, _: nn.Module, inputs: tuple) -> None:
+        x = inputs[0].detach().reshape(-1, inputs[0].size(-1)).float()
+        sums[name] = sums.get(name, 0) + (x.T @ x).double()
+        counts[name] = counts.get(name, 0) + len(x)
+
+    hooks = [layer.register_forward_pre_hook(functools.partial(note, name))
+             for name, layer in model.named_modules() if isinstance(layer, Linear)]
+    try:
+        for batch in batches:
+            forward(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: total / counts[name] for name, total in sums.items()}
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # training: build, warm up, one step, the loop
 # ---------------------------------------------------------------------------------------------------------------
@@ -3672,7 +3852,7 @@ class Trainer:
         self.mine = range(runtime.rank * c.micro_batches // runtime.world,
                           (runtime.rank + 1) * c.micro_batches // runtime.world)
         self.states = {micro: None for micro in self.mine}  # CARRY_STATE: the mixers' states of each micro-batch
-        self.position = 0
+        self.position = self.tokens = 0  # in the stream; trained on so far
         self.losses = compiled(self._losses, c.compile_mode)
         self.forward = compiled(self.model, c.compile_mode) if runtime.cuda else self.model
 
@@ -3705,7 +3885,8 @@ class Trainer:
         """Tensors of one micro-batch on the device; what is random follows from (seed, step, micro-batch)."""
         c, to = self.config, self.runtime.to_device
         x, y = self.batches(self.position, micro)
-        positions = torch.randint(c.train_seq_len, (min(64, c.train_seq_len),), generator=drawn(c.seed, 2, step, micro))
+        length = x.size(1)
+        positions = torch.randint(length, (min(64, length),), generator=drawn(c.seed, 2, step, micro))
         directions = self.directions
         if c.sigreg_resample:
             directions = to(unit_directions(c.num_proj, c.latent, drawn(c.seed, 3, step)))
@@ -3730,6 +3911,7 @@ class Trainer:
         """One optimizer step: grid, batches, losses, gradients, update. Returns [ce, jepa, anti, norm] of this rank."""
         c, before = self.config, dict(self.states)
         self.weights.load(qat=qat_on(at.fraction, c.qat_fraction))
+        self.batches.rows, self.batches.seq_len = self.shape(at.fraction)
         parts = self.accumulate(at.step, loss_weights(at.fraction, c))
         momentum = muon_momentum(at.step, c.muon_momentum_warmup_start, c.muon_momentum, c.muon_momentum_warmup_steps)
         scale = lr_scale(at, c.warmdown, c.warmdown_fraction, c.warmdown_iters, c.min_lr)
@@ -3742,7 +3924,15 @@ class Trainer:
                                       for new, old in zip(states, before[micro])]
         self.weights.zero_grad()
         self.position += self.batches.values_per_step()
+        self.tokens += c.micro_batches * self.batches.rows * self.batches.seq_len
         return torch.cat((parts, norm.view(1)))
+
+    def shape(self, p: float) -> tuple[int, int]:
+        """Rows and tokens per row of a micro-batch at progress p."""
+        c = self.config
+        length = grown(p, c.seq_len_start, c.train_seq_len, c.seq_len_full)
+        return grown(p, c.batch_tokens_start, c.train_batch_tokens, c.batch_tokens_full) // c.micro_batches // length, \
+            length
 
     def warm_up(self) -> None:
         """Ghost steps at base LR, without QAT and clip; then weights, data and randomness go back, moments stay.
@@ -3751,6 +3941,7 @@ class Trainer:
         c = self.config
         masters = [group.master.clone() for group in self.weights.groups]
         position, states, rng = self.position, dict(self.states), torch.get_rng_state()
+        self.batches.rows, self.batches.seq_len = self.shape(0.0)
         if c.carry_state:
             self.states = {micro: self.empty_states() for micro in self.mine}
             states = dict(self.states)
@@ -3795,17 +3986,18 @@ class Trainer:
             return False
 
     def run_phases(self) -> None:
-        """Forward and backward once for every combination of active terms, changing nothing."""
+        """Forward and backward once for every combination of active terms and batch shape, changing nothing."""
         if self.config.compile_mode == "off":
             return
         position, states = self.position, dict(self.states)
         self.weights.load()
         seen = set()
-        for p in np.linspace(0, 1, 1001):
-            at = loss_weights(float(p), self.config)
-            active = Active(at.ce > 0, at.jepa > 0, at.anti > 0)
-            if active not in seen:
-                seen.add(active)
+        for p in np.linspace(0, 1, 1001).tolist():
+            at, shape = loss_weights(p, self.config), self.shape(p)
+            case = Active(at.ce > 0, at.jepa > 0, at.anti > 0), shape
+            if case not in seen:
+                seen.add(case)
+                self.batches.rows, self.batches.seq_len = shape
                 self.accumulate(0, at)
                 self.weights.zero_grad()
         self.position, self.states = position, states
@@ -3823,6 +4015,7 @@ def compiled(function: Callable, mode: str) -> Callable:
     """torch.compile as one graph with static shapes, or the function itself."""
     if mode == "off":
         return function
+    torch._dynamo.config.recompile_limit = 64  # one graph per phase and batch shape, all made before the run
     if mode == "aot_eager":
         return torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager")
     return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
@@ -3928,6 +4121,7 @@ class Run:
         validation = load_validation(config)
         stream = TokenStream(find_shards(config.data_path, "train"), config.vocab_size)
         self.trainer = Trainer(config, runtime, stream)  # faults of data and settings show before any file is made
+        self.trainer.model.mark = self.vocabulary.mark if config.carry_reset else None
         self.signals = Signals()
         path, self.checkpoints = open_run(config, runtime)
         self.notes: list[str] = []
@@ -4016,9 +4210,9 @@ class Run:
         w = loss_weights(at.fraction, c)
         shown = [f"{name}:{value:.4f}" for name, value, on in (("ce", ce, w.ce), (("jepa"), jepa, w.jepa),
                                                               (c.anticollapse, anti, w.anti)) if on]
-        per_step = seconds / self.step
         self.log(f"step:{self.step}/{c.iterations} {' '.join(shown)} grad_norm:{norm:.3f} lr_scale:{scale:.3f} "
-                 f"time:{seconds:.1f}s step_avg:{1e3 * per_step:.1f}ms tok/s:{c.train_batch_tokens / per_step:.0f}")
+                 f"time:{seconds:.1f}s step_avg:{1e3 * seconds / self.step:.1f}ms "
+                 f"tok/s:{self.trainer.tokens / max(seconds, 1e-9):.0f}")
         self.folder.metric(kind="train", step=self.step, progress=at.fraction, ce=ce if w.ce else None,
                            jepa=jepa if w.jepa else None, anti=anti if w.anti else None, grad_norm=norm, lr_scale=scale,
                            seconds=seconds, skipped=int(self.trainer.optimizer.skipped))
@@ -4071,7 +4265,7 @@ class Run:
         carried = self.gather_states()
         if not self.runtime.main:
             return
-        meta = dict(step=self.step, seconds=seconds, position=trainer.position, stage=self.stage,
+        meta = dict(step=self.step, seconds=seconds, position=trainer.position, tokens=trainer.tokens, stage=self.stage,
                     journals=self.folder.sizes(), fixed=self.config.fixed(), config=self.config.named(),
                     averaged=trainer.weights.groups[0].average is not None, validated=self.validated, score=self.score)
         tensors = {f"master/{name}": t for name, t in trainer.weights.tensors().items()}
@@ -4106,8 +4300,8 @@ class Run:
     def restore(self, path: Path, meta: dict, tensors: dict[str, Tensor]) -> dict:
         """The checkpoint's contents into the trainer; a foreign one raises one of the errors that the caller names."""
         whole = lambda value: type(value) is int and value >= 0
-        if not (whole(meta["step"]) and whole(meta["position"]) and isinstance(meta["stage"], str)
-                and type(meta["seconds"]) in (int, float) and meta["seconds"] >= 0
+        if not (whole(meta["step"]) and whole(meta["position"]) and whole(meta["tokens"])
+                and isinstance(meta["stage"], str) and type(meta["seconds"]) in (int, float) and meta["seconds"] >= 0
                 and isinstance(meta["averaged"], bool) and isinstance(meta["config"], dict)
                 and all(map(whole, meta["journals"].values()))
                 and type(meta["validated"]) is int and (meta["score"] is None or Score(*meta["score"]))):
@@ -4124,7 +4318,7 @@ class Run:
                     group.average = stacked(part("average/"), group).to(device)
         trainer.optimizer.load_state(part("optimizer/"))
         trainer.directions.copy_(like(tensors, "directions", trainer.directions))
-        trainer.position = meta["position"]
+        trainer.position, trainer.tokens = meta["position"], meta["tokens"]
         torch.set_rng_state(tensors["rng"])
         if self.config.carry_state:
             for micro in trainer.mine:
@@ -4158,7 +4352,7 @@ class Run:
         result = dict(
             run_id=self.folder.path.name, steps=self.step, train_seconds=train_seconds,
             ms_per_step=1e3 * train_seconds / max(self.step, 1),
-            tokens_per_second=self.step * c.train_batch_tokens / max(train_seconds, 1e-9),
+            tokens_per_second=trainer.tokens / max(train_seconds, 1e-9),
             val_loss=val.loss, val_bpb=val.bpb, **facts, **scores,
             artifact_bytes=report["bytes"], code_bytes=code_bytes, total_bytes=total, fits=fits,
             codec=report["codec"], codec_bytes=report["codec_bytes"],
@@ -4184,14 +4378,35 @@ class Run:
         header = dict(model=c.model_config(), vocabulary=self.vocabulary.pack(), position=trainer.position)
 
         def write() -> dict:
-            tensors = {name: (kept[name], Grid.parse(grid)) for name, grid in self.trainer.plan.items()}
-            return write_artifact(self.folder.path / "model.jepa", header, tensors)
+            tensors = {part: (rows, grid) for name, plan in trainer.plan.items()
+                       for part, rows, grid in stored_parts(name, kept[name], plan)}
+            given = self.compensate(tensors) if c.rounding == "compensated" else None
+            return write_artifact(self.folder.path / "model.jepa", header, tensors, given=given)
 
         report = self.runtime.main_first(write)
         sizes = ", ".join(f"{name} {size:,}" for name, size in report["codec_bytes"].items())
         self.log(f"artifact: {report['bytes']:,} bytes with {report['codec']} ({sizes}); "
                  f"entropy {report['entropy_bytes']:,}")
         return report
+
+    def compensate(self, tensors: dict[str, tuple[Tensor, Grid]]) -> dict[str, dict[str, Tensor]]:
+        """Arrays of the INT matrices, rounded by their effect on the layer's output over ROUNDING_TOKENS of training
+        text; the moments are those of the model on its plain grid, which is what the layers will see."""
+        c, trainer, started = self.config, self.trainer, now()
+        trainer.weights.load("average", qat=True)
+        text = calibration_tokens(trainer.stream, trainer.position, c.train_seq_len, c.rounding_tokens)
+        moments = input_moments(trainer.model, text[:-1].view(-1, c.train_seq_len).split(self.evaluator.rows),
+                                lambda x: trainer.model(self.runtime.to_device(x), self.runtime.dtype))
+        given, gains = {}, []
+        for name, (w, grid) in tensors.items():
+            layer = name.partition("[")[0].removesuffix(".weight")
+            if grid.kind in ("intn", "int8") and layer in moments:
+                given[name], gain = round_compensated(w, grid, moments[layer])
+                gains.append(gain)
+        trainer.weights.load("average")
+        self.log(f"rounding: {len(given)} matrices compensated on {len(text) - 1:,} training tokens in "
+                 f"{now() - started:.1f}s; output error x{np.median(gains or [1]):.3f} of plain rounding's (median)")
+        return given
 
     def latent_report(self) -> dict[str, float]:
         """Statistics of h and z on one micro-batch of validation text, with the weights as loaded."""
@@ -4294,7 +4509,7 @@ def final_scores(evaluator: Evaluator, c: Config, calibration: Tensor | None, lo
 def load_artifact_into(model: LanguageModel, path: Path) -> dict:
     """Read the file and put its tensors into the model; UserError unless names and shapes are exactly the model's."""
     header, tensors, _ = read_artifact(path)
-    own = dict(model.named_parameters())
+    own, tensors = dict(model.named_parameters()), whole_tensors(tensors, path)
     if set(own) != set(tensors) or any(own[name].shape != tensors[name].shape for name in own):
         raise UserError(f"{path}: an artifact of another model (names or shapes differ from this configuration's)")
     for name, parameter in own.items():
@@ -4373,23 +4588,24 @@ def open_artifact(c: Config, runtime: Runtime) -> tuple[Config, LanguageModel, V
     def check(header: dict, shapes: dict[str, tuple]) -> None:  # before anything large is made or decoded
         own = config_of_artifact(c, header)
         try:
-            if own.num_layers > len(shapes):
+            if own.num_layers > len(shapes):  # before a model of so many blocks is made
                 raise ValueError
             with torch.device("meta"):
                 model = LanguageModel(own)
         except (RuntimeError, ValueError, OverflowError):
             model = None
-        if model is None or {name: tuple(p.shape) for name, p in model.named_parameters()} != shapes:
+        if model is None or {name: tuple(p.shape) for name, p in model.named_parameters()} != whole_shapes(shapes):
             raise UserError(f"{c.artifact}: its tensors are not those of the model that its header describes")
         built.append(own)
 
     header, tensors, _ = read_artifact(c.artifact, check)
-    own = built[0]
+    own, tensors = built[0], whole_tensors(tensors, c.artifact)
     vocabulary = Vocabulary.unpack(header.get("vocabulary"), own.vocab_size)
     kernels, _ = choose_kernels(own, runtime)
     with torch.device("meta"):
         model = LanguageModel(own, kernels)
-    matrices = {name for name, role, _ in named_roles(model) if role in (MATRIX, EMBEDDING, HEAD)}
+    model.mark = vocabulary.mark if own.carry_reset else None
+    matrices = {name for name, role, _ in named_roles(model) if role in (*MATRICES, EMBEDDING, HEAD)}
     for name in tensors:
         module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         value = tensors[name].to(runtime.device, runtime.dtype if name in matrices else torch.float32)
@@ -4424,9 +4640,9 @@ def evaluate_alone(c: Config) -> dict[str, Any]:
                              world_size=runtime.world, device=runtime.describe()["device"])
 
 
-def calibration_tokens(stream: TokenStream, position: int, seq_len: int) -> Tensor:
-    """The next 65,536 training tokens after the run, in whole rows: what the temperature is chosen on."""
-    return torch.from_numpy(stream.read(position, max(65_536 // seq_len, 1) * seq_len + 1))
+def calibration_tokens(stream: TokenStream, position: int, seq_len: int, count: int = 65_536) -> Tensor:
+    """The next `count` training tokens after the run, in whole rows: what temperature and rounding are chosen on."""
+    return torch.from_numpy(stream.read(position, max(count // seq_len, 1) * seq_len + 1))
 
 
 def choose_token(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
@@ -5116,13 +5332,34 @@ def component(name: str) -> str:
     return next(label for label, pattern in COMPONENTS.items() if re.search(pattern, name))
 
 
+def estimated_bytes(c: Config) -> int:
+    """Artifact bytes that a trained model of this configuration is expected to have; nothing is compressed."""
+    model, _ = build_models(dataclasses.replace(c, jepa_weight=0.0, sigreg_lambda=0.0, loss_schedule="joint"))
+    plan = storage_plan(model, c)
+    return estimate_bytes({part: (rows, grid) for name, _, p in named_roles(model)
+                           for part, rows, grid in stored_parts(name, p.detach(), plan[name])}, normal=True)["bytes"]
+
+
+def largest_fit(c: Config, name: str, step: int, budget: int) -> int | None:
+    """The largest value of a size knob, in steps, whose artifact fits `budget` bytes; None where none does."""
+    fits = lambda value: value >= step and estimated_bytes(dataclasses.replace(c, **{name: value})) <= budget
+    low, high = 0, step
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > step:
+        middle = (low + high) // (2 * step) * step
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low or None
+
+
 def describe(c: Config) -> dict[str, Any]:
     """MODE=describe: knobs with their sources, parameters per component and storage type, estimated bytes."""
     model, jepa = build_models(c)
     plan = storage_plan(model, c)
     print(c.render() + "\n")
     rows: dict[tuple[str, str], list[int]] = {}
-    stored_tensors = {name: (p.detach(), Grid.parse(plan[name])) for name, _, p in named_roles(model)}
+    stored_tensors = {part: (rows, grid) for name, _, p in named_roles(model)
+                      for part, rows, grid in stored_parts(name, p.detach(), plan[name])}
     everything = [(name, p) for name, _, p in named_roles(model)]
     everything += [(name, p) for name, _, p in named_roles(jepa, "jepa.")] if jepa is not None else []
     for name, parameter in everything:
@@ -5134,6 +5371,13 @@ def describe(c: Config) -> dict[str, Any]:
     by_grid = {grid: sum(p.numel() for n, _, p in named_roles(model) if plan[n] == grid) for grid in set(plan.values())}
     estimate = estimate_bytes(stored_tensors, normal=True)["bytes"]
     code = len(source_text().encode())
+    fit = {}
+    if c.fit:
+        heads = math.lcm(c.num_heads * 2 if "a" in c.pattern else 1, HEADDIM // math.gcd(HEADDIM, c.expand))
+        fit = {name: largest_fit(c, name.lower(), step, SIZE_LIMIT - code)
+               for name, step in (("MODEL_DIM", heads), ("MLP_MULT", 1)) if name != "MLP_MULT" or c.mlp_mult}
+        print("\n" + "; ".join(f"the largest {name} that fits, all else as it is: {value or 'none'}"
+                               for name, value in fit.items()))
     verdict = "FITS" if estimate + code <= SIZE_LIMIT else "OVER"
     print(f"\nstored {stored:,} + training-only {extra:,} parameters; artifact about {estimate:,} bytes (entropy of "
           f"normal weights) + code {code:,} bytes: {verdict} {SIZE_LIMIT:,}")
@@ -5141,7 +5385,7 @@ def describe(c: Config) -> dict[str, Any]:
                 fits=estimate + code <= SIZE_LIMIT, parameters_by_storage=by_grid,
                 parameters_by_component={label: sum(sum(v) for (l, _), v in rows.items() if l == label)
                                          for label in {l for l, _ in rows}},
-                tokens_per_step=c.train_batch_tokens, micro_batches=c.micro_batches)
+                tokens_per_step=c.train_batch_tokens, micro_batches=c.micro_batches, largest_fit=fit or None)
 
 
 class SyntheticStream:
@@ -5236,11 +5480,11 @@ def largest_kernels(trainer: Trainer, at: Progress) -> list[dict[str, Any]]:
 def flops_per_token(c: Config) -> float:
     """Multiply-adds times 2 of matrix products, forward and backward (3 x forward), per trained token."""
     model, jepa = build_models(dataclasses.replace(c, seed=0))
-    dense = sum(p.numel() for name, role, p in named_roles(model) if role in (MATRIX, HEAD))
+    dense = sum(p.numel() for name, role, p in named_roles(model) if role in (*MATRICES, HEAD))
     head = c.vocab_size * (c.embed if c.tie_embeddings else 0)
     latent = 0
     if c.jepa_on and jepa is not None:
-        sizes = {name: p.numel() for name, role, p in named_roles(jepa) if role == MATRIX}
+        sizes = {name: p.numel() for name, role, p in named_roles(jepa) if role in MATRICES}
         again = sum(count for name, count in sizes.items() if "projector" not in name)
         latent = sum(sizes.values()) + (c.jepa_steps - 1) * again
     scan = c.pattern.count("m") * c.d_inner * (2 * c.d_state + c.ssd_chunk / 2 * 1.5)

@@ -81,6 +81,11 @@ def test_resume_with_carried_states_equals_uninterrupted(tmp_path):
 
 
 @pytest.mark.slow
+def test_resume_with_growing_rows_and_steps_equals_uninterrupted(tmp_path):
+    check_survival(tmp_path, 4, 5, TINY, SEQ_LEN_START=16, BATCH_TOKENS_START=128)
+
+
+@pytest.mark.slow
 def test_resume_under_a_wall_clock_cap_equals_uninterrupted(tmp_path):
     """The faked clock gives each step 0.5 s: the cap of 5 s, less two mean steps, ends the run at step 8 of
     12, and the warm-down follows the clock."""

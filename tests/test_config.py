@@ -200,6 +200,17 @@ def test_dry_run_means_describe():
     (dict(JEPA_STEPS=4096), "JEPA_STEPS"),
     (dict(SLIDING_EVAL=1, SLIDING_EVAL_STRIDE=5000), "SLIDING_EVAL_STRIDE"),
     (dict(CARRY_STATE=1, MIXER="attention"), "CARRY_STATE"),
+    (dict(CARRY_RESET=1), "CARRY_RESET"),
+    (dict(CARRY_RESET=1, CARRY_STATE=1, SSD_KERNEL="fused"), "SSD_KERNEL"),
+    (dict(SEQ_LEN_START=48), "SEQ_LEN_START"),
+    (dict(SEQ_LEN_START=8192), "SEQ_LEN_START"),
+    (dict(SEQ_LEN_START=1024, CARRY_STATE=1), "SEQ_LEN_START"),
+    (dict(SEQ_LEN_START=4, JEPA_STEPS=4), "JEPA_STEPS"),
+    (dict(BATCH_TOKENS_START=131072 * 3), "BATCH_TOKENS_START"),
+    (dict(BATCH_TOKENS_START=16384), "BATCH_TOKENS_START"),  # less than a row per micro-batch
+    (dict(MLP_GRID="int3"), "MLP_GRID"),
+    (dict(DT_GRID="int8"), "DT_GRID"),  # system B's rows have no training kernel
+    (dict(EMBED_GRID="int4", STORAGE="int8", QUANT_BITS=8), "EMBED_GRID"),
     (dict(RUN_ID="../other"), "RUN_ID"),
     (dict(RUN_ID="a/b"), "RUN_ID"),
     (dict(RUN_ID=".."), "RUN_ID"),
@@ -218,6 +229,8 @@ def test_validate_reports_all_faults_at_once():
     dict(MIXER="attention", MODEL_DIM=200, NUM_HEADS=4, NUM_KV_HEADS=2),       # no Mamba-2 head to fill
     dict(NUM_HEADS=7),                                                         # no attention
     dict(MIXER="mmmmmmammmmm"), dict(MLP_MULT=0), dict(JEPA_STEPS=0), dict(JEPA_WEIGHT=0, SIGREG_LAMBDA=0),
+    dict(SEQ_LEN_START=512, BATCH_TOKENS_START=65536), dict(PROJ_GRID="int4s0.35", DT_GRID="int8a", EMBED_GRID="int6"),
+    dict(CARRY_RESET=1, CARRY_STATE=1), dict(CARRY_RESET=1, EVAL_STATE="carry"),
     dict(CE_WEIGHT=0), dict(STORAGE="int8", QUANT_BITS=8), dict(SLIDING_EVAL_STRIDE=5000), BPE, BYTE, BYTEJEPA
 ], ids=str)
 def test_combinations_that_make_sense_pass(knobs):

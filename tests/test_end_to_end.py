@@ -102,8 +102,9 @@ def test_artifact_and_script_alone_in_an_empty_folder_give_the_same_bpb(trained,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("base,knobs", [(TINY, {}), (TINY, dict(QAT_FRACTION=0, QUANT_BITS=6)), (SYSTEM_B, {}),
-                                        (TINY, dict(QUANT_STEP="sigma", TIE_EMBEDDINGS=2, EMBED_DIM=32))],
-                         ids=["A", "A_without_QAT", "B", "sigma_tie2"])
+                                        (TINY, dict(QUANT_STEP="sigma", TIE_EMBEDDINGS=2, EMBED_DIM=32)),
+                                        (TINY, dict(MLP_GRID="int4s0.4", DT_GRID="int8a", EMBED_GRID="int5"))],
+                         ids=["A", "A_without_QAT", "B", "sigma_tie2", "grids_by_role"])
 def test_round_trip_equals_evaluating_the_snapped_weights_in_memory(tmp_path, base, knobs):
     """The final masters (or averages), snapped in memory, are scored before the artifact is written."""
     patch = f"""
@@ -252,6 +253,31 @@ def test_a_bad_artifact_is_one_line_and_exit_code_2(tmp_path, artifact, mode, ho
     assert "Traceback" not in child.text() and not (tmp_path / "r").exists()
 
 
+@pytest.mark.slow
+def test_compensated_rounding_scores_the_same_from_its_file_and_stores_other_symbols(tmp_path):
+    knobs = dict(QAT_FRACTION=0, ITERATIONS=6, ROUNDING_TOKENS=2048)
+    results = []
+    for rounding in ("nearest", "compensated"):
+        child = run(tmp_path, RUN_ID=rounding, ROUNDING=rounding, **knobs)
+        assert child.code == 0, child.text()[-2000:]
+        results.append(json.loads((tmp_path / rounding / "result.json").read_text()))
+    assert "rounding: 8 matrices compensated on 2,048 training tokens" in child.text()
+    assert results[0]["val_bpb"] == results[1]["val_bpb"] and results[0]["roundtrip_val_bpb"] != \
+        results[1]["roundtrip_val_bpb"]
+    alone = run(tmp_path, MODE="eval", ARTIFACT=tmp_path / "compensated/model.jepa")
+    assert json.loads(alone.text().splitlines()[-1])["roundtrip_val_bpb"] == results[1]["roundtrip_val_bpb"]
+
+
+@pytest.mark.slow
+def test_a_model_that_resets_at_documents_evaluates_alone_as_its_run_did(tmp_path):
+    child = run(tmp_path, CARRY_STATE=1, CARRY_RESET=1, EVAL_STATE="carry", ITERATIONS=4)
+    assert child.code == 0, child.text()[-2000:]
+    result = json.loads((tmp_path / "r/result.json").read_text())
+    alone = run(tmp_path, MODE="eval", EVAL_STATE="carry", ARTIFACT=tmp_path / "r/model.jepa")
+    found = json.loads(alone.text().splitlines()[-1])
+    assert all(found[key] == result[key] for key in ("roundtrip_val_bpb", "carried_val_bpb"))
+
+
 # -- compilation --------------------------------------------------------------------------------------------------
 
 GRAPHS = """
@@ -271,6 +297,7 @@ tj.Run.train = watched
 CROSSING = {
     "A": (TINY, dict(QAT_FRACTION=0.4, SIGREG_SCHEDULE=1, SWA_START=0.5, SIGREG_RESAMPLE=1, JEPA_ANNEAL=0.6,
                      CARRY_STATE=1, VAL_LOSS_EVERY=5)),
+    "A_growing": (TINY, dict(SEQ_LEN_START=16, BATCH_TOKENS_START=128, VAL_LOSS_EVERY=5, QAT_FRACTION=0.6)),
     "B_staged": (SYSTEM_B, dict(VAL_LOSS_EVERY=4, QAT_FRACTION=0.5)),
 }
 

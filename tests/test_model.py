@@ -324,6 +324,26 @@ def test_steps_are_the_forward_pass(mixer):
         assert off(h, whole[:, t:t + 1]) < 2e-5
 
 
+def test_documents_in_one_row_with_reset_are_each_by_itself_whole_cut_or_in_steps():
+    model, tokens, mark = build(MIXER="mamba2"), ids(1, 40), 49
+    tokens[tokens == mark] = 0
+    model.mark, starts = mark, [0, 9, 10, 25, 40]
+    tokens[0, starts[1:-1]] = mark
+    whole, _, _ = model(tokens, torch.float32)
+    alone = torch.cat([model(tokens[:, a:b], torch.float32)[0] for a, b in zip(starts, starts[1:])], 1)
+    assert off(whole, alone) < 2e-5
+    for cut in (1, 9, 11, 30):
+        first, _, states = model(tokens[:, :cut], torch.float32)
+        second, _, _ = model(tokens[:, cut:], torch.float32, states)
+        assert off(torch.cat((first, second), 1), whole) < 2e-5
+    h, _, states = model(tokens[:, :1], torch.float32)
+    for t in range(1, 40):
+        h, _, states = model(tokens[:, t:t + 1], torch.float32, states, step=True)
+        assert off(h, whole[:, t:t + 1]) < 2e-5
+    model.mark = None
+    assert off(model(tokens, torch.float32)[0], whole) > 1e-2  # without the reset the past is seen
+
+
 def test_bf16_follows_fp32():
     model, tokens = build(MIXER="mmam"), ids(2, 20)
     low = model(tokens, torch.bfloat16)[0]

@@ -361,6 +361,20 @@ def test_carried_states_are_those_of_the_rows_so_far_and_hold_no_graph():
             assert torch.allclose(found.conv, whole.conv, rtol=1e-4, atol=1e-5)
 
 
+def test_rows_and_steps_grow_by_their_schedules_over_the_same_stream(monkeypatch):
+    t = trainer(SEQ_LEN_START=8, SEQ_LEN_FULL=0.5, BATCH_TOKENS_START=32, BATCH_TOKENS_FULL=0.8, TRAIN_SEQ_LEN=16,
+                TRAIN_BATCH_TOKENS=128, MICRO_BATCHES=2)
+    seen, read = [], t.stream.read
+    monkeypatch.setattr(t.stream, "read", lambda at, count: seen.append((at, count)) or read(at, count))
+    shapes = []
+    for step, p in enumerate((0.0, 0.45, 0.55, 0.85)):
+        t.train_step(tj.Progress(step, p, 10))
+        shapes.append((t.batches.rows, t.batches.seq_len))
+    assert shapes == [(2, 8), (4, 8), (2, 16), (4, 16)] and t.tokens == 32 + 64 + 64 + 128
+    assert [position for position, _ in seen] == [0, 17, 34, 67, 100, 133, 166, 231]  # each micro-batch: tokens + 1
+    assert t.position == 296
+
+
 # -- grid, averages, warm-up -------------------------------------------------------------------------------------------
 
 def naive_grid(w: torch.Tensor, grid: str) -> torch.Tensor:

@@ -173,3 +173,15 @@ def test_the_number_of_ranks_must_divide_the_micro_batches(world, fits):
     else:
         with pytest.raises(tj.UserError, match=f"{world} ranks.*MICRO_BATCHES=8"):
             tj.check_world(Config(), world)
+
+
+@pytest.mark.parametrize("p, size", [(0, 128), (0.1666, 128), (0.1667, 256), (0.3333, 256), (0.3334, 512),
+                                     (0.4999, 512), (0.5, 1024), (1, 1024)])
+def test_sizes_double_in_equal_spans_up_to_their_end(p, size):
+    assert tj.grown(p, 128, 1024, 0.5) == size
+
+
+def test_sizes_without_a_start_or_with_an_end_at_0_are_final_at_once():
+    assert [tj.grown(p, 0, 1024, 0.5) for p in (0, 0.3, 1)] == [1024] * 3
+    assert [tj.grown(p, 256, 1024, 0.0) for p in (0, 0.3, 1)] == [1024] * 3
+    assert [tj.grown(p, 1024, 1024, 0.5) for p in (0, 0.3, 1)] == [1024] * 3

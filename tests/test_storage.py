@@ -259,3 +259,118 @@ def test_entropy_of_known_histograms():
     assert tj.entropy_bytes(np.array([0, 0, 0, 1], np.uint8)) == pytest.approx(
         (0.75 * math.log2(4 / 3) + 0.25 * 2) * 4 / 8
     )
+
+
+# -- grids by role, rounding by effect -----------------------------------------------------------------------------
+
+ROLES = dict(TOKENIZER="byte", MODEL_DIM="64", NUM_LAYERS="2", EXPAND="2", D_STATE="16", MLP_MULT="2", EMBED_DIM="32",
+             TIE_EMBEDDINGS="1", TRAIN_SEQ_LEN="32", TRAIN_BATCH_TOKENS="256", DEVICE="cpu", COMPILE_MODE="off",
+             MLP_GRID="int5", PROJ_GRID="int4s0.35", DT_GRID="int8a", EMBED_GRID="int6")
+
+
+def built(**knobs):
+    config = tj.Config.from_env(ROLES | knobs).validate()
+    torch.manual_seed(0)
+    return config, *tj.build_models(config)
+
+
+def test_each_role_has_its_grid():
+    config, model, _ = built()
+    plan = tj.storage_plan(model, config)
+    assert plan["blocks.0.mlp.up.weight"] == plan["blocks.1.mlp.down.weight"] == "int5"
+    assert plan["blocks.0.mixer.out_proj.weight"] == "int4s0.35" and plan["token_embed"] == "int6"
+    assert plan["blocks.0.mixer.in_proj.weight"] == "int4s0.35+2xint8a"  # 128 / 64 = 2 heads, one dt row each
+    assert plan["blocks.0.mixer.A_log"] == plan["vocab_bias"] == "bf16"
+    assert tj.storage_plan(model, tj.Config()) == tj.storage_plan(model, tj.Config(mlp_grid="int5", proj_grid="int5",
+                                                                                  embed_grid="bf16"))
+
+
+def test_training_on_grids_by_role_is_bit_for_bit_what_the_file_decodes_to(tmp_path):
+    config, model, jepa = built()
+    plan = tj.storage_plan(model, config)
+    weights = tj.Weights(model, jepa, plan, config, tj.Runtime(config))
+    weights.load(qat=True)
+    trained = {name: t.clone() for name, t in weights.tensors("compute").items()}
+    masters = weights.tensors()
+    stored = {part: (rows, grid) for name, entry in plan.items()
+              for part, rows, grid in tj.stored_parts(name, masters[name], entry)}
+    assert "blocks.0.mixer.in_proj.weight[288]" in stored and len(stored) == len(plan) + 2
+    tj.write_artifact(tmp_path / "m", {}, stored)
+    read = tj.whole_tensors(tj.read_artifact(tmp_path / "m")[1], "m")
+    assert read.keys() == plan.keys()
+    for name, tensor in read.items():
+        assert torch.equal(bits(tensor), bits(trained[name])), name
+    dt, rest = trained["blocks.0.mixer.in_proj.weight"][288:], masters["blocks.0.mixer.in_proj.weight"][288:]
+    assert (dt - rest).abs().max() <= rest.abs().max() / 127  # half a step of 8 bits, and its rounding to bf16
+
+
+@pytest.mark.parametrize("shapes", [{"a[3]": (2, 4)}, {"a": (3, 4), "a[4]": (2, 4)}, {"a": (3, 4), "a[3]": (2, 5)},
+                                    {"a[3]": (2, 4), "a": (3, 4)}, {"a": (3, 4), "a[x]": (2, 4)}])
+def test_parts_that_do_not_join_are_refused(shapes):
+    with pytest.raises(tj.UserError, match="do not join"):
+        tj.whole_tensors({name: torch.zeros(shape) for name, shape in shapes.items()}, "file")
+    assert tj.whole_shapes(shapes) != {"a": (5, 4)}
+
+
+def one_weight_at_a_time(w, scale, moments, limit):
+    """GPTQ's definition in numpy, row by row: round a weight, let the rest answer optimally, drop its column from the
+    inverse Hessian by elimination. Quadratic forms alone, no Cholesky factor."""
+    rows, order = w.double().numpy(), np.argsort(-np.diag(moments), kind="stable")
+    found = np.zeros_like(rows)
+    damped = moments + np.eye(len(moments)) * (0.01 * np.diag(moments).mean() + 1e-12)
+    for r in range(len(rows)):
+        inverse, left = np.linalg.inv(damped), rows[r].copy()
+        for j in order:
+            found[r, j] = np.clip(np.rint(left[j] / scale[r]), -limit, limit)
+            left -= (left[j] - found[r, j] * scale[r]) / inverse[j, j] * inverse[:, j]
+            inverse -= np.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+            inverse[j, j] = 1.0  # its column is out of play
+    return found
+
+
+def correlated_inputs(width, seed=0, count=400):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, width, generator=g, dtype=torch.float64)
+    x = x @ torch.randn(width, width, generator=g, dtype=torch.float64) + x * 3
+    return x.T @ x / count
+
+
+@pytest.mark.parametrize("name", ["int4", "int5", "int4s0.5", "int8"])
+def test_compensated_rounding_is_the_definition(name):
+    grid, g = tj.Grid.parse(name), torch.Generator().manual_seed(1)
+    w, moments = torch.randn(6, 150, generator=g) * 0.05, correlated_inputs(150)  # more than one block of 128 columns
+    arrays, _ = tj.round_compensated(w, grid, moments)
+    plain = tj.encode(w, grid)
+    assert torch.equal(arrays["s"], plain["s"])
+    expected = one_weight_at_a_time(w, plain["s"].double().numpy(), moments.numpy(), grid.qmax)
+    steps = plain["s"].double().numpy()[:, None]
+    damage = lambda q: (((error := w.double().numpy() - q * steps) @ moments.numpy()) * error).sum(1)
+    kept = damage(expected) < damage(plain["q"].double().numpy())
+    assert kept.any() and (arrays["q"].numpy() == np.where(kept[:, None], expected, plain["q"].numpy())).mean() > 0.999
+
+
+@pytest.mark.parametrize("name", ["int4", "int6", "int4s0.35", "int8", "int8a"])
+@pytest.mark.parametrize("seed", range(5))
+def test_compensated_rounding_never_raises_the_output_error(name, seed):
+    grid, g = tj.Grid.parse(name), torch.Generator().manual_seed(seed)
+    w = torch.randn(30, 40, generator=g) * torch.rand(30, 1, generator=g)
+    moments = (correlated_inputs(40, seed), torch.eye(40, dtype=torch.float64),
+               torch.diag(torch.arange(40.0, dtype=torch.float64)))[seed % 3]  # the last has an input that is never on
+    arrays, gain = tj.round_compensated(w, grid, moments)
+    errors = [((e := w.double() - tj.decode(a, grid, w.shape).double()) @ moments * e).sum(1)
+              for a in (arrays, tj.encode(w, grid))]
+    assert (errors[0] <= errors[1] * (1 + 1e-12)).all()
+    assert gain == pytest.approx(float(errors[0].sum() / errors[1].sum()))
+    assert arrays["q"].abs().max() <= grid.qmax
+    if seed % 3 == 0:
+        assert gain < 0.8
+
+
+def test_moments_of_inputs_are_those_of_the_layers():
+    config, model, _ = built()
+    tokens = torch.randint(256, (4, 32), generator=torch.Generator().manual_seed(0))
+    moments = tj.input_moments(model, tokens.split(2), lambda x: model(x, torch.float32))
+    assert moments.keys() == {name for name, layer in model.named_modules() if isinstance(layer, tj.Linear)} - {
+        "embed_proj_rev"}  # this one is part of the head
+    x = tj.rms_norm(model.blocks[0].mix[0] * model.embed(tokens, torch.float32), 1e-6).flatten(0, 1).double()
+    assert torch.allclose(moments["blocks.0.mixer.in_proj"], x.T @ x / len(x), rtol=1e-5, atol=1e-6)
