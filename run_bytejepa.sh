@@ -34,6 +34,7 @@ if [[ $PROFILE == cpu ]]; then      # about two minutes of training on two cores
     export VAL_BATCH_SIZE="${VAL_BATCH_SIZE-8192}"
     export WARMUP_STEPS="${WARMUP_STEPS-3}"
     export PROBE_STEPS="${PROBE_STEPS-20}"
+    export SWA_DECAY="${SWA_DECAY-0.97}"
     export COMPILE_MODE="${COMPILE_MODE-off}"
 fi
 

@@ -5,6 +5,7 @@
 #   bash setup_jepa.sh fineweb    .venv; published FineWeb shards (BPE sp8192 and bytes) with their tokenizer
 #   bash setup_jepa.sh demo       .venv; shards of both kinds from the embedded corpus in data/demo/
 #   bash setup_jepa.sh bytes      .venv; byte shards decoded from SentencePiece shards (FineWeb sp1024, else the demo)
+#   bash setup_jepa.sh text       .venv; shards of both kinds from a text of your own (TEXT_PATH)
 #   bash setup_jepa.sh env        .venv only
 #
 # Environment knobs (relative paths count from this folder):
@@ -13,6 +14,8 @@
 #   TRAIN_SHARDS      at most so many training shards (default: all)
 #   FINEWEB_KINDS     what `fineweb` fetches (default: "sp8192 bytes"; sp1024 too)
 #   SOURCE_PATH, SOURCE_TOKENIZER, BYTES_PATH    `bytes`: folder of SentencePiece shards, their model, output folder
+#   TEXT_PATH, TEXT_NAME          `text`: UTF-8 text, plain or .xz, pieces separated by a line with one form feed (the
+#                                 first 2% of them become validation); folders data/datasets/NAME_sp8192, NAME_bytes
 #
 # The run scripts source this file for its functions; set-up itself starts only when it is executed.
 
@@ -356,7 +359,33 @@ def byte_document(text):
     return np.concatenate(([MARK], data[data != MARK])).astype("<u2")
 
 
-PIECE = 8000    # characters
+PIECE = 8000        # characters
+LAYOUT = 1          # to be raised when `laid_out` changes: shards made before are then made anew
+
+
+def wrapped(text, width):
+    """`text` cut at spaces into lines of at most `width` columns where it can be."""
+    lines = []
+    while len(text) > width:
+        cut = text.rfind(" ", 1, width + 1)
+        if cut < 0 and (cut := text.find(" ", width)) < 0:
+            break
+        lines.append(text[:cut])
+        text = text[cut + 1:]
+    return "\n".join([*lines, text])
+
+
+def laid_out(piece, chosen):
+    """The piece as one plain-text edition or another would set it: in the novels' file most paragraphs are one line,
+    all with single spaces and straight double quotes. Lines of 60 to 75 columns, indents, wide spaces after sentences
+    and `single quotes', drawn by `chosen`: a byte model that has seen one layout only is lost in any other."""
+    width, indent = chosen.randint(60, 75), " " * chosen.choice((0, 2, 4))
+    gap, quotes = " " * chosen.randint(1, 2), chosen.random() < 0.5
+    paragraphs = [" ".join(paragraph.split()) for paragraph in piece.split("\n\n")]
+    if quotes:
+        paragraphs = [re.sub(r'"([^"]*)"', r"`\1'", paragraph) for paragraph in paragraphs]
+    paragraphs = [re.sub(r"([.!?:;][\"']?) (?=\S)", r"\1" + gap, paragraph) for paragraph in paragraphs]
+    return "\n\n".join(wrapped(indent + paragraph, width) if paragraph else paragraph for paragraph in paragraphs)
 
 
 def pieces_of(novels):
@@ -382,7 +411,7 @@ def demo():
     for path in (tokenizer, *files.values()):
         if not path.is_file():
             raise Failure(f"{path} is missing; it belongs to the repository")
-    source = {path.name: digest(path) for path in (tokenizer, *files.values())} | {"piece": PIECE}
+    source = {path.name: digest(path) for path in (tokenizer, *files.values())} | {"piece": PIECE, "layout": LAYOUT}
     if not (TOKENIZERS / tokenizer.name).is_file():
         copy_file(tokenizer, TOKENIZERS / tokenizer.name)
     encode = {
@@ -399,10 +428,51 @@ def demo():
             text = (lzma.decompress(raw) if path.suffix == ".xz" else raw).decode()
             documents = text.split("\f\n")     # a line with one form feed separates novels
             if split == "train":
-                documents = pieces_of(documents)
+                chosen = random.Random(1)
+                documents = [laid_out(piece, chosen) for piece in pieces_of(documents)]
             count = write_shard(targets[split], bar(iterable=map(document, documents), total=len(documents), desc=name))
             note(f"{targets[split]}: {len(documents)} document(s), {count:,} tokens")
         write_json(DATASETS / name / "source.json", source)
+
+
+# ---- text: a text of the user's as shards of both kinds
+
+def text():
+    path = Path(os.environ.get("TEXT_PATH", ""))
+    if not path.is_file():
+        raise Failure(f"TEXT_PATH={path}: it names a UTF-8 text file, plain or .xz")
+    name = os.environ.get("TEXT_NAME") or path.name.split(".")[0]
+    targets = {split: f"fineweb_{split}_000000.bin" for split in ("train", "val")}
+    source = {"text": digest(path)}
+    folders = {kind: DATASETS / f"{name}_{kind}" for kind in ("sp8192", "bytes")}
+    if all(read_json(f / "source.json") == source and all(is_sound(f / t) for t in targets.values())
+           for f in folders.values()):
+        return note(f"{' and '.join(map(str, folders.values()))}: complete")
+    try:
+        raw = path.read_bytes()
+        whole = (lzma.decompress(raw) if path.suffix == ".xz" else raw).decode()
+    except (UnicodeDecodeError, lzma.LZMAError) as error:
+        raise Failure(f"TEXT_PATH={path}: cannot be read ({error})") from None
+    pieces = [piece for piece in whole.split("\f\n") if piece.strip()]
+    if len(pieces) < 2:
+        raise Failure(f"TEXT_PATH={path}: one piece cannot give training and validation; a line with one form feed "
+                      "separates pieces")
+    held_out = max(1, len(pieces) // 50)
+    parts = {"train": pieces[held_out:], "val": pieces[:held_out]}
+    model = sentencepiece_model(DEMO / "fineweb_8192_bpe.model")
+
+    def batches(documents, kind):
+        for at in bar(iterable=range(0, len(documents), 256), desc=f"{name}_{kind}"):
+            batch = documents[at:at + 256]
+            made = map(byte_document, batch) if kind == "bytes" else (
+                [BOS, *ids] for ids in model.encode(batch, num_threads=os.cpu_count() or 1))
+            yield np.concatenate([np.asarray(document, "<u2") for document in made])
+
+    for kind, folder in folders.items():
+        for split, documents in parts.items():
+            count = write_shard(folder / targets[split], batches(documents, kind))
+            note(f"{folder / targets[split]}: {len(documents)} document(s), {count:,} tokens")
+        write_json(folder / "source.json", source)
 
 
 # ---- fineweb: download from the Hugging Face hub
@@ -657,7 +727,7 @@ def summary():
 
 
 def main():
-    actions = {f.__name__: f for f in (demo, fineweb, summary)} | {"bytes": to_bytes}
+    actions = {f.__name__: f for f in (demo, fineweb, summary, text)} | {"bytes": to_bytes}
     try:
         actions[sys.argv[1]]()
     except Failure as error:
@@ -693,7 +763,8 @@ default_data() {
 
 setup() {
     local what=${1-}
-    [[ $# -le 1 && $what =~ ^(|fineweb|demo|bytes|env)$ ]] || die "usage: bash setup_jepa.sh [fineweb|demo|bytes|env]" 2
+    [[ $# -le 1 && $what =~ ^(|fineweb|demo|bytes|text|env)$ ]] ||
+        die "usage: bash setup_jepa.sh [fineweb|demo|bytes|text|env]" 2
     if command -v flock >/dev/null; then   # two runs started at once: the second waits, then finds all done
         exec 9>data/.setup.lock
         flock 9

@@ -344,6 +344,18 @@ def test_documents_in_one_row_with_reset_are_each_by_itself_whole_cut_or_in_step
     assert off(model(tokens, torch.float32)[0], whole) > 1e-2  # without the reset the past is seen
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_eager_norm_is_torchs_with_its_gradients(weighted):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 3, 7, generator=g, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(7, generator=g, dtype=torch.float64, requires_grad=True) if weighted else None
+    inputs = [x, weight] if weighted else [x]
+    assert torch.autograd.gradcheck(lambda *t: tj.rms_norm(t[0], 1e-3, *t[1:]), inputs)
+    expected = torch.nn.functional.rms_norm(x, (7,), weight, 1e-3)
+    assert torch.allclose(tj.rms_norm(x, 1e-3, weight), expected, rtol=1e-12, atol=1e-14)
+    assert torch.equal(tj.rms_norm(torch.zeros(2, 7), 1e-6), torch.zeros(2, 7))
+
+
 def test_bf16_follows_fp32():
     model, tokens = build(MIXER="mmam"), ids(2, 20)
     low = model(tokens, torch.bfloat16)[0]

@@ -178,8 +178,14 @@ def test_demo_shards(demo):
     train = read_shard(copy.datasets / "demo_bytes/fineweb_train_000000.bin")
     pieces = [piece.strip() for piece in train.astype("u1").tobytes().split(b"\0")[1:]]
     novels = lzma.decompress((ROOT / "data/demo/novels_train.txt.xz").read_bytes())
-    assert len(pieces) > 250 and train.max() < 256 and len(novels) * 0.99 < sum(map(len, pieces)) <= len(novels)
-    assert all(piece in novels for piece in pieces) and sorted(pieces, key=novels.index) != pieces
+    letters = lambda text: re.sub(rb"[\s\"`']", b"", text)  # a layout changes white space and quotes, nothing else
+    lines = [len(line.decode()) for piece in pieces for line in piece.split(b"\n")]
+    found, whole = [letters(piece) for piece in pieces], letters(novels)
+    assert len(pieces) > 250 and train.max() < 256 and len(whole) == sum(map(len, found))
+    assert all(piece in whole for piece in found) and sorted(found, key=whole.index) != found
+    assert sum(length > 75 for length in lines) < 5 and max(lines) > 70
+    text = b"\n".join(pieces)
+    assert min(text.count(sign) for sign in (b"\n\n  ", b".  ", b"`", b'"', b". ")) > 500
     for split, documents in (("train", len(pieces)), ("val", 1)):
         tokens = read_shard(copy.datasets / f"demo_sp8192/fineweb_{split}_000000.bin")
         assert tokens[0] == 1 and (tokens == 1).sum() == documents and tokens.max() < 8192
@@ -209,10 +215,36 @@ def test_demo_repeats_without_work_and_repairs(copy, demo):
 
 
 def test_summary_and_usage(copy, demo):
-    text = demo.text
-    for word in ("Python ", "torch ", "CUDA ", "mamba-ssm ", "demo_bytes: train 1 shard(s), 2,409,843 tokens"):
+    text, count = demo.text, len(read_shard(demo.datasets / "demo_bytes/fineweb_train_000000.bin"))
+    for word in ("Python ", "torch ", "CUDA ", "mamba-ssm ", f"demo_bytes: train 1 shard(s), {count:,} tokens"):
         assert word in text
     assert "usage: bash setup_jepa.sh" in copy.setup("nonsense", code=2)
+
+
+# ---- text
+
+def test_text_makes_both_kinds_once_with_the_first_pieces_held_out(copy, tmp_path):
+    pieces = [f"Piece {i} begins.\nIt has two lines, caf\u00e9 and \u2014 a dash.\n" for i in range(120)]
+    source = tmp_path / "own text.txt.xz"
+    source.write_bytes(lzma.compress("\f\n".join(pieces).encode()))
+    copy.setup("text", TEXT_PATH=str(source), TEXT_NAME="own")
+    values = {split: read_shard(copy.datasets / f"own_bytes/fineweb_{split}_000000.bin") for split in ("train", "val")}
+    for split, part in (("val", pieces[:2]), ("train", pieces[2:])):
+        assert bytes(values[split].astype(np.uint8)).decode() == "".join("\0" + piece for piece in part)
+        tokens = read_shard(copy.datasets / f"own_sp8192/fineweb_{split}_000000.bin")
+        assert (tokens == 1).sum() == len(part) and tokens[0] == 1 and tokens.max() < 8192
+    before = copy.state()
+    assert "complete" in copy.setup("text", TEXT_PATH=str(source), TEXT_NAME="own") and copy.state() == before
+
+
+@pytest.mark.parametrize("content, why", [(None, "names a UTF-8 text file"), (b"one piece", "one piece cannot"),
+                                          (b"\xff\xfe", "cannot be read")])
+def test_a_text_that_will_not_do_is_one_line(copy, tmp_path, content, why):
+    source = tmp_path / "t.txt"
+    if content is not None:
+        source.write_bytes(content)
+    text = copy.setup("text", TEXT_PATH=str(source), code=1)
+    assert why in text and f"TEXT_PATH={source}" in text and not list(copy.datasets.glob("t_*"))
 
 
 # ---- fineweb

@@ -295,6 +295,24 @@ def test_the_mixer_equals_mamba_ssms_mamba2_with_the_same_weights(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 
+@INITIAL
+def test_the_eager_convolution_is_the_plain_one_with_its_gradients(initial, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64, requires_grad=True)
+    u, weight, bias, before = draw(3, 9, 5), draw(5, 1, 4), draw(5), draw(3, 3, 5) if initial else None
+    inputs = [t for t in (u, weight, bias, before) if t is not None]
+    run = lambda *t: causal_conv_silu(t[0], t[1], t[2], initial=t[3] if initial else None)
+    assert torch.autograd.gradcheck(run, inputs)
+    monkeypatch.setattr(tj._ShiftedSums, "blocks", lambda u: [slice(0, 2), slice(2, 3)])  # more blocks than one
+    y, last = run(*inputs)
+    found = torch.autograd.grad(y.square().sum() + last.sum(), inputs)
+    monkeypatch.setattr(tj, "eager_on_cpu", lambda x: False)
+    plain, plain_last = run(*inputs)
+    expected = torch.autograd.grad(plain.square().sum() + plain_last.sum(), inputs)
+    assert torch.equal(last, plain_last) and torch.allclose(y, plain, rtol=1e-12, atol=1e-14)
+    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(found, expected))
+
+
 # -- documents ---------------------------------------------------------------------------------------------------------
 
 def begins(batch, length, *places):

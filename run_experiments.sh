@@ -1,0 +1,153 @@
+#!/usr/bin/env bash
+# The experiments of RESULTS.md as ordinary runs: one change at a time, paired by seed, restartable.
+#
+#   bash run_experiments.sh data TEXT            shards of an experiment corpus (a text file, see setup_jepa.sh text)
+#   bash run_experiments.sh GROUP [FORM ...]     all forms of a group, or those named; finished runs are left alone
+#   bash run_experiments.sh report GROUP         MODE=compare over the group: runs/experiments/GROUP/compare.*
+#   bash run_experiments.sh list                 groups, forms and the knobs that they change
+#
+# Groups: screen, confirm (does JEPA help?), collapse (rank of the latent at two widths), recipe, storage.
+#   SEEDS="1 2" STEPS=300 JOBS=2 THREADS=1       defaults depend on the group; JOBS runs side by side
+#   BASE="KNOB=VALUE ..."                        added to every run: another size, another corpus
+# Ctrl-C and the same command again: runs go on where they stopped.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source ./setup_jepa.sh
+
+# A small byte model of system A's make, with its published losses, storage and optimizers.
+SMALL="TOKENIZER=byte DATA_PATH=data/datasets/mix_bytes MODEL_DIM=128 NUM_LAYERS=4 EXPAND=1 MLP_MULT=4 MLP_EVERY=2
+TIE_EMBEDDINGS=1 JEPA_STEPS=3 PREDICTOR_HIDDEN_MULT=4 QUANT_BITS=4 FP_STORAGE=FP8 TRAIN_SEQ_LEN=256
+TRAIN_BATCH_TOKENS=4096 MICRO_BATCHES=1 MATRIX_LR=0.02 EMBED_LR=0.02 SCALAR_LR=0.02 MUON_MOMENTUM_WARMUP_STEPS=100
+WARMDOWN_FRACTION=0.6 WARMUP_STEPS=2 VAL_MAX_TOKENS=200000 VAL_BATCH_SIZE=16384 VAL_LOSS_EVERY=100 TRAIN_LOG_EVERY=50
+TEMP_SCALING=0 PROBE_STEPS=0 COMPILE_MODE=off DEVICE=cpu CHECKPOINT_EVERY=100 CHECKPOINT_KEEP=1"
+
+forms() {
+    case "$1" in
+    screen) cat <<'FORMS'
+off JEPA_WEIGHT=0 SIGREG_LAMBDA=0
+sigreg_alone JEPA_WEIGHT=0
+published
+one_step JEPA_STEPS=1
+lambda_0.1 SIGREG_LAMBDA=0.1
+lambda_5 SIGREG_LAMBDA=5
+weight_0.1 JEPA_WEIGHT=0.1 SIGREG_LAMBDA=0.1
+detached DETACH_TARGETS=1
+dim_32 JEPA_DIM=32 SIGREG_LAMBDA=5
+covariance JEPA_COV=1
+annealed JEPA_ANNEAL=0.5
+chunk JEPA_TARGET=chunk JEPA_STEPS=1
+chunk_embedding JEPA_TARGET=embedding JEPA_STEPS=1
+told JEPA_ACTION=1
+smooth_l1 JEPA_LOSS=smooth_l1
+over_time SIGREG_AXIS=time
+over_both SIGREG_AXIS=both
+lejepa SIGREG_AXIS=both SIGREG_RESAMPLE=1 SIGREG_SCALE=1 SIGREG_LAMBDA=0.05
+carried CARRY_STATE=1 EVAL_STATE=carry
+carried_off CARRY_STATE=1 EVAL_STATE=carry JEPA_WEIGHT=0 SIGREG_LAMBDA=0
+FORMS
+        ;;
+    confirm) cat <<FORMS
+off JEPA_WEIGHT=0 SIGREG_LAMBDA=0
+sigreg_alone JEPA_WEIGHT=0
+published
+best_form ${BEST_FORM:-JEPA_TARGET=chunk JEPA_STEPS=1 JEPA_COV=1}
+FORMS
+        ;;
+    collapse) cat <<'FORMS'
+d64_published MODEL_DIM=64
+d64_covariance MODEL_DIM=64 JEPA_COV=1
+d64_lejepa MODEL_DIM=64 SIGREG_AXIS=both SIGREG_RESAMPLE=1 SIGREG_SCALE=1 SIGREG_LAMBDA=0.05
+d192_published MODEL_DIM=192
+d192_covariance MODEL_DIM=192 JEPA_COV=1
+d192_lejepa MODEL_DIM=192 SIGREG_AXIS=both SIGREG_RESAMPLE=1 SIGREG_SCALE=1 SIGREG_LAMBDA=0.05
+FORMS
+        ;;
+    recipe) cat <<'FORMS'
+published
+no_latent JEPA_WEIGHT=0 SIGREG_LAMBDA=0
+mlp_everywhere MLP_EVERY=1
+mlp_everywhere_3 MLP_EVERY=1 MLP_MULT=3
+leaky ACTIVATION=leaky_relu2
+hybrid MIXER=mmam NUM_HEADS=4 NUM_KV_HEADS=2
+polar MUON_NS=polar MUON_BACKEND_STEPS=5
+min_lr MIN_LR=0.1
+averaged SWA_START=0.7 SWA_DECAY=0.98
+short_first SEQ_LEN_START=64
+small_first BATCH_TOKENS_START=1024
+late_qat QAT_FRACTION=0.3
+warmdown_all WARMDOWN_FRACTION=1
+FORMS
+        ;;
+    storage) cat <<'FORMS'
+absmax_int4
+sigma_equal_bytes QUANT_STEP=sigma QUANT_K=0.42
+dt_8_bits DT_GRID=int8a
+compensated ROUNDING=compensated
+late_qat QAT_FRACTION=0.3
+late_qat_compensated QAT_FRACTION=0.3 ROUNDING=compensated
+no_qat QAT_FRACTION=0
+no_qat_compensated QAT_FRACTION=0 ROUNDING=compensated
+FORMS
+        ;;
+    *) die "$1: groups are screen, confirm, collapse, recipe, storage" 2 ;;
+    esac
+}
+
+train_one() {    # group form seed
+    local folder=runs/experiments/$1 name=$2-s$3 knobs
+    [[ -f $folder/$name/result.json ]] && return
+    knobs=$(forms "$1" | awk -v form="$2" '$1 == form { $1 = ""; print }')
+    mkdir -p "$folder"
+    note "$1: $name"
+    # shellcheck disable=SC2086 — knobs are words
+    env -u SEEDS OMP_NUM_THREADS="${THREADS:-1}" "$PY" train_jepa.py $SMALL RUNS_DIR="$folder" RUN_ID="$name" SEED="$3" \
+        ITERATIONS="$STEPS" ${BASE-} $knobs >"$folder/$name.txt" 2>&1 ||
+        note "$1: $name failed: $(tail -n 1 "$folder/$name.txt")"
+}
+
+run_group() {    # group form...
+    local group=$1 seed form wanted
+    wanted=$(forms "$group" | cut -d' ' -f1)
+    shift
+    for form in "$@"; do grep -qx "$form" <<<"$wanted" || die "$form: no form of $group (list shows them)" 2; done
+    case "$group" in
+    screen) : "${SEEDS:=1 2}" "${STEPS:=300}" ;;
+    confirm) : "${SEEDS:=1 2 3 4 5}" "${STEPS:=600}" ;;
+    *) : "${SEEDS:=1 2 3}" "${STEPS:=300}" ;;
+    esac
+    for seed in $SEEDS; do
+        for form in ${@:-$wanted}; do
+            while (($(jobs -rp | wc -l) >= ${JOBS:-2})); do wait -n || true; done
+            train_one "$group" "$form" "$seed" &
+        done
+    done
+    wait
+}
+
+report() {       # the group's first form is the baseline
+    local form runs=""
+    for form in $(forms "$1" | cut -d' ' -f1); do
+        if compgen -G "runs/experiments/$1/$form-s[0-9]*/config.json" >/dev/null; then
+            runs+=" runs/experiments/$1/$form-s[0-9]*/"
+        fi
+    done
+    [[ -n $runs ]] || die "runs/experiments/$1 holds no runs yet: bash run_experiments.sh $1" 2
+    "$PY" train_jepa.py MODE=compare RUNS="$runs" OUT="runs/experiments/$1"
+}
+
+case "${1-}" in
+data)
+    [[ -n ${2-} ]] || die "usage: bash run_experiments.sh data TEXT" 2
+    TEXT_PATH=$2 TEXT_NAME=mix bash setup_jepa.sh text ;;
+list)
+    for group in screen confirm collapse recipe storage; do forms "$group" | sed "s/^/$group  /"; done ;;
+report)
+    forms "${2-}" >/dev/null && report "$2" ;;
+*)
+    [[ -n ${1-} ]] || die "usage: bash run_experiments.sh data TEXT | GROUP [FORM ...] | report GROUP | list" 2
+    forms "$1" >/dev/null
+    env_ready || bash setup_jepa.sh env
+    [[ -d data/datasets/mix_bytes || ${BASE-} == *DATA_PATH=* ]] ||
+        die "data/datasets/mix_bytes is missing: bash run_experiments.sh data TEXT, or BASE=DATA_PATH=..." 2
+    run_group "$@" ;;
+esac

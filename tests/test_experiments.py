@@ -1,0 +1,69 @@
+"""run_experiments.sh: every form is a valid configuration; runs are made once, go on, and are compared."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import train_jepa as tj
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def script(*arguments, folder=ROOT, code=0, **env):
+    base = {k: os.environ[k] for k in ("PATH", "HOME", "LANG") if k in os.environ}
+    base |= {"SKIP_VENV": "1", "PYTHON": sys.executable, "MPLBACKEND": "Agg"}
+    done = subprocess.run(["bash", str(folder / "run_experiments.sh"), *arguments], capture_output=True, text=True,
+                          env=base | env, cwd="/", timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def listed() -> list[tuple[str, str, dict]]:
+    rows = [line.split() for line in script("list").splitlines()]
+    return [(group, form, dict(knob.split("=", 1) for knob in knobs)) for group, form, *knobs in rows]
+
+
+def test_every_form_changes_known_knobs_to_a_configuration_that_makes_sense():
+    text = (ROOT / "run_experiments.sh").read_text()
+    small = dict(word.split("=", 1) for word in text.split('SMALL="')[1].split('"')[0].split())
+    seen = set()
+    for group, form, knobs in listed():
+        config = tj.Config.from_env({**small, **knobs, "ITERATIONS": "300"}).validate()
+        named = tuple(sorted(config.named().items()))
+        assert (group, named) not in seen, f"{group} {form} repeats another form"
+        seen.add((group, named))
+    groups = {group: [form for other, form, _ in listed() if other == group] for group, _, _ in listed()}
+    assert groups.keys() == {"screen", "confirm", "collapse", "recipe", "storage"}
+    assert {"off", "sigreg_alone", "published"} <= set(groups["screen"]) & set(groups["confirm"])
+    assert groups["recipe"][0] == "published" and groups["storage"][0] == "absmax_int4"
+
+
+@pytest.mark.parametrize("arguments, why", [
+    ((), "usage"), (("nonsense",), "groups are"), (("screen", "nonsense"), "no form of screen"),
+    (("report", "recipe"), "holds no runs yet"), (("data",), "usage")])
+def test_mistakes_are_one_line_and_exit_code_2(tmp_path, arguments, why):
+    for name in ("run_experiments.sh", "setup_jepa.sh", "requirements.txt", "train_jepa.py"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    text = script(*arguments, folder=tmp_path, code=2, BASE="DATA_PATH=x")
+    assert why in text and len(text.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_group_runs_once_per_form_and_seed_and_is_compared(tmp_path, demo_data):
+    for name in ("run_experiments.sh", "setup_jepa.sh", "requirements.txt", "train_jepa.py"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    tiny = (f"DATA_PATH={demo_data.bytes} MODEL_DIM=64 NUM_LAYERS=2 D_STATE=16 TRAIN_SEQ_LEN=32 VAL_MAX_TOKENS=2000 "
+            "TRAIN_BATCH_TOKENS=256 DIAGNOSTICS=0 JEPA_STEPS=1 PREDICTOR_HIDDEN_MULT=1")
+    env = dict(SEEDS="1 2", STEPS="4", BASE=tiny)
+    script("confirm", "off", "sigreg_alone", folder=tmp_path, **env)
+    results = sorted(tmp_path.glob("runs/experiments/confirm/*/result.json"))
+    assert [path.parent.name for path in results] == ["off-s1", "off-s2", "sigreg_alone-s1", "sigreg_alone-s2"]
+    times = [path.stat().st_mtime_ns for path in results]
+    results[0].unlink()  # as if killed at the very end: it goes on from its checkpoint
+    script("confirm", "off", "sigreg_alone", folder=tmp_path, **env)
+    assert results[0].exists() and [path.stat().st_mtime_ns for path in results[1:]] == times[1:]
+    report = script("report", "confirm", folder=tmp_path)
+    assert "Paired by seed, against SIGREG_LAMBDA=0" in report
+    assert (tmp_path / "runs/experiments/confirm/compare.png").exists()
