@@ -28,13 +28,13 @@ if [[ $PROFILE == cpu ]]; then      # about two minutes of training on two cores
     export TRAIN_BATCH_TOKENS="${TRAIN_BATCH_TOKENS-4096}"
     export MICRO_BATCHES="${MICRO_BATCHES-2}"
     export MAX_WALLCLOCK_SECONDS="${MAX_WALLCLOCK_SECONDS-120}"
-    export WARMDOWN_ITERS="${WARMDOWN_ITERS-100}"
+    export WARMDOWN_ITERS="${WARMDOWN_ITERS-60}"
     export VAL_LOSS_EVERY="${VAL_LOSS_EVERY-100}"
     export TRAIN_LOG_EVERY="${TRAIN_LOG_EVERY-20}"
     export VAL_BATCH_SIZE="${VAL_BATCH_SIZE-8192}"
     export WARMUP_STEPS="${WARMUP_STEPS-3}"
     export PROBE_STEPS="${PROBE_STEPS-20}"
-    export SWA_DECAY="${SWA_DECAY-0.97}"
+    export SWA_DECAY="${SWA_DECAY-0.9}"
     export COMPILE_MODE="${COMPILE_MODE-off}"
 fi
 
