@@ -29,7 +29,7 @@ if [[ $PROFILE == cpu ]]; then      # about two minutes of training on two cores
     export MICRO_BATCHES="${MICRO_BATCHES-2}"
     export MAX_WALLCLOCK_SECONDS="${MAX_WALLCLOCK_SECONDS-120}"
     export WARMDOWN_ITERS="${WARMDOWN_ITERS-60}"
-    export VAL_LOSS_EVERY="${VAL_LOSS_EVERY-100}"
+    export VAL_LOSS_EVERY="${VAL_LOSS_EVERY-50}"
     export TRAIN_LOG_EVERY="${TRAIN_LOG_EVERY-20}"
     export VAL_BATCH_SIZE="${VAL_BATCH_SIZE-8192}"
     export WARMUP_STEPS="${WARMUP_STEPS-3}"

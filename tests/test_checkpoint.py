@@ -44,7 +44,7 @@ def survive(folder: Path, kills: int, seed: int, base: dict, patch: str, seconds
         child = run(folder, f"{patch}\n{spec or ''}", base, RUN_ID=str(index), **knobs)
         assert child.code in (0, 137), child.text()[-3000:]
         deaths += child.code == 137
-        if child.code == 0:
+        if (folder / str(index) / "result.json").exists():  # finished, though perhaps killed on its way out
             index += 1
             if deaths >= kills:
                 return index

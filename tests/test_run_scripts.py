@@ -64,7 +64,7 @@ class Scripts:
         assert done.returncode == code, done.stdout + done.stderr
         got = json.loads(self.trace.read_text()) if self.trace.exists() else {"env": {}, "args": None, "cwd": None}
         got["text"], got["err"] = done.stdout, done.stderr
-        plain = {"PWD", "OLDPWD", "SHLVL", "_", *base}
+        plain = {"PWD", "OLDPWD", "SHLVL", "_", "LC_CTYPE", *base}
         got["set"] = {k: v for k, v in got["env"].items() if k not in plain}
         return got
 

@@ -155,7 +155,7 @@ def test_embedded_python_is_clean(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["setup_jepa.sh", "run_jepa_bpe.sh", "run_jepa_byte.sh", "run_bytejepa.sh",
-                                  "tests/run.sh", ".ci/run"])
+                                  "run_experiments.sh", "tests/run.sh", ".ci/run"])
 def test_shell_syntax_and_line_length(name):
     assert subprocess.run(["bash", "-n", str(ROOT / name)]).returncode == 0
     assert max(map(len, (ROOT / name).read_text().splitlines())) <= 120
