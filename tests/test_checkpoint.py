@@ -102,6 +102,7 @@ def test_kill_inside_a_save_leaves_the_checkpoint_before_it(tmp_path, moment):
     assert found[0]["step"] == (4 if moment in ("half", "unnamed") else 6)
 
 
+@pytest.mark.slow
 def test_a_validation_at_the_step_of_a_checkpoint_is_in_the_metrics_once(tmp_path):
     """The checkpoint of step 6 is written before step 6 is validated; a resume from there must still validate it."""
     knobs = dict(CHECKPOINT_EVERY=3, VAL_LOSS_EVERY=3, ITERATIONS=9)
@@ -111,6 +112,7 @@ def test_a_validation_at_the_step_of_a_checkpoint_is_in_the_metrics_once(tmp_pat
     assert metrics(tmp_path / "r") == metrics(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_its_last_step_finishes_and_validates_once(tmp_path):
     knobs = dict(CHECKPOINT_EVERY=3, ITERATIONS=6)
     patch = "tj.Run.write_model = lambda self: (self.checkpoints.wait(), die())"
@@ -120,6 +122,7 @@ def test_a_run_killed_after_its_last_step_finishes_and_validates_once(tmp_path):
     assert lines == [("train", step) for step in range(1, 7)] + [("validation", 6)]
 
 
+@pytest.mark.slow
 def test_temporary_files_of_killed_saves_do_not_pile_up(tmp_path):
     for moment in ("half", "unnamed"):
         assert run(tmp_path, f"die_in_save({moment!r})", CHECKPOINT_EVERY=4).code == 137
@@ -222,6 +225,7 @@ def test_two_runs_sharing_a_checkpoint_dir_do_not_mix(tmp_path):
 # -- signals ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.slow
 def test_a_signal_finishes_the_step_saves_and_tells_how_to_go_on(tmp_path, number):
     whole = run(tmp_path, RUN_ID="whole", CHECKPOINT_EVERY=5)
     assert whole.code == 0
@@ -245,6 +249,7 @@ def test_a_second_sigint_ends_at_once(tmp_path):
     assert child.wait(3) == 130
 
 
+@pytest.mark.slow
 def test_a_signal_during_warm_up_saves_step_0(tmp_path):
     patch = "warm_up = tj.Trainer.warm_up\ntj.Trainer.warm_up = lambda self: (os.kill(os.getpid(), 15), warm_up(self))"
     assert run(tmp_path, patch).code == 143
@@ -262,6 +267,7 @@ def one_line(child, *parts: str) -> None:
     assert "Traceback" not in child.text() and "Exception ignored" not in child.text(), child.text()[-2000:]
 
 
+@pytest.mark.slow
 def test_disk_full_at_the_log_one_line_and_the_run_goes_on_after_room_is_made(tmp_path):
     """A real limit on file sizes (SIGXFSZ is ignored by Python, the write fails with EFBIG) from step 8 on."""
     limit = f"file_limit(os.path.getsize({str(tmp_path / 'r/log.txt')!r}) + 5)"
@@ -284,12 +290,14 @@ def test_disk_full_at_a_checkpoint_keeps_the_earlier_ones(tmp_path):
     assert tj.Checkpoints(tmp_path / "r/checkpoints", 2).newest(pytest.fail)[0]["step"] == 3
 
 
+@pytest.mark.slow
 def test_disk_full_at_the_very_last_checkpoint_is_not_silent(tmp_path):
     child = run(tmp_path, "full_disk('step_000000012')", CHECKPOINT_EVERY=5)
     assert "step_000000012" in child.text() and "No space left" in child.text()
 
 
 @pytest.mark.parametrize("part", ["model.jepa", "result.json"])
+@pytest.mark.slow
 def test_disk_full_at_artifact_or_result_then_the_same_command_finishes(tmp_path, part):
     one_line(run(tmp_path, f"full_disk({part!r}, 10)", CHECKPOINT_EVERY=6), part, "No space left")
     assert not (tmp_path / "r" / part).exists() and not list((tmp_path / "r").glob("*.tmp"))
@@ -301,6 +309,7 @@ def test_disk_full_at_the_start(tmp_path):
     one_line(run(tmp_path, "full_disk('config.json')"), "config.json", "No space left")
 
 
+@pytest.mark.slow
 def test_disk_full_at_the_curves_does_not_lose_the_result(tmp_path):
     child = launch(tmp_path, "import PIL.Image\ndef fail(*a, **k): raise OSError(28, 'No space left on device')\n"
                    "PIL.Image.Image.save = fail\nimport matplotlib.figure\nmatplotlib.figure.Figure.savefig = fail")
@@ -332,6 +341,7 @@ tj.Trainer.train_step = watched
     assert counted == [0, 0, 1, 2, 2, 2, 3, 3, 3, 3]
 
 
+@pytest.mark.slow
 def test_n_non_finite_steps_in_a_row_stop_the_run_and_name_the_layer(tmp_path):
     child = run(tmp_path, 'poison(range(4, 99), "blocks.1.mixer.out_proj.weight")', NONFINITE_LIMIT=3)
     assert child.code == 1 and len(child.errors()) == 1 and "Traceback" not in child.text(), child.text()[-2000:]
@@ -351,6 +361,7 @@ def test_n_non_finite_steps_in_a_row_name_the_term(tmp_path):
     assert re.search(r"(?m)^.*stopped at step 2: 2 steps in a row", log), "the cause is not in log.txt"
 
 
+@pytest.mark.slow
 def test_a_passing_non_finite_forward_does_not_poison_carried_states(tmp_path):
     patch = """
 def spoil(trainer):

@@ -119,12 +119,14 @@ def test_synchronized_sigreg_on_two_ranks_equals_one_rank_with_both_halves(tmp_p
             child.kill()
 
 
+@pytest.mark.slow
 def test_synchronized_sigreg_trains_and_ranks_agree(tmp_path):
     ranks = run_ranks(tmp_path, 2, f"hash_at_end({str(tmp_path)!r})", SIGREG_SYNC=1, ITERATIONS=3)
     assert [child.code for child in ranks] == [0, 0], ranks[0].text()[-1500:]
     assert len(set(hashes(tmp_path, 2))) == 1
 
 
+@pytest.mark.slow
 def test_a_poisoned_rank_is_skipped_by_all_and_named(tmp_path):
     """The jepa term is NaN on rank 1 alone: all ranks skip, stop together, and the report names the term."""
     patch = """
@@ -143,6 +145,7 @@ def test_bad_input_is_said_once_and_ends_all_ranks(tmp_path):
     assert "Traceback" not in ranks[0].text() + ranks[1].text()
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_rank_saves_once_and_ends_all_with_143(tmp_path):
     patch = "if os.environ['RANK'] == '1': before_step(4, lambda trainer: os.kill(os.getpid(), 15))"
     ranks = run_ranks(tmp_path, 2, patch, CHECKPOINT_EVERY=10)

@@ -86,6 +86,7 @@ def test_head_without_gradient_saves_nothing():
     assert off(loss, with_grad[0]) < 1e-6 and off(nll, with_grad[1]) < 1e-6
 
 
+@pytest.mark.slow
 def test_head_ops_pass_opcheck():
     inputs, targets = head_inputs(torch.float32, 9, 30)
     torch.library.opcheck(K._head_train, (*inputs, targets, 15.0, K.POLY, 1e-4, 4))
@@ -129,6 +130,7 @@ def test_snap_equals_the_storage_section(name, fmt, param):
         assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32)), tuple(w.shape)
 
 
+@pytest.mark.slow
 def test_import_leaves_triton_alone():
     code = ("import sys, train_jepa as K; assert 'triton' not in sys.modules"
             "; assert not K.torch.cuda.is_initialized()")
@@ -158,6 +160,7 @@ def test_bad_input(monkeypatch):
     assert name == "torch" and "not what we know" in note and "\n" not in note
 
 
+@pytest.mark.slow
 def test_broken_mamba_ssm_is_one_line(tmp_path):
     """An interface we do not know, and a package that fails to import, each become one line that says what to do."""
     for body, words in (("def _mamba_chunk_scan_combined_fwd(x): 0\n_mamba_chunk_scan_combined_bwd = 0", "TypeError"),
