@@ -54,7 +54,7 @@ import threading
 import time
 import types
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -2987,6 +2987,11 @@ def stored_parts(name: str, w: Tensor, plan: str) -> Iterator[tuple[str, Tensor,
         yield (f"{name}[{part.start}]" if part.start else name), (w[part] if w.ndim else w), grid
 
 
+def artifact_tensors(weights: Iterable[tuple[str, Tensor]], plan: dict[str, str]) -> dict[str, tuple[Tensor, Grid]]:
+    """{name: (rows, grid)} of named tensors, as `write_artifact` and `estimate_bytes` take them."""
+    return {part: (rows, grid) for name, w in weights for part, rows, grid in stored_parts(name, w, plan[name])}
+
+
 def whole_shapes(parts: dict[str, tuple]) -> dict[str, tuple]:
     """Shapes by name after `whole_tensors`; parts that do not join keep their own names."""
     whole: dict[str, tuple] = {}
@@ -4445,8 +4450,7 @@ class Run:
         header = dict(model=c.model_config(), vocabulary=self.vocabulary.pack(), position=self.unseen_position())
 
         def write() -> dict:
-            tensors = {part: (rows, grid) for name, plan in trainer.plan.items()
-                       for part, rows, grid in stored_parts(name, kept[name], plan)}
+            tensors = artifact_tensors(((name, kept[name]) for name in trainer.plan), trainer.plan)
             given = self.compensate(tensors) if c.rounding == "compensated" else None
             return write_artifact(self.folder.path / "model.jepa", header, tensors, given=given)
 
@@ -5412,12 +5416,12 @@ def component(name: str) -> str:
     return next(label for label, pattern in COMPONENTS.items() if re.search(pattern, name))
 
 
-def estimated_bytes(c: Config) -> int:
+def estimated_bytes(c: Config, model: nn.Module | None = None) -> int:
     """Artifact bytes that a trained model of this configuration is expected to have; nothing is compressed."""
-    model, _ = build_models(dataclasses.replace(c, jepa_weight=0.0, sigreg_lambda=0.0, loss_schedule="joint"))
-    plan = storage_plan(model, c)
-    return estimate_bytes({part: (rows, grid) for name, _, p in named_roles(model)
-                           for part, rows, grid in stored_parts(name, p.detach(), plan[name])}, normal=True)["bytes"]
+    if model is None:
+        model, _ = build_models(dataclasses.replace(c, jepa_weight=0.0, sigreg_lambda=0.0, loss_schedule="joint"))
+    weights = ((name, p.detach()) for name, _, p in named_roles(model))
+    return estimate_bytes(artifact_tensors(weights, storage_plan(model, c)), normal=True)["bytes"]
 
 
 def largest_fit(c: Config, name: str, step: int, budget: int) -> int | None:
@@ -5438,8 +5442,6 @@ def describe(c: Config) -> dict[str, Any]:
     plan = storage_plan(model, c)
     print(c.render() + "\n")
     rows: dict[tuple[str, str], list[int]] = {}
-    stored_tensors = {part: (rows, grid) for name, _, p in named_roles(model)
-                      for part, rows, grid in stored_parts(name, p.detach(), plan[name])}
     everything = [(name, p) for name, _, p in named_roles(model)]
     everything += [(name, p) for name, _, p in named_roles(jepa, "jepa.")] if jepa is not None else []
     for name, parameter in everything:
@@ -5449,7 +5451,7 @@ def describe(c: Config) -> dict[str, Any]:
         print(f"{label:<28}{grid:<14}{len(counts):>8}{sum(counts):>14,}")
     stored, extra = count_parameters(model), count_parameters(jepa)
     by_grid = {grid: sum(p.numel() for n, _, p in named_roles(model) if plan[n] == grid) for grid in set(plan.values())}
-    estimate = estimate_bytes(stored_tensors, normal=True)["bytes"]
+    estimate = estimated_bytes(c, model)
     code = len(source_text().encode())
     fit = {}
     if c.fit:
