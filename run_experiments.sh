@@ -139,7 +139,7 @@ report() {       # the group's first form is the baseline
 case "${1-}" in
 data)
     [[ -n ${2-} ]] || die "usage: bash run_experiments.sh data TEXT" 2
-    TEXT_PATH=$2 TEXT_NAME=mix bash setup_jepa.sh text ;;
+    TEXT_PATH=$2 TEXT_NAME=mix TEXT_PIECE=1024 bash setup_jepa.sh text ;;
 list)
     for group in screen confirm collapse recipe storage; do forms "$group" | sed "s/^/$group  /"; done ;;
 report)

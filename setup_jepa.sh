@@ -16,6 +16,8 @@
 #   SOURCE_PATH, SOURCE_TOKENIZER, BYTES_PATH    `bytes`: folder of SentencePiece shards, their model, output folder
 #   TEXT_PATH, TEXT_NAME          `text`: UTF-8 text, plain or .xz, pieces separated by a line with one form feed (the
 #                                 first 2% of them become validation); folders data/datasets/NAME_sp8192, NAME_bytes
+#   TEXT_PIECE        `text`: 0 (default): the pieces as they are; N: cut before paragraphs into documents of about N
+#                     characters, in a fixed random order. A small batch then sees several of them, as a large one does
 #
 # The run scripts source this file for its functions; set-up itself starts only when it is executed.
 
@@ -388,15 +390,15 @@ def laid_out(piece, chosen):
     return "\n\n".join(wrapped(indent + paragraph, width) if paragraph else paragraph for paragraph in paragraphs)
 
 
-def pieces_of(novels):
-    """The novels cut before paragraphs into pieces of about PIECE, in a fixed random order, a document each: a short
-    run then sees a bit of every author, where whole novels in a row would teach it one voice after the other."""
+def pieces_of(documents, size):
+    """The documents cut before paragraphs into pieces of about `size`, in a fixed random order: a short run then sees
+    a bit of everything, where whole novels in a row would teach it one voice after the other."""
     pieces = []
-    for novel in novels:
+    for document in documents:
         piece = ""
-        for paragraph in novel.split("\n\n"):
+        for paragraph in document.split("\n\n"):
             piece += paragraph + "\n\n"
-            if len(piece) >= PIECE:
+            if len(piece) >= size:
                 pieces.append(piece)
                 piece = ""
         if piece.strip():
@@ -429,7 +431,7 @@ def demo():
             documents = text.split("\f\n")     # a line with one form feed separates novels
             if split == "train":
                 chosen = random.Random(1)
-                documents = [laid_out(piece, chosen) for piece in pieces_of(documents)]
+                documents = [laid_out(piece, chosen) for piece in pieces_of(documents, PIECE)]
             count = write_shard(targets[split], bar(iterable=map(document, documents), total=len(documents), desc=name))
             note(f"{targets[split]}: {len(documents)} document(s), {count:,} tokens")
         write_json(DATASETS / name / "source.json", source)
@@ -443,7 +445,10 @@ def text():
         raise Failure(f"TEXT_PATH={path}: it names a UTF-8 text file, plain or .xz")
     name = os.environ.get("TEXT_NAME") or path.name.split(".")[0]
     targets = {split: f"fineweb_{split}_000000.bin" for split in ("train", "val")}
-    source = {"text": digest(path)}
+    size = os.environ.get("TEXT_PIECE") or "0"
+    if not size.isdecimal():
+        raise Failure(f"TEXT_PIECE={size}: it is a number of characters, or 0")
+    source = {"text": digest(path), "piece": int(size)}
     folders = {kind: DATASETS / f"{name}_{kind}" for kind in ("sp8192", "bytes")}
     if all(read_json(f / "source.json") == source and all(is_sound(f / t) for t in targets.values())
            for f in folders.values()):
@@ -459,6 +464,8 @@ def text():
                       "separates pieces")
     held_out = max(1, len(pieces) // 50)
     parts = {"train": pieces[held_out:], "val": pieces[:held_out]}
+    if int(size):
+        parts = {split: pieces_of(documents, int(size)) for split, documents in parts.items()}
     model = sentencepiece_model(DEMO / "fineweb_8192_bpe.model")
 
     def batches(documents, kind):

@@ -3086,7 +3086,7 @@ def round_compensated(w: Tensor, grid: Grid, moments: Tensor) -> tuple[dict[str,
 # One container for artifacts and checkpoints, no pickle. Little-endian:
 #   magic 8 | version u32 | header bytes, stored u32, raw u32 | header, zlib | section payloads | sha256 of all before
 # Header: {"kind", "meta", "sections": [{"name", "codec", "stored", "raw", "dtype", "shape"}]}
-MAGIC, VERSION, PREFIX = b"JEPAFILE", 1, struct.Struct("<8sIII")
+MAGIC, VERSION, PREFIX = b"JEPAFILE", 2, struct.Struct("<8sIII")
 MAX_HEADER = 1 << 26                       # raw bytes of the JSON header
 MAX_ELEMENTS = 1 << 27                     # stored weights of one artifact: a bound for hostile tables
 PIECE = 1 << 19                            # raw bytes per section: the general codecs work on pieces side by side
@@ -3361,8 +3361,9 @@ def rans_decode(payload, lengths, path) -> np.ndarray:
 
 # Streams. What looks alike is laid together: symbols of all rows of a grid, in up to 16 classes of rows with similar
 # histograms (chosen by code length), then the classes, then scales and plain values, high and low bytes apart.
-def row_classes(rows: list[np.ndarray], pairs: bool) -> np.ndarray:
-    """Class 0..15 of each row of uint8 symbols: entropy-constrained clustering (Chou, Lookabaugh, Gray 1989)."""
+def row_classes(rows: list[np.ndarray], pairs: bool) -> tuple[np.ndarray, float]:
+    """Class 0..15 of each row of uint8 symbols, and the bits that coding them takes, tables included:
+    entropy-constrained clustering (Chou, Lookabaugh, Gray 1989)."""
     def histogram(q):
         return np.bincount((np.arange(len(q), dtype=np.int64)[:, None] * width + q).ravel(),
                            minlength=len(q) * width).reshape(len(q), width)
@@ -3372,7 +3373,7 @@ def row_classes(rows: list[np.ndarray], pairs: bool) -> np.ndarray:
     table_bits = 10.0 * (used ** 2 if pairs else used)
     order = np.argsort(counts @ -np.log2(np.maximum(total, 1) / total.sum().clip(1)) / counts.sum(1).clip(1),
                        kind="stable")
-    best = np.zeros(len(counts), np.uint8), np.inf
+    best = np.zeros(len(counts), np.uint8), math.inf
     for number in (1, 4, 16):
         ids = np.empty(len(counts), np.int64)
         ids[order] = np.arange(len(counts)) * number // max(len(counts), 1)
@@ -3383,8 +3384,14 @@ def row_classes(rows: list[np.ndarray], pairs: bool) -> np.ndarray:
             ids = bits.argmin(1)
         cost = bits.min(1).sum() + table_bits * len(np.unique(ids))
         if cost < best[1]:
-            best = ids.astype(np.uint8), cost
-    return best[0]
+            best = ids.astype(np.uint8), float(cost)
+    return best
+
+
+def by_columns(q: np.ndarray, pairs: bool) -> bool:
+    """Whether symbols (R, C) cost less when the columns are sorted into classes instead of the rows: so with an
+    embedding, whose rows share a mean that differs by column, and behind an activation whose units are unlike."""
+    return bool(q.size) and row_classes([q.T], pairs)[1] < row_classes([q], pairs)[1]
 
 
 def to_bytes(t: Tensor) -> np.ndarray:
@@ -3422,8 +3429,10 @@ def build_streams(table, encoded) -> list[np.ndarray]:
         if with_symbols:
             rows = [a["q"].cpu() for a in arrays]
             rows = [(q if grid.kind == "fp8" else (q + grid.qmax).view(torch.uint8)).numpy() for q in rows]
-            ids = row_classes(rows, pairs)
-            streams.append(ids)
+            turned = np.array([by_columns(q, pairs) for q in rows], np.uint8)
+            rows = [q.T if turn else q for q, turn in zip(rows, turned)]
+            ids = row_classes(rows, pairs)[0]
+            streams += turned, ids
             split = np.split(ids, np.cumsum([len(q) for q in rows])[:-1])
             for c in range(16):
                 q = np.concatenate([q[own == c].ravel() for q, own in zip(rows, split)])
@@ -3450,20 +3459,24 @@ def read_streams(table, lengths: list[int], data: np.ndarray, path) -> list[dict
         shapes = [rows_columns(table[i][2]) for i in members]
         sizes = [r if with_symbols else r * n for r, n in shapes]
         if with_symbols:
-            ids = take(sum(sizes))
+            turned = take(len(members))
+            require(turned.max() < 2, path, "a tensor's direction is out of range")
+            laid = [shape[::-1] if turn else shape for shape, turn in zip(shapes, turned)]
+            ids = take(sum(r for r, _ in laid))
             require(not ids.size or ids.max() < 16, path, "a row's class is out of range")
-            split = np.split(ids, np.cumsum(sizes)[:-1])
-            q = [np.empty(shape, np.uint8) for shape in shapes]
+            split = np.split(ids, np.cumsum([r for r, _ in laid])[:-1])
+            q = [np.empty(shape, np.uint8) for shape in laid]
             for c in range(16):
                 own = [s == c for s in split]
-                count = sum(int(o.sum()) * n for o, (_, n) in zip(own, shapes))
+                count = sum(int(o.sum()) * n for o, (_, n) in zip(own, laid))
                 piece, at = take((count + 1) // 2 if pairs else count), 0
                 if pairs:
                     piece = np.stack((piece >> 4, piece & 15), 1).reshape(-1)
-                for tensor, o, (_, n) in zip(q, own, shapes):
+                for tensor, o, (_, n) in zip(q, own, laid):
                     stop = at + int(o.sum()) * n
                     tensor[o], at = piece[at:stop].reshape(-1, n) if n else 0, stop
-            for i, symbol in zip(members, q):
+            for i, symbol, turn in zip(members, q, turned):
+                symbol = np.ascontiguousarray(symbol.T) if turn else symbol
                 if grid.kind != "fp8":
                     require(not symbol.size or symbol.max() <= 2 * grid.qmax, path, "a symbol is out of range")
                     symbol = (symbol - np.uint8(grid.qmax)).view(np.int8)
@@ -3499,17 +3512,8 @@ def artifact_meta(config: dict, table, streams) -> dict:
             "streams": [len(s) for s in streams]}
 
 
-def estimate_bytes(tensors: dict[str, tuple[Tensor, Grid]], config: dict | None = None,
-                   normal: bool = False) -> dict:
-    """Predicted artifact bytes from entropies, nothing compressed. {"bytes", "entropy_bytes", "per_tensor"}
-
-    normal: stand-ins for what training will make of tensors that start as a constant (zero-initialized matrices, whose
-    entropy is 0 now), and of all rows on a step grid: normal numbers, on which a row's step does not depend.
-    """
-    if normal:
-        draw = torch.Generator().manual_seed(0)
-        tensors = {name: (torch.empty(w.shape).normal_(0, 0.02, generator=draw) if grid.kind in ("intn", "int8") or
-                          grid.kind == "fp8" and not w.any() else w, grid) for name, (w, grid) in tensors.items()}
+def estimate_bytes(tensors: dict[str, tuple[Tensor, Grid]], config: dict | None = None) -> dict:
+    """Predicted artifact bytes from entropies, nothing compressed. {"bytes", "entropy_bytes", "per_tensor"}"""
     table, encoded = encode_all(tensors)
     streams = build_streams(table, encoded)
     per_tensor = {name: tensor_entropy(arrays) for (name, _, _), arrays in zip(table, encoded)}
@@ -3592,7 +3596,7 @@ def check_table(meta: dict, sections, path) -> list[tuple[str, Grid, list[int]]]
     need = sum(max(math.prod(shape), rows_columns(shape)[0]) for _, _, shape in table)
     require(need <= MAX_ELEMENTS, path, f"{need} weights are more than the {MAX_ELEMENTS} allowed")
     layout = [grid_layout(grid) for grid in table_groups(table)]
-    count = sum(17 * symbols + (dtype.itemsize if dtype else 0) for symbols, _, dtype in layout)
+    count = sum(18 * symbols + (dtype.itemsize if dtype else 0) for symbols, _, dtype in layout)
     require(isinstance(lengths, list) and len(lengths) == count and all(type(n) is int and n >= 0 for n in lengths) and
             sum(lengths) == sum(e["raw"] for e, _ in sections) <= 4 * need + 16, path,
             "stream lengths, tensor table and sections disagree")
@@ -5416,12 +5420,47 @@ def component(name: str) -> str:
     return next(label for label, pattern in COMPONENTS.items() if re.search(pattern, name))
 
 
+def as_trained(c: Config, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, stand-in) for what the run of this configuration will make of the model's initial weights.
+
+    Only the shape of the distributions counts. A matrix walks away from its uniform initial values by steps of RMS
+    lr / sqrt(columns), 1.4 times as far as independent steps would (momentum). AdamW's rows drift apart, and an
+    embedding's together: behind the softmax all of them share one direction. Activations that square make the units of
+    an MLP unlike. The constants are a fit to runs of 40 to 450 steps (RESULTS.md)."""
+    rate = 10.0 if (c.device or "cuda") == "cuda" and torch.cuda.is_available() else 2.5   # steps a second, roughly
+    steps = max(1, min(c.iterations, int(rate * c.max_wallclock_seconds) or c.iterations))
+    scales = np.array([lr_scale(Progress(i, i / steps, steps - i), c.warmdown, c.warmdown_fraction, c.warmdown_iters,
+                                c.min_lr) for i in range(steps)])
+    draw = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.empty(shape).normal_(generator=draw)
+
+    def kept(lr: float, decay: float) -> np.ndarray:      # LR scales, less what weight decay takes of each until the end
+        left = np.cumprod((1 - lr * decay * scales).clip(0)[::-1])[::-1]
+        return np.append(scales * left, left[0])
+    for name, role, w in named_roles(model):
+        w = w.detach()
+        if role in MATRICES:
+            *path, start = kept(c.matrix_lr, c.muon_wd)
+            walk = 1.25 * c.matrix_lr * sum(path) ** 0.66 * w.size(1) ** -0.5
+            units = (0.33 * normal(1, w.size(1))).exp() if name.endswith("mlp.down.weight") else 1.0
+            yield name, start * w + walk * units * normal(*w.shape)
+        elif role in (EMBEDDING, HEAD, CORRECTION):
+            lr = c.head_lr if role == HEAD else c.embed_lr
+            *path, start = kept(lr, c.adam_wd)
+            tied = role == EMBEDDING and bool(c.tie_embeddings)
+            shared = tied * 1.16 * len(w) ** 0.15 * sum(path) ** 0.22 * normal(1, w.size(1))
+            own = 0.16 * len(w) ** 0.1 * sum(path) ** 0.55 * (0.4 * normal(len(w), 1) + 0.2 * normal(1, w.size(1))).exp()
+            yield name, start * w + lr * (shared + own * normal(*w.shape))
+        else:
+            common = -2.5 if name == "vocab_bias" else 0.0      # rare tokens all go down
+            yield name, w + c.scalar_lr * sum(scales) ** 0.4 * (common + normal(*w.shape))
+
+
 def estimated_bytes(c: Config, model: nn.Module | None = None) -> int:
     """Artifact bytes that a trained model of this configuration is expected to have; nothing is compressed."""
     if model is None:
         model, _ = build_models(dataclasses.replace(c, jepa_weight=0.0, sigreg_lambda=0.0, loss_schedule="joint"))
-    weights = ((name, p.detach()) for name, _, p in named_roles(model))
-    return estimate_bytes(artifact_tensors(weights, storage_plan(model, c)), normal=True)["bytes"]
+    return estimate_bytes(artifact_tensors(as_trained(c, model), storage_plan(model, c)))["bytes"]
 
 
 def largest_fit(c: Config, name: str, step: int, budget: int) -> int | None:
@@ -5462,7 +5501,7 @@ def describe(c: Config) -> dict[str, Any]:
                                for name, value in fit.items()))
     verdict = "FITS" if estimate + code <= SIZE_LIMIT else "OVER"
     print(f"\nstored {stored:,} + training-only {extra:,} parameters; artifact about {estimate:,} bytes (entropy of "
-          f"normal weights) + code {code:,} bytes: {verdict} {SIZE_LIMIT:,}")
+          f"weights as training leaves them) + code {code:,} bytes: {verdict} {SIZE_LIMIT:,}")
     return dict(eval_params=stored, train_only_params=extra, estimated_artifact_bytes=estimate, code_bytes=code,
                 fits=estimate + code <= SIZE_LIMIT, parameters_by_storage=by_grid,
                 parameters_by_component={label: sum(sum(v) for (l, _), v in rows.items() if l == label)

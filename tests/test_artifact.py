@@ -12,6 +12,7 @@ import time
 import zlib
 from pathlib import Path
 
+import harness
 import numpy as np
 import pytest
 import torch
@@ -185,15 +186,23 @@ def test_estimate_predicts_the_file(tmp_path):
         estimate = tj.estimate_bytes(tensors, CONFIG)["bytes"]
         real = tj.write_artifact(tmp_path / "m", CONFIG, tensors, ("rans", "zlib", "zstd"))["bytes"]
         assert abs(estimate / real - 1) < 0.02, (grid, estimate, real)
-    zero = {"down": (torch.zeros(400, 320), tj.Grid.parse("int4"))}
-    normal = {"down": (torch.randn(400, 320, generator=g), tj.Grid.parse("int4"))}
-    assert abs(tj.estimate_bytes(zero, normal=True)["bytes"] / tj.estimate_bytes(normal)["bytes"] - 1) < 0.02
 
 
-def test_rows_of_unlike_statistics_cost_less_than_their_common_histogram(tmp_path):
-    w = torch.cat([torch.randn(500, 256), torch.randn(500, 256) ** 5])[torch.randperm(1000)]
-    report = tj.write_artifact(tmp_path / "m", {}, {"w": (w, tj.Grid.parse("int4"))}, ("rans",))
-    assert report["bytes"] < 0.95 * report["entropy_bytes"]
+@pytest.mark.parametrize("turn", (False, True))
+@pytest.mark.parametrize("grid", ("fp8", "int4"))
+def test_the_direction_of_unlike_statistics_is_found(tmp_path, grid, turn):
+    """An embedding's rows share a mean, so its columns are narrow; a matrix behind relu^2 has columns of unlike size."""
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(1, 96, generator=g) + 0.3 * torch.randn(3000, 96, generator=g) if grid == "fp8" else \
+        torch.randn(192, 768, generator=g) * torch.randn(1, 768, generator=g).exp()
+    w = w.T.contiguous() if turn else w
+    tensors = {"w": (w, tj.Grid.parse(grid)), "beside": (torch.randn(70, 50, generator=g), tj.Grid.parse(grid))}
+    report = tj.write_artifact(tmp_path / "m", CONFIG, tensors, ("rans",))
+    same(tensors, tj.read_artifact(tmp_path / "m")[1])
+    if grid == "fp8" or not turn:                # rows of unlike size have steps of unlike size: nothing left to find
+        symbols = tj.encode(*tensors["w"])["q"].numpy()
+        assert tj.by_columns(symbols if grid == "fp8" else (symbols + 7).astype(np.uint8), grid == "int4") is not turn
+        assert report["bytes"] < 0.93 * report["entropy_bytes"]
 
 
 @pytest.mark.skipif(not os.environ.get("SLOW"), reason="SLOW=1: the full model, all codecs, about 20 s")
@@ -694,28 +703,27 @@ def test_fuzz(tmp_path):
     assert outcome["slowest_s"] < 5 and outcome["memory_bytes"] < 128 << 20
 
 
-SIZES = [dict(), dict(QUANT_BITS="5"), dict(QUANT_BITS="6", MLP_MULT="3"), dict(QUANT_STEP="sigma", QUANT_K="0.5"),
-         dict(QUANT_STEP="sigma", QUANT_K="0.35", DT_GRID="int8a"), dict(MLP_GRID="int5", EMBED_GRID="int6"),
-         dict(STORAGE="int8", QUANT_BITS="8", FP_STORAGE="BF16"), dict(TIE_EMBEDDINGS="0"), dict(EXPAND="2"),
-         dict(MIXER="attention")]
+SIZES = [dict(), dict(QUANT_BITS=5), dict(QUANT_BITS=6, MLP_MULT=3), dict(QUANT_STEP="sigma", QUANT_K=0.5),
+         dict(QUANT_STEP="sigma", QUANT_K=0.35, DT_GRID="int8a"), dict(MLP_GRID="int5", EMBED_GRID="int6"),
+         dict(TIE_EMBEDDINGS=0), dict(EXPAND=2), dict(ACTIVATION="leaky_relu2", MLP_EVERY=1),
+         dict(TOKENIZER="bpe", VOCAB_SIZE=8192, EMBED_DIM=64)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("knobs", SIZES, ids=lambda knobs: ",".join(f"{k}={v}" for k, v in knobs.items()) or "plain")
-def test_describe_predicts_the_bytes_of_ten_configurations(tmp_path, knobs):
-    """Weights as training leaves them (normal), real text's vocabulary aside: within 2%. Trained ones: end to end."""
-    base = dict(TOKENIZER="byte", MODEL_DIM="256", NUM_LAYERS="2", EXPAND="1", MLP_MULT="4", QUANT_BITS="4",
-                FP_STORAGE="FP8", TIE_EMBEDDINGS="1", DEVICE="cpu")
-    config = tj.Config.from_env(base | knobs).validate()
-    model, _ = tj.build_models(config)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim > 1:
-                p.normal_(0, 0.03)
-    plan = tj.storage_plan(model, config)
-    real = tj.write_artifact(tmp_path / "m", {}, {part: (rows, grid) for name, p in model.named_parameters()
-                                                   for part, rows, grid in tj.stored_parts(name, p, plan[name])},
-                             ("rans", "zlib", "zstd"))["bytes"]
-    assert abs(tj.estimated_bytes(config) / real - 1) < 0.02, (tj.estimated_bytes(config), real)
+def test_describe_predicts_the_bytes_of_ten_trained_models(tmp_path, demo_data, knobs):
+    """MODE=describe knows the configuration alone, before a step is done: within 2% of the file after 40 steps."""
+    knobs = harness.TINY | dict(
+        MODEL_DIM=128, NUM_LAYERS=4, MLP_MULT=4, MLP_EVERY=2, TRAIN_SEQ_LEN=64, TRAIN_BATCH_TOKENS=1024, MICRO_BATCHES=1,
+        JEPA_WEIGHT=0, SIGREG_LAMBDA=0, ITERATIONS=40, MATRIX_LR=0.02, EMBED_LR=0.02, SCALAR_LR=0.03,
+        WARMDOWN_FRACTION=0.5, WARMUP_STEPS=0) | knobs
+    if knobs["TOKENIZER"] == "bpe":
+        knobs |= dict(DATA_PATH=demo_data.bpe, TOKENIZER_PATH=demo_data.tokenizer)
+    child = harness.run(tmp_path, **knobs)
+    assert child.code == 0, child.text()[-2000:]
+    real = json.loads((tmp_path / "r/result.json").read_text())["artifact_bytes"]
+    predicted = tj.estimated_bytes(tj.Config.from_env({k: str(v) for k, v in knobs.items()}).validate())
+    assert abs(predicted / real - 1) < 0.02, (predicted, real)
 
 
 def test_the_largest_fit_fits_and_the_next_does_not():

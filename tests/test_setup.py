@@ -235,6 +235,22 @@ def test_text_makes_both_kinds_once_with_the_first_pieces_held_out(copy, tmp_pat
         assert (tokens == 1).sum() == len(part) and tokens[0] == 1 and tokens.max() < 8192
     before = copy.state()
     assert "complete" in copy.setup("text", TEXT_PATH=str(source), TEXT_NAME="own") and copy.state() == before
+    copy.setup("text", TEXT_PATH=str(source), TEXT_NAME="own", TEXT_PIECE="10")   # no blank line in them: not cut
+    cut = read_shard(copy.datasets / "own_bytes/fineweb_train_000000.bin")
+    documents = bytes(cut.astype(np.uint8)).decode().split("\0")[1:]
+    assert documents != (pieces[2:]) and sorted(documents) == sorted(piece + "\n\n" for piece in pieces[2:])
+
+
+def test_a_text_is_cut_before_paragraphs_and_the_held_out_part_stays_apart(copy, tmp_path):
+    paragraphs = [f"{part} paragraph {i} of a longer text." for part in "ABC" for i in range(40)]
+    source = tmp_path / "t.txt"
+    source.write_text("\f\n".join("\n\n".join(paragraphs[at:at + 40]) for at in (0, 40, 80)))
+    copy.setup("text", TEXT_PATH=str(source), TEXT_NAME="t", TEXT_PIECE="100")
+    found = {split: bytes(read_shard(copy.datasets / f"t_bytes/fineweb_{split}_000000.bin").astype(np.uint8)).decode()
+             .split("\0")[1:] for split in ("train", "val")}
+    assert {document[0] for document in found["val"]} == {"A"} and all(len(d) < 200 for d in found["train"])
+    assert sorted(p for d in found["train"] for p in d.split("\n\n") if p) == sorted(paragraphs[40:])
+    assert "TEXT_PIECE=a few" in copy.setup("text", TEXT_PATH=str(source), TEXT_PIECE="a few", code=1)
 
 
 @pytest.mark.parametrize("content, why", [(None, "names a UTF-8 text file"), (b"one piece", "one piece cannot"),
