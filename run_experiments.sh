@@ -6,8 +6,9 @@
 #   bash run_experiments.sh report GROUP         MODE=compare over the group: runs/experiments/GROUP/compare.*
 #   bash run_experiments.sh list                 groups, forms and the knobs that they change
 #
-# Groups: screen, confirm (does JEPA help?), collapse (rank of the latent at two widths), recipe, storage.
-#   SEEDS="1 2" STEPS=300 JOBS=2 THREADS=1       defaults depend on the group; JOBS runs side by side
+# Groups: screen, confirm (does JEPA help?), collapse (rank of the latent at two widths), recipe, storage (one change
+# each, without JEPA, so that more fit into an hour), best_64, best_128 (PRESET=best against published at two widths).
+#   SEEDS="1 2" STEPS=200 JOBS=2 THREADS=1       defaults depend on the group; JOBS runs side by side
 #   BASE="KNOB=VALUE ..."                        added to every run: another size, another corpus
 # Ctrl-C and the same command again: runs go on where they stopped.
 set -euo pipefail
@@ -22,7 +23,10 @@ MUON_MOMENTUM_WARMUP_STEPS=100 WARMDOWN_FRACTION=0.6 WARMUP_STEPS=2 VAL_MAX_TOKE
 VAL_LOSS_EVERY=100 TRAIN_LOG_EVERY=50 TEMP_SCALING=0 PROBE_STEPS=0 COMPILE_MODE=off DEVICE=cpu
 CHECKPOINT_EVERY=100 CHECKPOINT_KEEP=1"
 
-forms() {
+GROUPS_HERE="screen confirm collapse recipe storage best_64 best_128"
+BEST="MLP_EVERY=1 MLP_MULT=2"        # PRESET=best of the run scripts, as far as it changes the training of a small model
+
+forms() {        # a line per form: name, knobs; FROM=form: no training, the weights of that form stored otherwise
     case "$1" in
     screen) cat <<'FORMS'
 off JEPA_WEIGHT=0 SIGREG_LAMBDA=0
@@ -31,7 +35,6 @@ published
 one_step JEPA_STEPS=1
 lambda_0.1 SIGREG_LAMBDA=0.1
 lambda_5 SIGREG_LAMBDA=5
-weight_0.1 JEPA_WEIGHT=0.1 SIGREG_LAMBDA=0.1
 detached DETACH_TARGETS=1
 dim_32 JEPA_DIM=32 SIGREG_LAMBDA=5
 covariance JEPA_COV=1
@@ -63,34 +66,40 @@ d192_covariance MODEL_DIM=192 JEPA_COV=1
 d192_lejepa MODEL_DIM=192 SIGREG_AXIS=both SIGREG_RESAMPLE=1 SIGREG_SCALE=1 SIGREG_LAMBDA=0.05
 FORMS
         ;;
-    recipe) cat <<'FORMS'
-published
-no_latent JEPA_WEIGHT=0 SIGREG_LAMBDA=0
-mlp_everywhere MLP_EVERY=1
-mlp_everywhere_3 MLP_EVERY=1 MLP_MULT=3
+    recipe) sed 's/$/ JEPA_WEIGHT=0 SIGREG_LAMBDA=0/' <<'FORMS'
+plain
+mlp_everywhere MLP_EVERY=1 MLP_MULT=2
 leaky ACTIVATION=leaky_relu2
 hybrid MIXER=mmam NUM_HEADS=4 NUM_KV_HEADS=2
 polar MUON_NS=polar MUON_BACKEND_STEPS=5
+five_steps MUON_BACKEND_STEPS=5
 min_lr MIN_LR=0.1
+warmdown_all WARMDOWN_FRACTION=1
 averaged SWA_START=0.7 SWA_DECAY=0.98
 short_first SEQ_LEN_START=64
 small_first BATCH_TOKENS_START=1024
+no_decay MUON_WD=0
 late_qat QAT_FRACTION=0.3
-warmdown_all WARMDOWN_FRACTION=1
 FORMS
         ;;
-    storage) cat <<'FORMS'
-absmax_int4
-sigma_equal_bytes QUANT_STEP=sigma QUANT_K=0.42
+    storage) sed 's/$/ JEPA_WEIGHT=0 SIGREG_LAMBDA=0/' <<'FORMS'
+absmax
+sigma QUANT_STEP=sigma QUANT_K=0.42
+sigma_by_role PROJ_GRID=int4s0.36 MLP_GRID=int4s0.46
 dt_8_bits DT_GRID=int8a
-compensated ROUNDING=compensated
 late_qat QAT_FRACTION=0.3
-late_qat_compensated QAT_FRACTION=0.3 ROUNDING=compensated
 no_qat QAT_FRACTION=0
-no_qat_compensated QAT_FRACTION=0 ROUNDING=compensated
+compensated FROM=absmax ROUNDING=compensated
+late_qat_compensated FROM=late_qat QAT_FRACTION=0.3 ROUNDING=compensated
+no_qat_compensated FROM=no_qat QAT_FRACTION=0 ROUNDING=compensated
 FORMS
         ;;
-    *) die "$1: groups are screen, confirm, collapse, recipe, storage" 2 ;;
+    best_64 | best_128) sed "s/\$/ MODEL_DIM=${1#best_}/" <<FORMS
+published
+best $BEST
+FORMS
+        ;;
+    *) die "$1: groups are $GROUPS_HERE" 2 ;;
     esac
 }
 
@@ -99,6 +108,13 @@ train_one() {    # group form seed
     [[ -f $folder/$name/result.json ]] && return
     knobs=$(forms "$1" | awk -v form="$2" '$1 == form { $1 = ""; print }')
     mkdir -p "$folder"
+    if [[ $knobs =~ (.*)FROM=([a-z_0-9]+)(.*) ]]; then
+        knobs="${BASH_REMATCH[1]}${BASH_REMATCH[3]}"
+        local source=$folder/${BASH_REMATCH[2]}-s$3
+        [[ -f $source/result.json ]] || { note "$1: $name waits for $source"; return; }
+        mkdir -p "$folder/$name"
+        cp -r "$source"/{checkpoints,log.txt,metrics.jsonl,config.json} "$folder/$name/"
+    fi
     note "$1: $name"
     # shellcheck disable=SC2086 — knobs are words
     env -u SEEDS OMP_NUM_THREADS="${THREADS:-1}" "$PY" train_jepa.py $SMALL RUNS_DIR="$folder" RUN_ID="$name" \
@@ -107,22 +123,26 @@ train_one() {    # group form seed
 }
 
 run_group() {    # group form...
-    local group=$1 seed form wanted
+    local group=$1 seed form wanted stored stage
     wanted=$(forms "$group" | cut -d' ' -f1)
     shift
     for form in "$@"; do grep -qx "$form" <<<"$wanted" || die "$form: no form of $group (list shows them)" 2; done
     case "$group" in
-    screen) : "${SEEDS:=1 2}" "${STEPS:=300}" ;;
-    confirm) : "${SEEDS:=1 2 3 4 5}" "${STEPS:=600}" ;;
-    *) : "${SEEDS:=1 2 3}" "${STEPS:=300}" ;;
+    screen) : "${SEEDS:=1 2}" "${STEPS:=200}" ;;
+    confirm) : "${SEEDS:=1 2 3 4 5}" "${STEPS:=400}" ;;
+    *) : "${SEEDS:=1 2 3}" "${STEPS:=200}" ;;
     esac
-    for seed in $SEEDS; do
-        for form in ${@:-$wanted}; do
-            while (($(jobs -rp | wc -l) >= ${JOBS:-2})); do wait -n || true; done
-            train_one "$group" "$form" "$seed" &
+    stored=$(forms "$group" | awk '/ FROM=/ { print $1 }')
+    for stage in train store; do                    # what is only stored otherwise comes when its weights are there
+        for seed in $SEEDS; do
+            for form in ${@:-$wanted}; do
+                if grep -qx "$form" <<<"$stored"; then [[ $stage == store ]]; else [[ $stage == train ]]; fi || continue
+                while (($(jobs -rp | wc -l) >= ${JOBS:-2})); do wait -n || true; done
+                train_one "$group" "$form" "$seed" &
+            done
         done
+        wait
     done
-    wait
 }
 
 report() {       # the group's first form is the baseline
@@ -141,7 +161,7 @@ data)
     [[ -n ${2-} ]] || die "usage: bash run_experiments.sh data TEXT" 2
     TEXT_PATH=$2 TEXT_NAME=mix TEXT_PIECE=1024 bash setup_jepa.sh text ;;
 list)
-    for group in screen confirm collapse recipe storage; do forms "$group" | sed "s/^/$group  /"; done ;;
+    for group in $GROUPS_HERE; do forms "$group" | sed "s/^/$group  /"; done ;;
 report)
     forms "${2-}" >/dev/null && report "$2" ;;
 *)

@@ -243,8 +243,8 @@ class Config:
     embed_grid: str = knob("", "grid of embedding and tie correction (empty: FP_STORAGE)")
     qat_fraction: float = knob(1.0, "last fraction of the run that trains on the storage grid", low=0, high=1)
     rounding: str = knob("nearest", "of the last weights: nearest symbol, or each column's error compensated by later "
-                         "columns, by second moments of the inputs (GPTQ)", choices=("nearest", "compensated"))
-    rounding_tokens: int = knob(65_536, "training tokens for these moments", low=1)
+                         "columns, by second moments of the inputs (GPTQ)", choices=("nearest", "compensated"), free=True)
+    rounding_tokens: int = knob(65_536, "training tokens for these moments", low=1, free=True)
     fit: bool = knob(False, "1 = MODE=describe finds the largest MODEL_DIM and MLP_MULT that fit", free=True)
     # group: evaluation
     sliding_eval: bool = knob(False, "1 = sliding windows after training", free=True)
@@ -4815,7 +4815,8 @@ def sample(c: Config) -> None:
 TRACK_SECONDS = 600  # of the 10-minute track: for training, and again for evaluation
 # A resumed run may change these, yet runs that differ in them are not repetitions of one experiment.
 RESULT_KNOBS = frozenset("ITERATIONS MAX_WALLCLOCK_SECONDS DATA_PATH TOKENIZER_PATH VAL_MAX_TOKENS SSD_KERNEL "
-                         "SSD_CHUNK COMPILE_MODE SLIDING_EVAL_STRIDE TEMP_SCALING TEMP_CALIB".split())
+                         "SSD_CHUNK COMPILE_MODE SLIDING_EVAL_STRIDE TEMP_SCALING TEMP_CALIB ROUNDING "
+                         "ROUNDING_TOKENS".split())
 # What a check of the artifact takes from the run, so that batches have the shapes, and sums the order, of the run.
 EVAL_KNOBS = ("VAL_MAX_TOKENS VAL_BATCH_SIZE MICRO_BATCHES SLIDING_BATCH_SIZE EVAL_STATE TEMP_CALIB DTYPE SSD_KERNEL "
               "SSD_CHUNK COMPILE_MODE").split()
@@ -5160,8 +5161,8 @@ def submit(c: Config) -> dict[str, Any]:
 # comparison: runs by configuration, paired by seed
 # ---------------------------------------------------------------------------------------------------------------
 
-COLUMNS = dict(roundtrip_val_bpb="round trip BPB", sliding_val_bpb="sliding BPB", total_bytes="bytes",
-               ms_per_step="ms/step")  # of result.json, and their names in tables
+PAIRED = ("roundtrip_val_bpb", "sliding_val_bpb", "carried_val_bpb")     # of result.json, compared by seed
+COLUMNS = dict(zip(PAIRED, ("round trip BPB", "sliding BPB", "carried BPB")), total_bytes="bytes", ms_per_step="ms/step")
 COLUMN_FORMATS = dict(total_bytes=",.0f", ms_per_step=".1f")  # where five decimals are not it
 
 
@@ -5279,7 +5280,7 @@ def compare(c: Config) -> dict[str, Any]:
     groups, varied = group_runs(begun)
     summaries, base, tests = [group.summary() for group in groups], groups[0], []
     for group in groups[1:]:
-        for column in ("roundtrip_val_bpb", "sliding_val_bpb"):
+        for column in PAIRED:
             ours, theirs = group.by_seed(column), base.by_seed(column)
             if seeds := sorted(set(ours) & set(theirs), key=str):
                 tests.append(dict(name=group.name, baseline=base.name, column=column, seeds=seeds)
@@ -5309,8 +5310,9 @@ def compare_text(groups: Sequence[RunGroup], summaries: Sequence[dict], varied: 
 
     parts = ["# Comparison\n\nMean ± standard deviation over finished runs"
              + "; the first row is the baseline" * (len(groups) > 1) + ".\n"]
-    parts.append(markdown_table([["configuration", *COLUMNS.values(), "n", "unfinished", "seeds"]] + [
-        [facts["name"], *(cell(facts[column], column) for column in COLUMNS), str(facts["n"]), str(facts["unfinished"]),
+    shown = [column for column in COLUMNS if column == PAIRED[0] or any(facts[column]["n"] for facts in summaries)]
+    parts.append(markdown_table([["configuration", *map(COLUMNS.get, shown), "n", "unfinished", "seeds"]] + [
+        [facts["name"], *(cell(facts[column], column) for column in shown), str(facts["n"]), str(facts["unfinished"]),
          ", ".join(map(str, facts["seeds"]))] for facts in summaries]))
     if varied:
         parts += ["\n## Knobs that differ\n", markdown_table([["knob", *(group.name for group in groups)]] + [
@@ -5346,7 +5348,7 @@ def write_csv(path: Path, summaries: Sequence[dict], tests: Sequence[dict]) -> N
         row |= {f"{column}_{part}": facts[column][part] for column in COLUMNS for part in ("mean", "std", "n")}
         found = {test["column"]: test for test in tests if test["name"] == facts["name"]}
         row |= {f"{column}_paired_{part}": found.get(column, {}).get(part)
-                for column in ("roundtrip_val_bpb", "sliding_val_bpb") for part in parts}
+                for column in PAIRED for part in parts}
         rows.append(row)
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
@@ -5362,7 +5364,8 @@ def plot_comparison(path: Path, groups: Sequence[RunGroup], tests: Sequence[dict
         import matplotlib.pyplot as plt
     except ImportError:
         return
-    shown = list({test["name"]: test for test in tests}.values())[::-1]  # sliding BPB where there is one
+    found = {test["name"]: test for test in tests if test["column"] != PAIRED[2]}  # sliding BPB where there is one
+    shown = list(found.values())[::-1]
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, max(4.8, 1.6 + 0.75 * len(shown))), layout="constrained",
                                          width_ratios=(3, 2))
     palette = plt.get_cmap("tab10") if len(groups) <= 10 else plt.get_cmap("turbo", len(groups))

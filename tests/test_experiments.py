@@ -1,4 +1,5 @@
 """run_experiments.sh: every form is a valid configuration; runs are made once, go on, and are compared."""
+import json
 import os
 import subprocess
 import sys
@@ -30,14 +31,17 @@ def test_every_form_changes_known_knobs_to_a_configuration_that_makes_sense():
     small = dict(word.split("=", 1) for word in text.split('SMALL="')[1].split('"')[0].split())
     seen = set()
     for group, form, knobs in listed():
+        source = knobs.pop("FROM", None)
+        assert source is None or any(other == source for same, other, _ in listed() if same == group)
         config = tj.Config.from_env({**small, **knobs, "ITERATIONS": "300"}).validate()
         named = tuple(sorted(config.named().items()))
         assert (group, named) not in seen, f"{group} {form} repeats another form"
         seen.add((group, named))
     groups = {group: [form for other, form, _ in listed() if other == group] for group, _, _ in listed()}
-    assert groups.keys() == {"screen", "confirm", "collapse", "recipe", "storage"}
+    assert groups.keys() == {"screen", "confirm", "collapse", "recipe", "storage", "best_64", "best_128"}
     assert {"off", "sigreg_alone", "published"} <= set(groups["screen"]) & set(groups["confirm"])
-    assert groups["recipe"][0] == "published" and groups["storage"][0] == "absmax_int4"
+    assert groups["recipe"][0] == "plain" and groups["storage"][0] == "absmax"
+    assert groups["best_64"] == groups["best_128"] == ["published", "best"]
 
 
 @pytest.mark.parametrize("arguments, why", [
@@ -67,3 +71,20 @@ def test_a_group_runs_once_per_form_and_seed_and_is_compared(tmp_path, demo_data
     report = script("report", "confirm", folder=tmp_path)
     assert "Paired by seed, against SIGREG_LAMBDA=0" in report
     assert (tmp_path / "runs/experiments/confirm/compare.png").exists()
+
+
+@pytest.mark.slow
+def test_a_stored_form_takes_the_weights_of_another_and_trains_nothing(tmp_path, demo_data):
+    for name in ("run_experiments.sh", "setup_jepa.sh", "requirements.txt", "train_jepa.py"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    tiny = (f"DATA_PATH={demo_data.bytes} MODEL_DIM=64 NUM_LAYERS=2 D_STATE=16 TRAIN_SEQ_LEN=32 VAL_MAX_TOKENS=2000 "
+            "TRAIN_BATCH_TOKENS=256 DIAGNOSTICS=0")
+    script("storage", "compensated", "absmax", folder=tmp_path, SEEDS="1", STEPS="4", BASE=tiny)
+    result = {form: json.loads((tmp_path / f"runs/experiments/storage/{form}-s1/result.json").read_text())
+              for form in ("absmax", "compensated")}
+    same = ("val_bpb", "steps", "eval_params")
+    assert [result["absmax"][key] for key in same] == [result["compensated"][key] for key in same]
+    assert result["absmax"]["roundtrip_val_bpb"] != result["compensated"]["roundtrip_val_bpb"]
+    logs = [(tmp_path / f"runs/experiments/storage/{form}-s1/log.txt").read_text() for form in result]
+    assert "matrices compensated" not in logs[0] and "matrices compensated" in logs[1]
+    assert "ROUNDING=compensated" in script("report", "storage", folder=tmp_path)
