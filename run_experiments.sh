@@ -71,21 +71,20 @@ plain
 mlp_everywhere MLP_EVERY=1 MLP_MULT=2
 leaky ACTIVATION=leaky_relu2
 hybrid MIXER=mmam NUM_HEADS=4 NUM_KV_HEADS=2
-polar MUON_NS=polar MUON_BACKEND_STEPS=5
-five_steps MUON_BACKEND_STEPS=5
+polar MUON_NS=polar
 min_lr MIN_LR=0.1
 warmdown_all WARMDOWN_FRACTION=1
 averaged SWA_START=0.7 SWA_DECAY=0.98
 short_first SEQ_LEN_START=64
 small_first BATCH_TOKENS_START=1024
 no_decay MUON_WD=0
-late_qat QAT_FRACTION=0.3
 FORMS
         ;;
     storage) sed 's/$/ JEPA_WEIGHT=0 SIGREG_LAMBDA=0/' <<'FORMS'
 absmax
 sigma QUANT_STEP=sigma QUANT_K=0.42
 sigma_by_role PROJ_GRID=int4s0.36 MLP_GRID=int4s0.46
+coarser_larger QUANT_STEP=sigma QUANT_K=0.6 MLP_EVERY=1 MLP_MULT=3
 dt_8_bits DT_GRID=int8a
 late_qat QAT_FRACTION=0.3
 no_qat QAT_FRACTION=0
