@@ -54,16 +54,16 @@ FORMS
 off JEPA_WEIGHT=0 SIGREG_LAMBDA=0
 sigreg_alone JEPA_WEIGHT=0
 published
-best_form ${BEST_FORM:-JEPA_TARGET=chunk JEPA_STEPS=1 JEPA_COV=1}
+best_form ${BEST_FORM:-JEPA_TARGET=embedding JEPA_STEPS=1}
 FORMS
         ;;
     collapse) cat <<'FORMS'
 d64_published MODEL_DIM=64
 d64_covariance MODEL_DIM=64 JEPA_COV=1
-d64_lejepa MODEL_DIM=64 SIGREG_AXIS=both SIGREG_RESAMPLE=1 SIGREG_SCALE=1 SIGREG_LAMBDA=0.05
+d64_narrow MODEL_DIM=64 JEPA_DIM=16 JEPA_COV=1 DETACH_TARGETS=1
 d192_published MODEL_DIM=192
 d192_covariance MODEL_DIM=192 JEPA_COV=1
-d192_lejepa MODEL_DIM=192 SIGREG_AXIS=both SIGREG_RESAMPLE=1 SIGREG_SCALE=1 SIGREG_LAMBDA=0.05
+d192_narrow MODEL_DIM=192 JEPA_DIM=16 JEPA_COV=1 DETACH_TARGETS=1
 FORMS
         ;;
     recipe) sed 's/$/ JEPA_WEIGHT=0 SIGREG_LAMBDA=0/' <<'FORMS'
@@ -128,7 +128,7 @@ run_group() {    # group form...
     for form in "$@"; do grep -qx "$form" <<<"$wanted" || die "$form: no form of $group (list shows them)" 2; done
     case "$group" in
     screen) : "${SEEDS:=1 2}" "${STEPS:=200}" ;;
-    confirm) : "${SEEDS:=1 2 3 4 5}" "${STEPS:=400}" ;;
+    confirm) : "${SEEDS:=1 2 3 4 5}" "${STEPS:=300}" ;;
     *) : "${SEEDS:=1 2 3}" "${STEPS:=200}" ;;
     esac
     stored=$(forms "$group" | awk '/ FROM=/ { print $1 }')
