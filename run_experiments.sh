@@ -55,6 +55,7 @@ off JEPA_WEIGHT=0 SIGREG_LAMBDA=0
 sigreg_alone JEPA_WEIGHT=0
 published
 best_form ${BEST_FORM:-JEPA_TARGET=embedding JEPA_STEPS=1}
+narrow JEPA_DIM=16 JEPA_COV=1 DETACH_TARGETS=1
 FORMS
         ;;
     collapse) cat <<'FORMS'

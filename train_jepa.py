@@ -5403,6 +5403,7 @@ def plot_comparison(path: Path, groups: Sequence[RunGroup], tests: Sequence[dict
     else:
         right.text(0.5, 0.5, "no seed finished in two configurations", ha="center", transform=right.transAxes)
     right.set_yticks([])
+    right.locator_params(axis="x", nbins=6)
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
