@@ -243,7 +243,8 @@ class Config:
     embed_grid: str = knob("", "grid of embedding and tie correction (empty: FP_STORAGE)")
     qat_fraction: float = knob(1.0, "last fraction of the run that trains on the storage grid", low=0, high=1)
     rounding: str = knob("nearest", "of the last weights: nearest symbol, or each column's error compensated by later "
-                         "columns, by second moments of the inputs (GPTQ)", choices=("nearest", "compensated"), free=True)
+                         "columns, by second moments of the inputs (GPTQ)", choices=("nearest", "compensated"),
+                         free=True)
     rounding_tokens: int = knob(65_536, "training tokens for these moments", low=1, free=True)
     fit: bool = knob(False, "1 = MODE=describe finds the largest MODEL_DIM and MLP_MULT that fit", free=True)
     # group: evaluation
@@ -5162,7 +5163,8 @@ def submit(c: Config) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------
 
 PAIRED = ("roundtrip_val_bpb", "sliding_val_bpb", "carried_val_bpb")     # of result.json, compared by seed
-COLUMNS = dict(zip(PAIRED, ("round trip BPB", "sliding BPB", "carried BPB")), total_bytes="bytes", ms_per_step="ms/step")
+COLUMNS = dict(zip(PAIRED, ("round trip BPB", "sliding BPB", "carried BPB")), total_bytes="bytes",
+               ms_per_step="ms/step")
 COLUMN_FORMATS = dict(total_bytes=",.0f", ms_per_step=".1f")  # where five decimals are not it
 
 
@@ -5438,7 +5440,7 @@ def as_trained(c: Config, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     draw = torch.Generator().manual_seed(0)
     normal = lambda *shape: torch.empty(shape).normal_(generator=draw)
 
-    def kept(lr: float, decay: float) -> np.ndarray:      # LR scales, less what weight decay takes of each until the end
+    def kept(lr: float, decay: float) -> np.ndarray:      # LR scales, less what weight decay takes of each in the end
         left = np.cumprod((1 - lr * decay * scales).clip(0)[::-1])[::-1]
         return np.append(scales * left, left[0])
     for name, role, w in named_roles(model):
@@ -5453,8 +5455,8 @@ def as_trained(c: Config, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             *path, start = kept(lr, c.adam_wd)
             tied = role == EMBEDDING and bool(c.tie_embeddings)
             shared = tied * 1.16 * len(w) ** 0.15 * sum(path) ** 0.22 * normal(1, w.size(1))
-            own = 0.16 * len(w) ** 0.1 * sum(path) ** 0.55 * (0.4 * normal(len(w), 1) + 0.2 * normal(1, w.size(1))).exp()
-            yield name, start * w + lr * (shared + own * normal(*w.shape))
+            own = (0.4 * normal(len(w), 1) + 0.2 * normal(1, w.size(1))).exp() * normal(*w.shape)
+            yield name, start * w + lr * (shared + 0.16 * len(w) ** 0.1 * sum(path) ** 0.55 * own)
         else:
             common = -2.5 if name == "vocab_bias" else 0.0      # rare tokens all go down
             yield name, w + c.scalar_lr * sum(scales) ** 0.4 * (common + normal(*w.shape))

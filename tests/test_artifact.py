@@ -191,7 +191,7 @@ def test_estimate_predicts_the_file(tmp_path):
 @pytest.mark.parametrize("turn", (False, True))
 @pytest.mark.parametrize("grid", ("fp8", "int4"))
 def test_the_direction_of_unlike_statistics_is_found(tmp_path, grid, turn):
-    """An embedding's rows share a mean, so its columns are narrow; a matrix behind relu^2 has columns of unlike size."""
+    """An embedding's rows share a mean, so its columns are narrow; behind relu^2 columns are of unlike size."""
     g = torch.Generator().manual_seed(0)
     w = torch.randn(1, 96, generator=g) + 0.3 * torch.randn(3000, 96, generator=g) if grid == "fp8" else \
         torch.randn(192, 768, generator=g) * torch.randn(1, 768, generator=g).exp()
@@ -714,8 +714,8 @@ SIZES = [dict(), dict(QUANT_BITS=5), dict(QUANT_BITS=6, MLP_MULT=3), dict(QUANT_
 def test_describe_predicts_the_bytes_of_ten_trained_models(tmp_path, demo_data, knobs):
     """MODE=describe knows the configuration alone, before a step is done: within 2% of the file after 40 steps."""
     knobs = harness.TINY | dict(
-        MODEL_DIM=128, NUM_LAYERS=4, MLP_MULT=4, MLP_EVERY=2, TRAIN_SEQ_LEN=64, TRAIN_BATCH_TOKENS=1024, MICRO_BATCHES=1,
-        JEPA_WEIGHT=0, SIGREG_LAMBDA=0, ITERATIONS=40, MATRIX_LR=0.02, EMBED_LR=0.02, SCALAR_LR=0.03,
+        MODEL_DIM=128, NUM_LAYERS=4, MLP_MULT=4, MLP_EVERY=2, TRAIN_SEQ_LEN=64, TRAIN_BATCH_TOKENS=1024,
+        MICRO_BATCHES=1, JEPA_WEIGHT=0, SIGREG_LAMBDA=0, ITERATIONS=40, MATRIX_LR=0.02, EMBED_LR=0.02, SCALAR_LR=0.03,
         WARMDOWN_FRACTION=0.5, WARMUP_STEPS=0) | knobs
     if knobs["TOKENIZER"] == "bpe":
         knobs |= dict(DATA_PATH=demo_data.bpe, TOKENIZER_PATH=demo_data.tokenizer)
