@@ -15,7 +15,12 @@ choose_profile
 choose_data demo_sp8192 fineweb10B_sp8192
 
 if [[ $PRESET == best ]]; then
-    :   # what measurements here found better than the published values goes here
+    export JEPA_DIM="${JEPA_DIM-16}"                    # a latent that keeps its rank: 16 dimensions, decorrelated,
+    export JEPA_COV="${JEPA_COV-1}"                     # no gradient through the targets
+    export DETACH_TARGETS="${DETACH_TARGETS-1}"
+    export CARRY_STATE="${CARRY_STATE-1}"               # rows go on where they ended
+    export EVAL_STATE="${EVAL_STATE-carry}"             # and so does the evaluation: one pass in place of sliding
+    export SLIDING_EVAL="${SLIDING_EVAL-0}"
 fi
 
 if [[ $PROFILE == cpu ]]; then      # about two minutes of training on two cores

@@ -144,6 +144,16 @@ def test_what_the_user_sets_wins(scripts, script, profile):
         assert {k: got["env"][k] for k in names} == dict.fromkeys(names, value)
 
 
+@pytest.mark.parametrize("profile", ["gpu", "cpu"])
+@pytest.mark.parametrize("script", ["run_jepa_bpe.sh", "run_jepa_byte.sh"])
+def test_best_is_published_but_for_what_the_experiments_tested(scripts, script, profile):
+    """run_experiments.sh compares BEST with the published form: the preset sets these knobs and no others."""
+    plain, best = (scripts.run(script, PROFILE=profile, PRESET=preset)["env"] for preset in ("published", "best"))
+    line = re.search(r'^BEST="(.*)"', (ROOT / "run_experiments.sh").read_text(), re.M)[1]
+    tested = dict(word.split("=") for word in line.split())
+    assert {k: v for k, v in best.items() if plain.get(k) != v and k not in ("PRESET", "RUN_SCRIPT_DEFAULTS")} == tested
+
+
 def test_origin_of_values_is_passed_on(scripts):
     env = scripts.run("run_jepa_bpe.sh", "SEED=7", PROFILE="cpu", MODEL_DIM="64")["env"]
     script, *names = env["RUN_SCRIPT_DEFAULTS"].split()
