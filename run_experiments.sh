@@ -96,6 +96,7 @@ FORMS
         ;;
     best_64 | best_128) sed "s/\$/ MODEL_DIM=${1#best_}/" <<FORMS
 published
+narrow ${BEST% CARRY_STATE*}
 best $BEST
 FORMS
         ;;

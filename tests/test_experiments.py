@@ -41,7 +41,7 @@ def test_every_form_changes_known_knobs_to_a_configuration_that_makes_sense():
     assert groups.keys() == {"screen", "confirm", "collapse", "recipe", "storage", "best_64", "best_128"}
     assert {"off", "sigreg_alone", "published"} <= set(groups["screen"]) & set(groups["confirm"])
     assert groups["recipe"][0] == "plain" and groups["storage"][0] == "absmax"
-    assert groups["best_64"] == groups["best_128"] == ["published", "best"]
+    assert groups["best_64"] == groups["best_128"] == ["published", "narrow", "best"]
 
 
 @pytest.mark.parametrize("arguments, why", [
