@@ -24,7 +24,8 @@ VAL_LOSS_EVERY=100 TRAIN_LOG_EVERY=50 TEMP_SCALING=0 PROBE_STEPS=0 COMPILE_MODE=
 CHECKPOINT_EVERY=100 CHECKPOINT_KEEP=1"
 
 GROUPS_HERE="screen confirm collapse recipe storage best_64 best_128"
-BEST="JEPA_DIM=16 JEPA_COV=1 DETACH_TARGETS=1 CARRY_STATE=1 EVAL_STATE=carry SLIDING_EVAL=0"   # PRESET=best
+# PRESET=best of the run scripts
+BEST="JEPA_DIM=16 JEPA_COV=1 DETACH_TARGETS=1 CARRY_STATE=1 EVAL_STATE=carry SLIDING_EVAL=0"
 
 forms() {        # a line per form: name, knobs; FROM=form: no training, the weights of that form stored otherwise
     case "$1" in
