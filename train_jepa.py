@@ -5430,9 +5430,9 @@ def as_trained(c: Config, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, stand-in) for what the run of this configuration will make of the model's initial weights.
 
     Only the shape of the distributions counts. A matrix walks away from its uniform initial values by steps of RMS
-    lr / sqrt(columns), 1.4 times as far as independent steps would (momentum). AdamW's rows drift apart, and an
-    embedding's together: behind the softmax all of them share one direction. Activations that square make the units of
-    an MLP unlike. The constants are a fit to runs of 40 to 450 steps (RESULTS.md)."""
+    lr / sqrt(columns), faster than independent steps would (momentum). AdamW's rows drift apart, and an embedding's
+    together: behind the softmax all of them share one direction. Activations that square make the units of an MLP
+    unlike. The constants and exponents are a fit to runs of 40 to 300 steps (RESULTS.md)."""
     rate = 10.0 if (c.device or "cuda") == "cuda" and torch.cuda.is_available() else 2.5   # steps a second, roughly
     steps = max(1, min(c.iterations, int(rate * c.max_wallclock_seconds) or c.iterations))
     scales = np.array([lr_scale(Progress(i, i / steps, steps - i), c.warmdown, c.warmdown_fraction, c.warmdown_iters,
@@ -5440,26 +5440,27 @@ def as_trained(c: Config, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     draw = torch.Generator().manual_seed(0)
     normal = lambda *shape: torch.empty(shape).normal_(generator=draw)
 
-    def kept(lr: float, decay: float) -> np.ndarray:      # LR scales, less what weight decay takes of each in the end
+    @functools.cache
+    def kept(lr: float, decay: float) -> tuple[float, float]:   # what weight decay leaves of the LR scales' sum, of w
         left = np.cumprod((1 - lr * decay * scales).clip(0)[::-1])[::-1]
-        return np.append(scales * left, left[0])
+        return float((scales * left).sum()), float(left[0])
     for name, role, w in named_roles(model):
         w = w.detach()
         if role in MATRICES:
-            *path, start = kept(c.matrix_lr, c.muon_wd)
-            walk = 1.25 * c.matrix_lr * sum(path) ** 0.66 * w.size(1) ** -0.5
+            path, start = kept(c.matrix_lr, c.muon_wd)
+            walk = 1.25 * c.matrix_lr * path ** 0.66 * w.size(1) ** -0.5
             units = (0.33 * normal(1, w.size(1))).exp() if name.endswith("mlp.down.weight") else 1.0
             yield name, start * w + walk * units * normal(*w.shape)
         elif role in (EMBEDDING, HEAD, CORRECTION):
             lr = c.head_lr if role == HEAD else c.embed_lr
-            *path, start = kept(lr, c.adam_wd)
+            path, start = kept(lr, c.adam_wd)
             tied = role == EMBEDDING and bool(c.tie_embeddings)
-            shared = tied * 1.16 * len(w) ** 0.15 * sum(path) ** 0.22 * normal(1, w.size(1))
+            shared = tied * 1.16 * len(w) ** 0.15 * path ** 0.22 * normal(1, w.size(1))
             own = (0.4 * normal(len(w), 1) + 0.2 * normal(1, w.size(1))).exp() * normal(*w.shape)
-            yield name, start * w + lr * (shared + 0.16 * len(w) ** 0.1 * sum(path) ** 0.55 * own)
+            yield name, start * w + lr * (shared + 0.16 * len(w) ** 0.1 * path ** 0.55 * own)
         else:
             common = -2.5 if name == "vocab_bias" else 0.0      # rare tokens all go down
-            yield name, w + c.scalar_lr * sum(scales) ** 0.4 * (common + normal(*w.shape))
+            yield name, w + c.scalar_lr * scales.sum() ** 0.4 * (common + normal(*w.shape))
 
 
 def estimated_bytes(c: Config, model: nn.Module | None = None) -> int:

@@ -22,6 +22,11 @@ def script(*arguments, folder=ROOT, code=0, **env):
     return done.stdout + done.stderr
 
 
+def copy_scripts(folder):
+    for name in ("run_experiments.sh", "setup_jepa.sh", "requirements.txt", "train_jepa.py"):
+        (folder / name).write_bytes((ROOT / name).read_bytes())
+
+
 def listed() -> list[tuple[str, str, dict]]:
     rows = [line.split() for line in script("list").splitlines()]
     return [(group, form, dict(knob.split("=", 1) for knob in knobs)) for group, form, *knobs in rows]
@@ -49,16 +54,14 @@ def test_every_form_changes_known_knobs_to_a_configuration_that_makes_sense():
     ((), "usage"), (("nonsense",), "groups are"), (("screen", "nonsense"), "no form of screen"),
     (("report", "recipe"), "holds no runs yet"), (("data",), "usage")])
 def test_mistakes_are_one_line_and_exit_code_2(tmp_path, arguments, why):
-    for name in ("run_experiments.sh", "setup_jepa.sh", "requirements.txt", "train_jepa.py"):
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    copy_scripts(tmp_path)
     text = script(*arguments, folder=tmp_path, code=2, BASE="DATA_PATH=x")
     assert why in text and len(text.strip().splitlines()) == 1
 
 
 @pytest.mark.slow
 def test_a_group_runs_once_per_form_and_seed_and_is_compared(tmp_path, demo_data):
-    for name in ("run_experiments.sh", "setup_jepa.sh", "requirements.txt", "train_jepa.py"):
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    copy_scripts(tmp_path)
     tiny = (f"DATA_PATH={demo_data.bytes} MODEL_DIM=64 NUM_LAYERS=2 D_STATE=16 TRAIN_SEQ_LEN=32 VAL_MAX_TOKENS=2000 "
             "TRAIN_BATCH_TOKENS=256 DIAGNOSTICS=0 JEPA_STEPS=1 PREDICTOR_HIDDEN_MULT=1")
     env = dict(SEEDS="1 2", STEPS="4", BASE=tiny)
@@ -76,8 +79,7 @@ def test_a_group_runs_once_per_form_and_seed_and_is_compared(tmp_path, demo_data
 
 @pytest.mark.slow
 def test_a_stored_form_takes_the_weights_of_another_and_trains_nothing(tmp_path, demo_data):
-    for name in ("run_experiments.sh", "setup_jepa.sh", "requirements.txt", "train_jepa.py"):
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    copy_scripts(tmp_path)
     tiny = (f"DATA_PATH={demo_data.bytes} MODEL_DIM=64 NUM_LAYERS=2 D_STATE=16 TRAIN_SEQ_LEN=32 VAL_MAX_TOKENS=2000 "
             "TRAIN_BATCH_TOKENS=256 DIAGNOSTICS=0")
     script("storage", "compensated", "absmax", folder=tmp_path, SEEDS="1", STEPS="4", BASE=tiny)
