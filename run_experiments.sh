@@ -6,8 +6,8 @@
 #   bash run_experiments.sh report GROUP         MODE=compare over the group: runs/experiments/GROUP/compare.*
 #   bash run_experiments.sh list                 groups, forms and the knobs that they change
 #
-# Groups: screen, confirm (does JEPA help?), collapse (rank of the latent at two widths), recipe, storage (one change
-# each, without JEPA, so that more fit into an hour), best_64, best_128 (PRESET=best against published at two widths).
+# Groups: screen, confirm (does JEPA help?), collapse (rank of the latent at two widths), recipe_64, recipe_128, storage
+# (one change each, without JEPA, so that more fit into an hour), best_64, best_128 (PRESET=best against published).
 #   SEEDS="1 2" STEPS=200 JOBS=2 THREADS=1       defaults depend on the group; JOBS runs side by side
 #   BASE="KNOB=VALUE ..."                        added to every run: another size, another corpus
 # Ctrl-C and the same command again: runs go on where they stopped.
@@ -23,9 +23,10 @@ MUON_MOMENTUM_WARMUP_STEPS=100 WARMDOWN_FRACTION=0.6 WARMUP_STEPS=2 VAL_MAX_TOKE
 VAL_LOSS_EVERY=100 TRAIN_LOG_EVERY=50 TEMP_SCALING=0 PROBE_STEPS=0 COMPILE_MODE=off DEVICE=cpu
 CHECKPOINT_EVERY=100 CHECKPOINT_KEEP=1"
 
-GROUPS_HERE="screen confirm collapse recipe storage best_64 best_128"
+GROUPS_HERE="screen confirm collapse recipe_64 recipe_128 storage best_64 best_128"
+NARROW="JEPA_DIM=16 JEPA_COV=1 DETACH_TARGETS=1"
 # PRESET=best of the run scripts
-BEST="JEPA_DIM=16 JEPA_COV=1 DETACH_TARGETS=1 CARRY_STATE=1 EVAL_STATE=carry SLIDING_EVAL=0"
+BEST="$NARROW CARRY_STATE=1 EVAL_STATE=carry SLIDING_EVAL=0"
 
 forms() {        # a line per form: name, knobs; FROM=form: no training, the weights of that form stored otherwise
     case "$1" in
@@ -56,19 +57,19 @@ off JEPA_WEIGHT=0 SIGREG_LAMBDA=0
 sigreg_alone JEPA_WEIGHT=0
 published
 best_form ${BEST_FORM:-JEPA_TARGET=embedding JEPA_STEPS=1}
-narrow JEPA_DIM=16 JEPA_COV=1 DETACH_TARGETS=1
+narrow $NARROW
 FORMS
         ;;
-    collapse) cat <<'FORMS'
+    collapse) cat <<FORMS
 d64_published MODEL_DIM=64
 d64_covariance MODEL_DIM=64 JEPA_COV=1
-d64_narrow MODEL_DIM=64 JEPA_DIM=16 JEPA_COV=1 DETACH_TARGETS=1
+d64_narrow MODEL_DIM=64 $NARROW
 d128_published MODEL_DIM=128
 d128_covariance MODEL_DIM=128 JEPA_COV=1
-d128_narrow MODEL_DIM=128 JEPA_DIM=16 JEPA_COV=1 DETACH_TARGETS=1
+d128_narrow MODEL_DIM=128 $NARROW
 FORMS
         ;;
-    recipe) sed 's/$/ JEPA_WEIGHT=0 SIGREG_LAMBDA=0/' <<'FORMS'
+    recipe_64 | recipe_128) sed "s/\$/ JEPA_WEIGHT=0 SIGREG_LAMBDA=0 MODEL_DIM=${1#recipe_}/" <<'FORMS'
 plain
 mlp_everywhere MLP_EVERY=1 MLP_MULT=2
 leaky ACTIVATION=leaky_relu2
@@ -80,6 +81,7 @@ averaged SWA_START=0.7 SWA_DECAY=0.98
 short_first SEQ_LEN_START=64
 small_first BATCH_TOKENS_START=1024
 no_decay MUON_WD=0
+late_qat QAT_FRACTION=0.3
 FORMS
         ;;
     storage) sed 's/$/ JEPA_WEIGHT=0 SIGREG_LAMBDA=0/' <<'FORMS'
@@ -97,7 +99,7 @@ FORMS
         ;;
     best_64 | best_128) sed "s/\$/ MODEL_DIM=${1#best_}/" <<FORMS
 published
-narrow ${BEST% CARRY_STATE*}
+narrow $NARROW
 best $BEST
 FORMS
         ;;

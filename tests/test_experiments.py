@@ -44,15 +44,16 @@ def test_every_form_changes_known_knobs_to_a_configuration_that_makes_sense():
         assert (group, named) not in seen, f"{group} {form} repeats another form"
         seen.add((group, named))
     groups = {group: [form for other, form, _ in listed() if other == group] for group, _, _ in listed()}
-    assert groups.keys() == {"screen", "confirm", "collapse", "recipe", "storage", "best_64", "best_128"}
+    assert groups.keys() == {"screen", "confirm", "collapse", "storage",
+                             "recipe_64", "recipe_128", "best_64", "best_128"}
     assert {"off", "sigreg_alone", "published"} <= set(groups["screen"]) & set(groups["confirm"])
-    assert groups["recipe"][0] == "plain" and groups["storage"][0] == "absmax"
+    assert groups["recipe_64"][0] == groups["recipe_128"][0] == "plain" and groups["storage"][0] == "absmax"
     assert groups["best_64"] == groups["best_128"] == ["published", "narrow", "best"]
 
 
 @pytest.mark.parametrize("arguments, why", [
     ((), "usage"), (("nonsense",), "groups are"), (("screen", "nonsense"), "no form of screen"),
-    (("report", "recipe"), "holds no runs yet"), (("data",), "usage")])
+    (("report", "recipe_64"), "holds no runs yet"), (("data",), "usage")])
 def test_mistakes_are_one_line_and_exit_code_2(tmp_path, arguments, why):
     copy_scripts(tmp_path)
     text = script(*arguments, folder=tmp_path, code=2, BASE="DATA_PATH=x")
