@@ -201,7 +201,8 @@ class Config:
     batch_tokens_start: int = knob(0, "tokens per step at the start (0 = TRAIN_BATCH_TOKENS all the time)", low=0)
     batch_tokens_full: float = knob(0.5, "fraction of the run at which steps have doubled up to TRAIN_BATCH_TOKENS",
                                     low=0, high=1)
-    carry_state: bool = knob(False, "1 = rows continue where they ended, with their final states")
+    lanes: bool = knob(False, "1 = a row reads on where it ended, each in its own part of the data")
+    carry_state: bool = knob(False, "1 = as LANES, and a row starts from the states that it ended with")
     carry_reset: bool = knob(False, "1 = states begin anew at document starts (PyTorch scan)")
     val_loss_every: int = knob(500, "steps between validations (0 = at the end only)", low=0, free=True)
     train_log_every: int = knob(100, "steps between log lines", low=1, free=True)
@@ -343,7 +344,8 @@ class Config:
             first, last = getattr(c, start.lower()) or 1, getattr(c, full.lower())
             need(first <= last and last % first == 0 and (last // first).bit_count() == 1 or first == 1,
                  f"{start}={first}: {full}={last} must be this times a power of two")
-            need(first == 1 or not c.carry_state, f"{start}={first}: CARRY_STATE=1 keeps rows of one length")
+            need(first == 1 or not (c.lanes or c.carry_state),
+                 f"{start}={first}: rows that read on (LANES=1, CARRY_STATE=1) keep their length and number")
         need(not c.batch_tokens_start or c.batch_tokens_start % per_micro == 0, f"BATCH_TOKENS_START="
              f"{c.batch_tokens_start}: must be a multiple of MICRO_BATCHES*TRAIN_SEQ_LEN={per_micro}")
         need(not c.carry_reset or c.carry_state or c.eval_state == "carry" or c.mode in ("eval", "sample"),
@@ -834,8 +836,8 @@ class Batches:
     """Micro-batches of a run, by step and index alone: the same whatever the number of ranks.
 
     Each micro-batch takes its tokens + 1 values from the stream; x is all but the last, y all but the first, in
-    rows of `seq_len`. With `lanes` (CARRY_STATE) the stream is cut into one lane per row of the whole batch, and a
-    row goes on in its lane where the step before ended."""
+    rows of `seq_len`. With `lanes` (LANES, CARRY_STATE) the stream is cut into one lane per row of the whole batch,
+    and a row goes on in its lane where the step before ended."""
 
     def __init__(self, stream: TokenStream, micro_batches: int, rows: int, seq_len: int, lanes: bool = False):
         self.stream, self.micro_batches, self.rows = stream, micro_batches, rows
@@ -2549,6 +2551,18 @@ OWNER = {**dict.fromkeys(MATRICES, "muon"), EMBEDDING: "embed", HEAD: "head", CO
          CONTROL: "scalar", STATE: "state"}
 
 
+def owner_of(role: str, c: Config) -> str:
+    """Who trains the tensors of a role: muon, or AdamW as embed, head, scalar or state."""
+    return "muon" if role == HEAD and c.embed_style == "projected" else OWNER[role]
+
+
+def base_rates(c: Config) -> dict[str, float]:
+    """Base learning rate of each owner."""
+    tied = c.embed_style == "tied" and c.tie_embeddings
+    return dict(muon=c.matrix_lr, embed=c.tied_embed_lr if tied else c.embed_lr, head=c.head_lr, scalar=c.scalar_lr,
+                state=c.scalar_lr)
+
+
 class Weights:
     """All parameters of the modules in groups; each belongs to exactly one, which is checked."""
 
@@ -2557,8 +2571,7 @@ class Weights:
         self.runtime = runtime
         sorted_in: dict[tuple, list] = {}
         for name, role, parameter in named_roles(stored) + (named_roles(extra, "jepa.") if extra is not None else []):
-            owner = "muon" if role == HEAD and config.embed_style == "projected" else OWNER[role]
-            key = (owner, plan.get(name, ""), name in plan, tuple(parameter.shape))
+            key = (owner_of(role, config), plan.get(name, ""), name in plan, tuple(parameter.shape))
             sorted_in.setdefault(key, []).append((name, parameter))
         self.groups = [self._make(key, members) for key, members in sorted_in.items()]
         counted = [name for group in self.groups for name in group.names]
@@ -2707,9 +2720,7 @@ class Optimizer:
     def __init__(self, weights: Weights, config: Config):
         self.weights, self.config, self.runtime = weights, config, weights.runtime
         c = config
-        tied_style = c.embed_style == "tied"
-        rates = dict(embed=c.tied_embed_lr if tied_style and c.tie_embeddings else c.embed_lr, head=c.head_lr,
-                     scalar=c.scalar_lr, state=c.scalar_lr)
+        rates = base_rates(c)
         self.muon = [group for group in weights.groups if group.owner == "muon"]
         for group in self.muon:
             group.momentum = torch.zeros_like(group.master)
@@ -3924,7 +3935,7 @@ class Trainer:
             self.jepa.to(runtime.device)
         self.weights = Weights(self.model, self.jepa, self.plan, c, runtime)
         self.optimizer = Optimizer(self.weights, c)
-        self.batches = Batches(stream, c.micro_batches, c.micro_rows, c.train_seq_len, lanes=c.carry_state)
+        self.batches = Batches(stream, c.micro_batches, c.micro_rows, c.train_seq_len, lanes=c.lanes or c.carry_state)
         self.mine = range(runtime.rank * c.micro_batches // runtime.world,
                           (runtime.rank + 1) * c.micro_batches // runtime.world)
         self.states = {micro: None for micro in self.mine}  # CARRY_STATE: the mixers' states of each micro-batch
@@ -5444,15 +5455,16 @@ def as_trained(c: Config, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     def kept(lr: float, decay: float) -> tuple[float, float]:   # what weight decay leaves of the LR scales' sum, of w
         left = np.cumprod((1 - lr * decay * scales).clip(0)[::-1])[::-1]
         return float((scales * left).sum()), float(left[0])
+    rates = base_rates(c)
     for name, role, w in named_roles(model):
-        w = w.detach()
-        if role in MATRICES:
-            path, start = kept(c.matrix_lr, c.muon_wd)
-            walk = 1.25 * c.matrix_lr * path ** 0.66 * w.size(1) ** -0.5
+        w, owner = w.detach(), owner_of(role, c)
+        lr = rates[owner]
+        if owner == "muon":
+            path, start = kept(lr, c.muon_wd)
+            walk = 1.25 * lr * path ** 0.66 * w.size(1) ** -0.5
             units = (0.33 * normal(1, w.size(1))).exp() if name.endswith("mlp.down.weight") else 1.0
             yield name, start * w + walk * units * normal(*w.shape)
         elif role in (EMBEDDING, HEAD, CORRECTION):
-            lr = c.head_lr if role == HEAD else c.embed_lr
             path, start = kept(lr, c.adam_wd)
             tied = role == EMBEDDING and bool(c.tie_embeddings)
             shared = tied * 1.16 * len(w) ** 0.15 * path ** 0.22 * normal(1, w.size(1))
@@ -5460,7 +5472,7 @@ def as_trained(c: Config, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, start * w + lr * (shared + 0.16 * len(w) ** 0.1 * path ** 0.55 * own)
         else:
             common = -2.5 if name == "vocab_bias" else 0.0      # rare tokens all go down
-            yield name, w + c.scalar_lr * scales.sum() ** 0.4 * (common + normal(*w.shape))
+            yield name, w + lr * scales.sum() ** 0.4 * (common + normal(*w.shape))
 
 
 def estimated_bytes(c: Config, model: nn.Module | None = None) -> int:

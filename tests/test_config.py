@@ -205,6 +205,7 @@ def test_dry_run_means_describe():
     (dict(SEQ_LEN_START=48), "SEQ_LEN_START"),
     (dict(SEQ_LEN_START=8192), "SEQ_LEN_START"),
     (dict(SEQ_LEN_START=1024, CARRY_STATE=1), "SEQ_LEN_START"),
+    (dict(BATCH_TOKENS_START=65536, LANES=1), "BATCH_TOKENS_START"),
     (dict(SEQ_LEN_START=4, JEPA_STEPS=4), "JEPA_STEPS"),
     (dict(BATCH_TOKENS_START=131072 * 3), "BATCH_TOKENS_START"),
     (dict(BATCH_TOKENS_START=16384), "BATCH_TOKENS_START"),  # less than a row per micro-batch

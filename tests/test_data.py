@@ -154,21 +154,38 @@ def test_micro_batches_and_steps_read_disjoint_spans_without_gaps():
     assert seen == list(range(3 * 4 * 17))
 
 
+RANK_0 = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), dtype=torch.float32, cuda=False,
+                         to_device=lambda t: t, average=None)
+
+
+@pytest.mark.parametrize("lanes", [0, 1])
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
-def test_the_ranks_of_any_number_together_read_the_same_micro_batches(world, monkeypatch, shard):
+def test_the_ranks_of_any_number_together_read_the_same_micro_batches(world, lanes, monkeypatch, shard):
     config = tj.Config.from_env(dict(MODEL_DIM="64", NUM_LAYERS="1", EXPAND="1", TRAIN_SEQ_LEN="4", MLP_MULT="0",
-                                     TRAIN_BATCH_TOKENS="64", COMPILE_MODE="off", DEVICE="cpu")).validate()
+                                     TRAIN_BATCH_TOKENS="64", COMPILE_MODE="off", DEVICE="cpu",
+                                     LANES=str(lanes))).validate()
     stream, seen = TokenStream([shard(np.arange(200))], 256), {}
     for rank in range(world):
-        runtime = SimpleNamespace(rank=rank, world=world, device=torch.device("cpu"), dtype=torch.float32, cuda=False,
-                                  to_device=lambda t: t, average=None)
-        trainer = tj.Trainer(config, runtime, stream)
+        trainer = tj.Trainer(config, SimpleNamespace(**{**vars(RANK_0), "rank": rank, "world": world}), stream)
         for micro in trainer.mine:
             assert micro not in seen
             seen[micro] = [t.tolist() for t in trainer.step_inputs(5, micro)]
-    reference = tj.Trainer(config, SimpleNamespace(**{**vars(runtime), "rank": 0, "world": 1}), stream)
+    reference = tj.Trainer(config, RANK_0, stream)
     assert seen == {micro: [t.tolist() for t in reference.step_inputs(5, micro)] for micro in range(8)}
     assert seen[0][2] != seen[1][2]  # each micro-batch draws its own SIGReg positions
+    if lanes:  # of 200 // 16 tokens for each of the 16 rows
+        assert [row[0] for micro in range(8) for row in seen[micro][0]] == [12 * row for row in range(16)]
+
+
+def test_carried_states_read_the_same_rows_as_lanes_alone(shard):
+    stream, seen = TokenStream([shard(np.arange(200))], 256), []
+    for knobs in (dict(LANES="1"), dict(CARRY_STATE="1"), {}):
+        config = tj.Config.from_env(dict(MODEL_DIM="64", NUM_LAYERS="1", EXPAND="1", TRAIN_SEQ_LEN="4", MLP_MULT="0",
+                                         TRAIN_BATCH_TOKENS="64", COMPILE_MODE="off", DEVICE="cpu", **knobs)).validate()
+        trainer = tj.Trainer(config, RANK_0, stream)
+        trainer.position = 4
+        seen.append([trainer.step_inputs(1, micro)[0].tolist() for micro in trainer.mine])
+    assert seen[0] == seen[1] != seen[2]
 
 
 def test_a_lane_goes_on_where_its_row_ended():
