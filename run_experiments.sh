@@ -82,6 +82,8 @@ short_first SEQ_LEN_START=64
 small_first BATCH_TOKENS_START=1024
 no_decay MUON_WD=0
 late_qat QAT_FRACTION=0.3
+lanes LANES=1
+carried CARRY_STATE=1 EVAL_STATE=carry
 FORMS
         ;;
     storage) sed 's/$/ JEPA_WEIGHT=0 SIGREG_LAMBDA=0/' <<'FORMS'
@@ -95,11 +97,14 @@ no_qat QAT_FRACTION=0
 compensated FROM=absmax ROUNDING=compensated
 late_qat_compensated FROM=late_qat QAT_FRACTION=0.3 ROUNDING=compensated
 no_qat_compensated FROM=no_qat QAT_FRACTION=0 ROUNDING=compensated
+no_qat_sigma FROM=no_qat QAT_FRACTION=0 PROJ_GRID=int4s0.36 MLP_GRID=int4s0.46
+no_qat_sigma_compensated FROM=no_qat QAT_FRACTION=0 PROJ_GRID=int4s0.36 MLP_GRID=int4s0.46 ROUNDING=compensated
 FORMS
         ;;
     best_64 | best_128) sed "s/\$/ MODEL_DIM=${1#best_}/" <<FORMS
 published
 narrow $NARROW
+narrow_lanes $NARROW LANES=1
 best $BEST
 FORMS
         ;;

@@ -407,7 +407,9 @@ class Config:
         return {name: getattr(self, f.name) for name, f in self.knobs().items() if keep(f)}
 
     def fixed(self) -> dict[str, Any]:
-        """What a resumed run may not change: everything that alters the model, the data or the trajectory."""
+        """What a resumed run may not change: everything that alters the model, the data or the trajectory.
+
+        The storage grids (GRID_KNOBS) are such knobs too, unless QAT_FRACTION=0."""
         return self.named(lambda f: not f.metadata["free"])
 
     def model_config(self) -> dict[str, Any]:
@@ -424,6 +426,8 @@ class Config:
 MODEL_KNOBS = ("TOKENIZER VOCAB_SIZE MODEL_DIM NUM_LAYERS MIXER D_STATE D_CONV EXPAND NUM_HEADS NUM_KV_HEADS ROPE_BASE "
                "EMBED_DIM MLP_MULT MLP_EVERY ACTIVATION MLP_NORM NORM_EPS TIE_EMBEDDINGS VOCAB_BIAS LOGIT_SOFTCAP "
                "SOFTCAP_TYPE TRAIN_SEQ_LEN CARRY_RESET").split()
+GRID_KNOBS = ("STORAGE QUANT_BITS QUANT_STEP QUANT_K INT8_FLOOR FP_STORAGE MLP_GRID PROJ_GRID DT_GRID "
+              "EMBED_GRID").split()  # how tensors are stored: only QAT shows it to the training
 
 
 GROUPS = dict(MODE="run", TOKENIZER="data", MODEL_DIM="model", LOSS_SCHEDULE="losses", TRAIN_SEQ_LEN="training",
@@ -3694,10 +3698,10 @@ class Checkpoints:
         return None
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Knobs that differ, as lines `NAME: old -> new`."""
+def differences(old: dict[str, Any], new: dict[str, Any], but: Iterable[str] = ()) -> list[str]:
+    """Knobs that differ, as lines `NAME: old -> new`, except those of `but`."""
     return [f"{name}: {format_knob(old.get(name))} -> {format_knob(new.get(name))}"
-            for name in sorted(set(old) | set(new)) if old.get(name) != new.get(name)]
+            for name in sorted((set(old) | set(new)).difference(but)) if old.get(name) != new.get(name)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -4393,7 +4397,9 @@ class Run:
                 and all(map(whole, meta["journals"].values()))
                 and type(meta["validated"]) is int and (meta["score"] is None or Score(*meta["score"]))):
             raise ValueError("its meta data")
-        if lines := differences(meta["fixed"], self.config.fixed()):
+        old, new = meta["fixed"], self.config.fixed()
+        trained_on_grid = old["QAT_FRACTION"] or new["QAT_FRACTION"]
+        if lines := differences(old, new, but=() if trained_on_grid else GRID_KNOBS):
             raise UserError(f"RUN_ID={path.name}: its checkpoint was made with other settings; undo these, or start "
                             "another RUN_ID:\n" + "\n".join("  " + line for line in lines))
         trainer, device = self.trainer, self.runtime.device

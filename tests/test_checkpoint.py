@@ -173,10 +173,10 @@ def test_one_kept_checkpoint_is_never_the_damaged_one(again):
 
 def test_a_changed_fixed_knob_is_refused_with_the_list_of_differences(again):
     before = {p: p.read_bytes() for p in (again / "r").rglob("*") if p.is_file()}
-    child = run(again, CHECKPOINT_EVERY=3, MATRIX_LR=0.03, D_CONV=3, SEED=8)
+    child = run(again, CHECKPOINT_EVERY=3, MATRIX_LR=0.03, D_CONV=3, SEED=8, QUANT_BITS=6)
     assert child.code == 2
     text = "\n".join(child.errors())
-    for line in ("MATRIX_LR: 0.02 -> 0.03", "D_CONV: 4 -> 3", "SEED: 7 -> 8"):
+    for line in ("MATRIX_LR: 0.02 -> 0.03", "D_CONV: 4 -> 3", "SEED: 7 -> 8", "QUANT_BITS: 4 -> 6"):
         assert line in text
     assert "TRAIN_LOG_EVERY" not in text
     assert {p: p.read_bytes() for p in before} == before

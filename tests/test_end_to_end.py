@@ -269,6 +269,18 @@ def test_compensated_rounding_scores_the_same_from_its_file_and_stores_other_sym
 
 
 @pytest.mark.slow
+def test_without_qat_the_storage_grid_can_still_be_chosen_after_the_training(tmp_path):
+    knobs = dict(QAT_FRACTION=0, ITERATIONS=6, CHECKPOINT_EVERY=6)
+    grids = dict(PROJ_GRID="int4s0.36", MLP_GRID="int4s0.46", EMBED_GRID="int6", QUANT_BITS=6)
+    assert run(tmp_path, RUN_ID="plain", **knobs).code == 0
+    assert run(tmp_path, RUN_ID="whole", **knobs, **grids).code == 0
+    shutil.copytree(tmp_path / "plain", tmp_path / "again", ignore=shutil.ignore_patterns("result.json", "*.jepa"))
+    assert run(tmp_path, RUN_ID="again", **knobs, **grids).code == 0
+    plain, whole, again = ((tmp_path / name / "model.jepa").read_bytes() for name in ("plain", "whole", "again"))
+    assert again == whole != plain
+
+
+@pytest.mark.slow
 def test_a_model_that_resets_at_documents_evaluates_alone_as_its_run_did(tmp_path):
     child = run(tmp_path, CARRY_STATE=1, CARRY_RESET=1, EVAL_STATE="carry", ITERATIONS=4)
     assert child.code == 0, child.text()[-2000:]

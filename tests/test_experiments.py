@@ -48,7 +48,7 @@ def test_every_form_changes_known_knobs_to_a_configuration_that_makes_sense():
                              "recipe_64", "recipe_128", "best_64", "best_128"}
     assert {"off", "sigreg_alone", "published"} <= set(groups["screen"]) & set(groups["confirm"])
     assert groups["recipe_64"][0] == groups["recipe_128"][0] == "plain" and groups["storage"][0] == "absmax"
-    assert groups["best_64"] == groups["best_128"] == ["published", "narrow", "best"]
+    assert groups["best_64"] == groups["best_128"] == ["published", "narrow", "narrow_lanes", "best"]
 
 
 @pytest.mark.parametrize("arguments, why", [
