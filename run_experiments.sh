@@ -7,7 +7,8 @@
 #   bash run_experiments.sh list                 groups, forms and the knobs that they change
 #
 # Groups: screen, confirm (does JEPA help?), collapse (rank of the latent at two widths), recipe_64, recipe_128, storage
-# (one change each, without JEPA, so that more fit into an hour), best_64, best_128 (PRESET=best against published).
+# (one change each, without JEPA, so that more fit into an hour), best_64, best_128 (PRESET=best against published at
+# equal steps), time_64, time_128 (the same at two minutes each).
 #   SEEDS="1 2" STEPS=200 JOBS=2 THREADS=1       defaults depend on the group; JOBS runs side by side
 #   BASE="KNOB=VALUE ..."                        added to every run: another size, another corpus
 # Ctrl-C and the same command again: runs go on where they stopped.
@@ -23,7 +24,7 @@ MUON_MOMENTUM_WARMUP_STEPS=100 WARMDOWN_FRACTION=0.6 WARMUP_STEPS=2 VAL_MAX_TOKE
 VAL_LOSS_EVERY=100 TRAIN_LOG_EVERY=50 TEMP_SCALING=0 PROBE_STEPS=0 COMPILE_MODE=off DEVICE=cpu
 CHECKPOINT_EVERY=100 CHECKPOINT_KEEP=1"
 
-GROUPS_HERE="screen confirm collapse recipe_64 recipe_128 storage best_64 best_128"
+GROUPS_HERE="screen confirm collapse recipe_64 recipe_128 storage best_64 best_128 time_64 time_128"
 NARROW="JEPA_DIM=16 JEPA_COV=1 DETACH_TARGETS=1"
 # PRESET=best of the run scripts
 BEST="$NARROW CARRY_STATE=1 EVAL_STATE=carry SLIDING_EVAL=0"
@@ -78,6 +79,7 @@ polar MUON_NS=polar
 min_lr MIN_LR=0.1
 warmdown_all WARMDOWN_FRACTION=1
 averaged SWA_START=0.7 SWA_DECAY=0.98
+averaged_late SWA_START=0.85 SWA_DECAY=0.9
 short_first SEQ_LEN_START=64
 small_first BATCH_TOKENS_START=1024
 no_decay MUON_WD=0
@@ -105,6 +107,11 @@ FORMS
 published
 narrow $NARROW
 narrow_lanes $NARROW LANES=1
+best $BEST
+FORMS
+        ;;
+    time_64 | time_128) sed "s/\$/ MODEL_DIM=${1#time_} MAX_WALLCLOCK_SECONDS=120/" <<FORMS
+published
 best $BEST
 FORMS
         ;;
@@ -139,6 +146,7 @@ run_group() {    # group form...
     case "$group" in
     screen) : "${SEEDS:=1 2}" "${STEPS:=200}" ;;
     confirm) : "${SEEDS:=1 2 3 4 5}" "${STEPS:=300}" ;;
+    time_*) : "${SEEDS:=1 2 3}" "${STEPS:=10000}" ;;
     *) : "${SEEDS:=1 2 3}" "${STEPS:=200}" ;;
     esac
     stored=$(forms "$group" | awk '/ FROM=/ { print $1 }')
