@@ -7,8 +7,8 @@
 #   bash run_experiments.sh list                 groups, forms and the knobs that they change
 #
 # Groups: screen, confirm (does JEPA help?), collapse (rank of the latent at two widths), recipe_64, recipe_128, storage
-# (one change each, without JEPA, so that more fit into an hour), best_64, best_128 (PRESET=best against published at
-# equal steps), time_64, time_128 (the same at two minutes each).
+# (one change each, without JEPA, so that more fit into an hour), best_64, best_128, best_bpe (PRESET=best against
+# published at equal steps), time_64, time_128 (the same at two minutes each).
 #   SEEDS="1 2" STEPS=200 JOBS=2 THREADS=1       defaults depend on the group; JOBS runs side by side
 #   BASE="KNOB=VALUE ..."                        added to every run: another size, another corpus
 # Ctrl-C and the same command again: runs go on where they stopped.
@@ -23,8 +23,10 @@ TRAIN_BATCH_TOKENS=2048 MICRO_BATCHES=1 D_STATE=32 MATRIX_LR=0.02 EMBED_LR=0.02 
 MUON_MOMENTUM_WARMUP_STEPS=100 WARMDOWN_FRACTION=0.6 WARMUP_STEPS=2 VAL_MAX_TOKENS=100000 VAL_BATCH_SIZE=16384
 VAL_LOSS_EVERY=100 TRAIN_LOG_EVERY=50 TEMP_SCALING=0 PROBE_STEPS=0 COMPILE_MODE=off DEVICE=cpu
 CHECKPOINT_EVERY=100 CHECKPOINT_KEEP=1"
+BPE="TOKENIZER=bpe VOCAB_SIZE=8192 TOKENIZER_PATH=data/demo/fineweb_8192_bpe.model DATA_PATH=data/datasets/mix_sp8192
+EMBED_DIM=64 TRAIN_SEQ_LEN=128"
 
-GROUPS_HERE="screen confirm collapse recipe_64 recipe_128 storage best_64 best_128 time_64 time_128"
+GROUPS_HERE="screen confirm collapse recipe_64 recipe_128 storage best_64 best_128 best_bpe time_64 time_128"
 NARROW="JEPA_DIM=16 JEPA_COV=1 DETACH_TARGETS=1"
 # PRESET=best of the run scripts
 BEST="$NARROW CARRY_STATE=1 EVAL_STATE=carry SLIDING_EVAL=0"
@@ -101,6 +103,11 @@ late_qat_compensated FROM=late_qat QAT_FRACTION=0.3 ROUNDING=compensated
 no_qat_compensated FROM=no_qat QAT_FRACTION=0 ROUNDING=compensated
 no_qat_sigma FROM=no_qat QAT_FRACTION=0 PROJ_GRID=int4s0.36 MLP_GRID=int4s0.46
 no_qat_sigma_compensated FROM=no_qat QAT_FRACTION=0 PROJ_GRID=int4s0.36 MLP_GRID=int4s0.46 ROUNDING=compensated
+FORMS
+        ;;
+    best_bpe) sed "s|\$| ${BPE//$'\n'/ }|" <<FORMS
+published
+best $BEST
 FORMS
         ;;
     best_64 | best_128) sed "s/\$/ MODEL_DIM=${1#best_}/" <<FORMS
