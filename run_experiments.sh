@@ -75,6 +75,8 @@ FORMS
     recipe_64 | recipe_128) sed "s/\$/ JEPA_WEIGHT=0 SIGREG_LAMBDA=0 MODEL_DIM=${1#recipe_}/" <<'FORMS'
 plain
 mlp_everywhere MLP_EVERY=1 MLP_MULT=2
+larger MLP_EVERY=1 MLP_MULT=3
+larger_coarser MLP_EVERY=1 MLP_MULT=3 PROJ_GRID=int4s0.4 MLP_GRID=int4s0.51
 leaky ACTIVATION=leaky_relu2
 hybrid MIXER=mmam NUM_HEADS=4 NUM_KV_HEADS=2
 polar MUON_NS=polar
