@@ -108,7 +108,7 @@ take_arguments() {
     ARGS=()
     for argument in "$@"; do
         case "${argument%%=*}" in
-        PROFILE | PRESET | NPROC_PER_NODE | SKIP_VENV | PYTHON)
+        PROFILE | PRESET | NPROC_PER_NODE | TORCHRUN_ARGS | SKIP_VENV | PYTHON)
             export "${argument?}"
             continue ;;
         MODE | DRY_RUN | DATA_PATH | TOKENIZER_PATH | MAX_WALLCLOCK_SECONDS | ITERATIONS | MICRO_BATCHES)
@@ -138,7 +138,7 @@ choose_profile() {
     env_ready || bash setup_jepa.sh env || exit
     GPUS=0
     if [[ $PROFILE == auto ]] || { [[ $PROFILE == gpu ]] && ! only_describes; }; then
-        GPUS=$(cuda_devices) || die "$PY cannot import torch; repair with: bash setup_jepa.sh env"
+        GPUS=$(cuda_devices) || die "$PY cannot import torch; repair with: rm -rf .venv; bash setup_jepa.sh env"
         count="$GPUS CUDA device(s)"
         [[ $GPUS == 0 ]] && count="no CUDA device found"
     fi
@@ -163,15 +163,15 @@ first_complete() {
 }
 
 # choose_data DEMO FINEWEB...: defaults of DATA_PATH and TOKENIZER_PATH, folders below data/datasets. Under the gpu
-# profile the first FineWeb folder that is complete, else the demo; what is missing is made first.
+# profile the first FineWeb folder that is complete, fetched if need be; the demo where set-up cannot do that.
 choose_data() {
     local demo=data/datasets/$1 fineweb=("${@:2}") found=
     fineweb=("${fineweb[@]/#/data/datasets/}")
     if [[ ! -v DATA_PATH ]]; then
-        if ! only_describes && [[ "${MODE-}" != compare ]]; then
+        if ! only_describes && [[ ! "${MODE-}" =~ ^(bench|sample|submit|compare)$ ]]; then    # those read no shards
             if [[ $PROFILE == cpu ]]; then
                 complete_data "$demo" || bash setup_jepa.sh demo || exit
-            elif ! first_complete "${fineweb[@]}" "$demo" >/dev/null; then
+            elif ! first_complete "${fineweb[@]}" >/dev/null; then
                 FINEWEB_KINDS="${FINEWEB_KINDS-${2#fineweb10B_}}" bash setup_jepa.sh || exit
             fi
         fi
@@ -190,7 +190,8 @@ choose_data() {
 }
 
 # Replaces this shell by the training: one process, or torchrun with one rank per GPU. A number of GPUs that does not
-# divide MICRO_BATCHES is rounded down to one that does; NPROC_PER_NODE is taken as it is.
+# divide MICRO_BATCHES is rounded down to one that does; NPROC_PER_NODE is taken as it is. TORCHRUN_ARGS (several
+# machines, restarts) stands in place of --standalone.
 launch() {
     local ranks=${NPROC_PER_NODE:-$GPUS} micro=${MICRO_BATCHES:-8} name defaults=$SELF
     for name in $(compgen -e); do
@@ -202,10 +203,12 @@ launch() {
         while ((micro % ranks)); do ((ranks--)); done
         if ((ranks != GPUS)); then note "$ranks of $GPUS GPUs used: the ranks must divide MICRO_BATCHES=$micro"; fi
     fi
-    if [[ $ranks == 1 ]]; then
+    if [[ $ranks == 1 ]] && { [[ -z "${TORCHRUN_ARGS-}" ]] || only_describes; }; then
         exec "$PY" train_jepa.py ${ARGS[@]+"${ARGS[@]}"}
     fi
-    exec "$PY" -m torch.distributed.run --standalone --nproc_per_node="$ranks" train_jepa.py ${ARGS[@]+"${ARGS[@]}"}
+    # shellcheck disable=SC2086 — arguments are words
+    exec "$PY" -m torch.distributed.run ${TORCHRUN_ARGS:---standalone} --nproc_per_node="$ranks" train_jepa.py \
+        ${ARGS[@]+"${ARGS[@]}"}
 }
 
 # ---------------------------------------------------------------------------------------------------- data

@@ -98,6 +98,7 @@ def knob(default, help: str, *, choices: Sequence[str] = (), low: float | None =
 SCRIPT_KNOBS = {"PROFILE": "auto|gpu|cpu: which defaults the run scripts take (auto: gpu where CUDA is found)",
                 "PRESET": "published|best: which recipe the run scripts take",
                 "NPROC_PER_NODE": "ranks that the run scripts start (default: the number of GPUs)",
+                "TORCHRUN_ARGS": "torchrun's arguments in place of --standalone: several machines, restarts",
                 "TRAIN_SHARDS": "training shards that setup_jepa.sh downloads (default: all in the manifest)"}
 
 
@@ -5026,7 +5027,7 @@ def submission_readme(facts: dict[str, Any], runs: Sequence[RunRecord], best: Ru
         rows.append(["std", *(f"{deviation(column):.6f}" for column in columns), *[""] * 5])
     data, found, first = Path(config["DATA_PATH"]).name, result.get("temperature"), config["VAL_MAX_TOKENS"]
     defaults = {name: f.default for name, f in Config.knobs().items()}
-    settings = configuration(config) | {"SLIDING_EVAL": config["SLIDING_EVAL"]}
+    settings = configuration(config) | {name: config[name] for name in ("SLIDING_EVAL", "EVAL_STATE")}
     settings = {name: value for name, value in settings.items() if value != defaults.get(name)}
     settings["DATA_PATH"] = f"data/datasets/{data}"
     if settings.pop("TOKENIZER_PATH", ""):
@@ -5450,7 +5451,7 @@ def as_trained(c: Config, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     lr / sqrt(columns), faster than independent steps would (momentum). AdamW's rows drift apart, and an embedding's
     together: behind the softmax all of them share one direction. Activations that square make the units of an MLP
     unlike. The constants and exponents are a fit to runs of 40 to 300 steps (RESULTS.md)."""
-    rate = 10.0 if (c.device or "cuda") == "cuda" and torch.cuda.is_available() else 2.5   # steps a second, roughly
+    rate = 10.0 if c.device != "cpu" and torch.cuda.is_available() else 2.5   # steps a second, roughly
     steps = max(1, min(c.iterations, int(rate * c.max_wallclock_seconds) or c.iterations))
     scales = np.array([lr_scale(Progress(i, i / steps, steps - i), c.warmdown, c.warmdown_fraction, c.warmdown_iters,
                                 c.min_lr) for i in range(steps)])
@@ -5653,11 +5654,11 @@ def train(c: Config) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Dispatch on MODE. Exit codes: 0 done, 2 wrong input (one line each on stderr), 128+n stopped by signal n."""
     argv = sys.argv[1:] if argv is None else argv
-    if any(argument in ("-h", "--help") for argument in argv):
-        print(help_text())
-        return 0
     rank = int(os.environ.get("RANK", 0))
     try:
+        if any(argument in ("-h", "--help") for argument in argv):
+            print(help_text(), flush=True)
+            return 0
         config = Config.from_env(dict(os.environ), argv)
         report = run_mode(config)
         if report is not None and rank == 0:
@@ -5675,6 +5676,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stopped.code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader of the output is gone, as after `| head`: nobody is left to be told
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
 def run_mode(config: Config) -> dict | None:

@@ -1,5 +1,7 @@
 """Knobs: the table of the specification, where values come from, what is refused, and the exact parameter counts."""
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -236,6 +238,13 @@ def test_validate_reports_all_faults_at_once():
 ], ids=str)
 def test_combinations_that_make_sense_pass(knobs):
     read(**knobs).validate()
+
+
+@pytest.mark.parametrize("argument", ["--help", "MODE=describe"])
+def test_a_reader_that_goes_away_is_no_traceback(argument):
+    child = subprocess.Popen([sys.executable, tj.__file__, argument], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child.stdout.close()
+    assert (child.stderr.read(), child.wait()) == (b"", 141)
 
 
 def test_what_is_rendered_reads_back_to_the_same_configuration():

@@ -33,14 +33,36 @@ fi
 '''
 
 
+SETUP_STUB = '''
+if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then
+    echo "$* kinds=${FINEWEB_KINDS-} ${FAIL_SETUP-}" >>setup.log
+    [[ -n "${FAIL_SETUP-}" ]] && exit 1
+    if [[ "$1" != env ]]; then
+        mkdir -p data/datasets/demo_sp8192 data/datasets/demo_bytes
+        touch data/datasets/demo_{sp8192,bytes}/fineweb_{train,val}_000000.bin
+    fi
+    if [[ -n "${STUB_PYTHON-}" ]]; then
+        mkdir -p .venv/bin
+        cp "$STUB_PYTHON" .venv/bin/python
+        requirements_hash >.venv/.jepa-requirements
+    fi
+    exit 0
+fi
+'''
+
+
 class Scripts:
-    """The run scripts in a folder with a space, over a stub of Python and a stub of set-up's data part."""
+    """The run scripts in a folder with a space, over a stub of Python and one of set-up, which logs its calls."""
 
     def __init__(self, folder):
         self.root, self.trace, self.python = folder / "my repo", folder / "trace", folder / "python stub"
         self.root.mkdir()
         for name in [*SCRIPTS, "setup_jepa.sh", "requirements.txt"]:
             shutil.copy(ROOT / name, self.root)
+        path, mark = self.root / "setup_jepa.sh", 'if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then'
+        text = path.read_text()
+        assert text.count(mark) == 1
+        path.write_text(text.replace(mark, SETUP_STUB + mark))
         self.python.write_text(STUB)
         self.python.chmod(0o755)
         for name in {*DEMO.values()}:
@@ -206,6 +228,14 @@ def test_ranks(scripts, env, ranks):
         assert args == ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *tail]
 
 
+def test_torchrun_takes_other_arguments_on_request(scripts):
+    several = "--nnodes=2 --rdzv_endpoint=host0:29400"
+    for env, ranks in ((dict(FAKE_GPUS="8"), 8), (dict(FAKE_GPUS="1"), 1)):
+        args = scripts.run("run_jepa_bpe.sh", "RUN_ID=two", TORCHRUN_ARGS=several, **env)["args"]
+        assert args == ["-m", "torch.distributed.run", *several.split(), f"--nproc_per_node={ranks}", "train_jepa.py",
+                        "RUN_ID=two"]
+
+
 @pytest.mark.parametrize("code", [0, 1, 2, 130])
 def test_exit_code_passes_through(scripts, code):
     scripts.run("run_bytejepa.sh", code=code, FAKE_EXIT=str(code))
@@ -243,31 +273,10 @@ def test_tokenizer_follows_the_data(scripts):
     assert got == "./data/tokenizers/fineweb_8192_bpe.model"
 
 
-SETUP_STUB = '''
-if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then
-    echo "$* kinds=${FINEWEB_KINDS-} ${FAIL_SETUP-}" >>setup.log
-    [[ -n "${FAIL_SETUP-}" ]] && exit 1
-    if [[ "$1" != env ]]; then
-        mkdir -p data/datasets/demo_sp8192 data/datasets/demo_bytes
-        touch data/datasets/demo_{sp8192,bytes}/fineweb_{train,val}_000000.bin
-    fi
-    mkdir -p .venv/bin
-    cp "$STUB_PYTHON" .venv/bin/python
-    requirements_hash >.venv/.jepa-requirements
-    exit 0
-fi
-'''
-
-
 @pytest.fixture
 def fresh(scripts):
-    """A fresh clone: neither environment nor data; set-up is a stub that logs its calls."""
+    """A fresh clone: neither environment nor data."""
     shutil.rmtree(scripts.root / "data")
-    path = scripts.root / "setup_jepa.sh"
-    text = path.read_text()
-    mark = 'if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then'
-    assert text.count(mark) == 1
-    path.write_text(text.replace(mark, SETUP_STUB + mark))
     env = {"SKIP_VENV": "", "PYTHON": "", "STUB_PYTHON": str(scripts.python)}
 
     def run(script, *arguments, **more):
@@ -290,7 +299,10 @@ def test_fresh_clone_sets_up_then_rests(fresh, scripts):
 
 def test_fresh_clone_on_gpus_asks_for_what_it_needs(fresh):
     assert fresh("run_jepa_byte.sh", FAKE_GPUS="1")["calls"][1].strip() == "kinds=bytes"
-    assert fresh("run_jepa_bpe.sh", FAKE_GPUS="1")["calls"] == []
+    for mode in ("bench", "sample", "submit", "compare"):   # they read no shards
+        assert fresh("run_jepa_bpe.sh", FAKE_GPUS="1", MODE=mode)["calls"] == []
+    # demo shards that are there, from the tests or a CPU run, do not stand in for FineWeb
+    assert fresh("run_jepa_bpe.sh", FAKE_GPUS="1")["calls"][0].strip() == "kinds=sp8192"
 
 
 def test_describe_needs_no_data(fresh, scripts):
