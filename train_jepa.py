@@ -125,7 +125,7 @@ class Config:
     val_batch_size: int = knob(524_288, "validation tokens per batch of all ranks", low=1, free=True)
     # group: model
     model_dim: int = knob(512, "width D", low=1)
-    num_layers: int = knob(12, "blocks; the first half encodes, the rest decodes", low=1)
+    num_layers: int = knob(12, "blocks; the first half encodes, the rest decodes", low=1, high=1000)
     mixer: str = knob("mamba2", "mamba2, attention, or a letter per block: m or a, as in mmmmmmammm")
     d_state: int = knob(64, "state size N of the SSM", low=1)
     d_conv: int = knob(4, "taps of the causal convolution", low=1)
@@ -302,7 +302,8 @@ class Config:
         for argument in argv:
             name, equals, value = argument.partition("=")
             if not equals or name not in knobs:
-                hint = f"did you mean {near_knob(name)}?" if near_knob(name) else "--help lists all knobs"
+                hint = "that one is for the run scripts" if name in SCRIPT_KNOBS else \
+                    f"did you mean {near_knob(name)}?" if near_knob(name) else "--help lists all knobs"
                 errors.append(f"{argument}: arguments are NAME=value with the name of a knob; {hint}")
             else:
                 given[name] = (value, "argument")
@@ -363,8 +364,8 @@ class Config:
             need(not value or c.storage == "intn", f"{name}={value}: goes with STORAGE=intn")
             need(not value or fits_training(value), f"{name}={value}: int4, int5, int6, int8a, int4s0.35, fp8 or bf16")
         need(not c.int8_floor or c.storage == "int8", "INT8_FLOOR=1: goes with STORAGE=int8")
-        need(c.ce_weight > 0 or c.jepa_on or c.loss_schedule == "staged",
-             "CE_WEIGHT=0 with JEPA off: no loss is left; raise CE_WEIGHT, or JEPA_WEIGHT with JEPA_STEPS")
+        need(c.ce_weight > 0 or c.jepa_on and c.loss_schedule == "joint" and not c.jepa_anneal,
+             "CE_WEIGHT=0 with JEPA off, annealed or staged: no loss is left in the end; raise CE_WEIGHT")
         need(c.jepa_on or c.loss_schedule == "joint",
              "LOSS_SCHEDULE=staged: its first stage needs JEPA_WEIGHT > 0 and JEPA_STEPS > 0")
         reach = c.jepa_steps * (c.jepa_chunk if c.jepa_target != "latent" else 1)
@@ -380,8 +381,8 @@ class Config:
              f"JEPA_PURE_FRAC={c.jepa_pure_frac}: must lie before CE_PURE_FRAC={c.ce_pure_frac}")
         need(not c.sliding_eval or c.sliding_eval_stride <= c.train_seq_len,
              f"SLIDING_EVAL_STRIDE={c.sliding_eval_stride}: at most TRAIN_SEQ_LEN={c.train_seq_len}")
-        need(not (c.carry_state or c.eval_state == "carry") or "a" not in c.pattern,
-             "CARRY_STATE/EVAL_STATE=carry: attention blocks have no fixed-size state to carry; use MIXER=mamba2")
+        need(not (c.carry_state or c.carry_reset or c.eval_state == "carry") or "a" not in c.pattern,
+             "CARRY_STATE, CARRY_RESET, EVAL_STATE=carry: attention has no fixed-size state; use MIXER=mamba2")
         need(not re.search(r"[/\\\0]|^\.", c.run_id), f"RUN_ID={c.run_id}: a plain folder name is needed")
         if errors:
             raise UserError("\n".join(errors))
@@ -564,10 +565,7 @@ class Runtime:
 
     def sum_(self, tensor: Tensor, wait: bool = True):
         """Sum over ranks, in place; with wait=False returns the pending work (None on one rank)."""
-        if self.world == 1:
-            return None
-        work = dist.all_reduce(tensor, async_op=True)
-        return work.wait() if wait else work
+        return None if self.world == 1 else dist.all_reduce(tensor, async_op=not wait)
 
     def gather(self, part: Tensor) -> tuple[Tensor, Any]:
         """(W*n, ...) of every rank's (n, ...), in rank order, and the pending work (None on one rank)."""
@@ -675,10 +673,9 @@ def keep_freed_memory() -> None:
 
 def package_version(name: str) -> str | None:
     """Installed version, without importing the package."""
-    from importlib import metadata
     try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
         return None
 
 
@@ -699,23 +696,38 @@ def progress_bar(items, label: str, show: bool = True):
     return items
 
 
+@functools.cache
 def source_text() -> str:
+    """This file as it was when the run began: it may be edited meanwhile."""
     return Path(__file__).read_text(encoding="utf-8")
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`, or leave it as it was: temporary name, sync, rename. UserError when that fails."""
-    temporary = path.with_name(path.name + ".tmp")
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Any]:
+    """A file to write that takes the place of `path` when the block ends, all or nothing: temporary name, sync, rename.
+    UserError when that fails."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     except OSError as error:
-        with contextlib.suppress(OSError):
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); earlier files are intact") from error
+    finally:
+        with contextlib.suppress(OSError):     # it is there only after a fault
             temporary.unlink()
-        raise UserError(f"{path}: cannot be written ({error.strerror}); earlier files are intact") from error
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    with replacing(path) as file:
+        file.write(data)
 
 
 class RunFolder:
@@ -848,6 +860,10 @@ class Batches:
         self.stream, self.micro_batches, self.rows = stream, micro_batches, rows
         self.seq_len, self.lanes = seq_len, lanes
 
+    def span(self) -> int:
+        """Values that a position can pass before the run meets what it has seen: the stream, or one lane."""
+        return len(self.stream) // (self.micro_batches * self.rows if self.lanes else 1)
+
     def values_per_step(self) -> int:
         """Values of the stream that one step uses up: what a position advances by."""
         return self.seq_len if self.lanes else self.micro_batches * (self.rows * self.seq_len + 1)
@@ -856,8 +872,7 @@ class Batches:
         """x and y, each (rows, seq_len) int64, of one micro-batch of the step that starts at `position`."""
         rows, seq_len = self.rows, self.seq_len
         if self.lanes:
-            lane = len(self.stream) // (self.micro_batches * rows)
-            starts = [(micro * rows + row) * lane + position for row in range(rows)]
+            starts = [(micro * rows + row) * self.span() + position for row in range(rows)]
             values = torch.from_numpy(np.stack([self.stream.read(start, seq_len + 1) for start in starts]))
             return values[:, :-1].contiguous(), values[:, 1:].contiguous()
         count = rows * seq_len + 1
@@ -1093,22 +1108,6 @@ def soft_cap(logits: Tensor, cap: float, kind: str) -> Tensor:
     u = (logits / cap).clamp(-2, 2)
     square = u * u
     return cap * (u * (1 - square / 3 + square * square / 15)).clamp(-1, 1)
-
-
-def token_losses(features: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, softcap: float, kind: str
-                 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and logsumexp per token, both (n,) fp32. features (n,E), head (V,E), bias (V,), targets (n,)."""
-    logits = F.linear(features, head.to(features.dtype)).float()
-    logits = soft_cap(logits if bias is None else logits + bias, softcap, kind)
-    lse = torch.logsumexp(logits, dim=-1)
-    return lse - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1), lse
-
-
-def token_loss(features: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, softcap: float, kind: str,
-               z_loss: float) -> tuple[Tensor, Tensor]:
-    """Training loss mean(nll) + z_loss mean(lse^2), and the mean nll alone without gradient. Shapes as above."""
-    nll, lse = token_losses(features, head, bias, targets, softcap, kind)
-    return nll.mean() + z_loss * lse.square().mean(), nll.mean().detach()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1453,12 +1452,7 @@ def _triton() -> types.SimpleNamespace:
 
 # -- head --------------------------------------------------------------------------------------------------------------
 def softcap_code(softcap: float, softcap_type: str) -> int:
-    if softcap == 0:
-        return 0
-    try:
-        return {"poly": POLY, "tanh": TANH}[softcap_type]
-    except KeyError:
-        raise UserError(f"SOFTCAP_TYPE={softcap_type}: must be poly or tanh") from None
+    return {"poly": POLY, "tanh": TANH}[softcap_type] if softcap else 0
 
 
 def _head_chunk_torch(logits, bias, targets, nll, lse, softcap, cap, z_loss, inv_temp, grad):
@@ -1728,11 +1722,7 @@ MAMBA_SSM_ADVICE = "install mamba-ssm==2.3.2.post1 (setup_jepa.sh does), or set 
 
 
 def _mamba_ssm_error(e: Exception) -> UserError:
-    def version(package):
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return "of unknown version"
+    version = lambda package: package_version(package) or "of unknown version"
     reason = f"{type(e).__name__}: {(str(e).splitlines() or ['no message'])[0]}"
     return UserError(f"SSD_KERNEL=mamba_ssm: mamba_ssm {version('mamba_ssm')} does not work with triton "
                      f"{version('triton')} and torch {torch.__version__} ({reason}); {MAMBA_SSM_ADVICE}")
@@ -1785,20 +1775,20 @@ _ssd_mamba_ssm.register_fake(_ssd_fake)
 _ssd_mamba_ssm_bwd.register_fake(_ssd_bwd_fake)
 
 
-def _ssd_mamba_ssm_setup(ctx, inputs, output):
+def _ssd_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:7])
-    ctx.chunk = inputs[7]
+    ctx.save_for_backward(*inputs[:7], *output[2:])  # and the chunks' states, where the form gives them
+    ctx.chunk, ctx.others = inputs[7], len(inputs) - 7
 
 
-def _ssd_mamba_ssm_autograd(ctx, dy, dfinal):
-    x, dt, A, B, C, D, initial_state = ctx.saved_tensors
+def _ssd_gradients(backward, ctx, dy, dfinal, *_):
+    x, *_, initial_state = ctx.saved_tensors[:7]
     dy = torch.zeros_like(x) if dy is None else dy
-    *grads, dinit = _ssd_mamba_ssm_bwd(dy, dfinal, x, dt, A, B, C, D, initial_state, ctx.chunk)
-    return *grads, None if initial_state is None else dinit, None
+    *grads, dinit = backward(dy, dfinal, *ctx.saved_tensors, ctx.chunk)
+    return *grads, None if initial_state is None else dinit, *(None,) * ctx.others
 
 
-_ssd_mamba_ssm.register_autograd(_ssd_mamba_ssm_autograd, setup_context=_ssd_mamba_ssm_setup)
+_ssd_mamba_ssm.register_autograd(functools.partial(_ssd_gradients, _ssd_mamba_ssm_bwd), setup_context=_ssd_setup)
 
 
 def ssd_mamba_ssm(x, dt, A, B, C, D, *, chunk=256, initial_state=None):
@@ -1808,58 +1798,32 @@ def ssd_mamba_ssm(x, dt, A, B, C, D, *, chunk=256, initial_state=None):
 
 
 # -- snap to the storage grid ------------------------------------------------------------------------------------------
-def snap_rows_torch(w, fmt, param=0.0):
-    """Grid values, exact in bf16, of one fp32 tensor w (rows, ...); a vector is one row. fmt: "bf16"; "fp8" (e4m3fn,
-    saturating); "int", param = 2^(n-1) - 1: scale by the row's absmax; "sigma", param = k: scale k * rms, bound 127."""
-    if fmt == "bf16":
-        return w.bfloat16()
-    if fmt == "fp8":
-        return w.clamp(-448, 448).to(torch.float8_e4m3fn).bfloat16()
-    shape, w = w.shape, w.reshape(len(w) if w.dim() > 1 else 1, -1)
-    if fmt == "int":  # by a tensor: CUDA turns division by a number into a product with its rounded reciprocal
-        scale = w.abs().amax(1, keepdim=True).clamp_min(1e-8) / torch.full((1, 1), param, device=w.device)
-    else:
-        scale = (w.double().square().mean(1, keepdim=True).sqrt() * param).float().clamp_min(1e-8)
-    scale = scale.bfloat16().float()
-    bound = param if fmt == "int" else 127
-    q = (w / scale).clamp(-bound, bound).round() + 0.0  # + 0.0: an integer zero has no sign
-    return (q * scale).bfloat16().view(shape)
-
-
 class FusedSnap:
     """Snaps many fp32 masters to their grids into compute-dtype tensors, in ONE launch per call, one pass over memory.
 
-    items: (master fp32 contiguous, target contiguous of the same shape, fmt, param) with fmt, param of snap_rows_torch;
-    targets share one dtype. The tensors' addresses are kept, so masters and targets must stay where they are (update
-    them in place). Bit-equal to snap_rows_torch. On a CPU the call is that function in a loop."""
+    items: (master fp32 contiguous, target contiguous of the same shape, fmt, param) with fmt of FORMATS, param the
+    bound 2^(n-1) - 1 ("int") or the step in deviations ("sigma"); targets share one dtype. The tensors' addresses are
+    kept, so masters and targets must stay where they are (update them in place). Bit-equal to `snap`."""
 
     def __init__(self, items):
-        self.items = list(items)
-        self.fused = bool(self.items) and runs_triton(self.items[0][0])
-        rows = []
-        for master, target, fmt, _ in self.items:
+        self.dtype, rows = items[0][1].dtype, []
+        for master, target, fmt, _ in items:
             assert master.is_contiguous() and target.is_contiguous() and master.shape == target.shape
-            assert master.dtype == torch.float32 and target.dtype == self.items[0][1].dtype and fmt in FORMATS
+            assert master.dtype == torch.float32 and target.dtype == self.dtype and fmt in FORMATS
             size = master.numel()  # a vector is one row; elementwise formats are cut into even rows of 1024
             cols = 1024 if fmt in ("bf16", "fp8") else size // len(master) if master.dim() > 1 else size
             rows.append((master.data_ptr(), target.data_ptr(), size, cols, FORMATS[fmt], -(-size // cols)))
-        if not self.fused:
-            return
         self.even = all(r[0] % 16 == r[1] % 16 == r[2] % 8 == r[3] % 8 == 0 for r in rows)
-        device, counts = self.items[0][0].device, torch.tensor([r[5] for r in rows])
+        device, counts = items[0][0].device, torch.tensor([r[5] for r in rows])
         first = (counts.cumsum(0) - counts).tolist()
         self.table = torch.tensor([(*r[:5], f) for r, f in zip(rows, first)], device=device)
-        self.numbers = torch.tensor([param for *_, param in self.items], dtype=torch.float64, device=device)
+        self.numbers = torch.tensor([param for *_, param in items], dtype=torch.float64, device=device)
         self.owner = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), counts).to(device)
 
     @torch.no_grad()
     def __call__(self):
-        if not self.fused:
-            for master, target, fmt, param in self.items:
-                target.copy_(snap_rows_torch(master, fmt, param))
-            return
-        k, dtype = _triton(), self.items[0][1].dtype
-        out = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
+        k = _triton()
+        out = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[self.dtype]
         k.snap[(self.owner.numel(),)](self.table, self.numbers, self.owner, OUT=out, EVEN=self.even, BLOCK=1024,
                                         num_warps=4)
 
@@ -1919,20 +1883,7 @@ def _(x, dt, A, B, C, D, initial_state, chunk, save):
 _ssd_fused_bwd.register_fake(_ssd_bwd_fake)
 
 
-def _ssd_fused_setup(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:7], output[2])
-    ctx.chunk = inputs[7]
-
-
-def _ssd_fused_autograd(ctx, dy, dfinal, _):
-    x, dt, A, B, C, D, initial_state, states = ctx.saved_tensors
-    dy = torch.zeros_like(x) if dy is None else dy
-    *grads, dinit = _ssd_fused_bwd(dy, dfinal, x, dt, A, B, C, D, initial_state, states, ctx.chunk)
-    return *grads, None if initial_state is None else dinit, None, None
-
-
-_ssd_fused.register_autograd(_ssd_fused_autograd, setup_context=_ssd_fused_setup)
+_ssd_fused.register_autograd(functools.partial(_ssd_gradients, _ssd_fused_bwd), setup_context=_ssd_setup)
 
 
 def ssd_triton(x, dt, A, B, C, D, *, chunk=64, initial_state=None):
@@ -1946,8 +1897,6 @@ def choose_ssd(kernel: str, device: torch.device) -> tuple[str, str]:
     """Which SSD form serves SSD_KERNEL on this device: ("mamba_ssm" | "fused" | "torch", one line to log or "").
     auto: mamba-ssm's kernels on CUDA while nothing was measured. UserError if a form asked for by name cannot run."""
     gpu = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    if kernel not in ("auto", "mamba_ssm", "fused", "torch"):
-        raise UserError(f"SSD_KERNEL={kernel}: must be auto, mamba_ssm, fused or torch")
     if kernel == "torch" or kernel == "auto" and not gpu:
         return "torch", ""
     if not gpu:
@@ -1967,7 +1916,6 @@ class Kernels(NamedTuple):
     """The functions that have more than one form, as one choice: the rest of the file calls only these."""
     ssd: Callable = ssd_chunked
     conv: Callable = causal_conv_silu
-    token_loss: Callable = token_loss_fused
     name: str = "torch"
 
 
@@ -1978,7 +1926,7 @@ def choose_kernels(c: Config, runtime: Runtime) -> tuple[Kernels, str]:
     name, note = choose_ssd(c.ssd_kernel, runtime.device)
     ssd = dict(torch=ssd_chunked, mamba_ssm=ssd_mamba_ssm, fused=ssd_triton)[name]
     return Kernels(ssd, causal_conv_silu_triton if runs_triton(torch.empty(0, device=runtime.device)) else
-                   causal_conv_silu, token_loss_fused, name), note
+                   causal_conv_silu, name), note
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -2450,12 +2398,21 @@ def muon_momentum(step: int, start: float, final: float, steps: int) -> float:
     return start + (final - start) * min(step / steps, 1.0) if steps else final
 
 
+class Active(NamedTuple):
+    """Which terms a step computes: a term of weight 0 costs nothing. Static for the compiler, one graph each."""
+    ce: bool
+    jepa: bool
+    anti: bool
+
+
 class LossWeights(NamedTuple):
     """Weights of the terms at one moment, and the stage's name for the log."""
     ce: float
     jepa: float
     anti: float
     stage: str
+
+    active = property(lambda at: Active(at.ce > 0, at.jepa > 0, at.anti > 0))
 
 
 def loss_weights(p: float, c: Config) -> LossWeights:
@@ -2540,7 +2497,6 @@ class Group:
     names: list[str]
     owner: str              # muon, embed, head, scalar, state
     grid: str               # how the tensors are stored ("" = not stored)
-    params: list[nn.Parameter]
     master: Tensor
     compute: Tensor
     grad: Tensor
@@ -2576,7 +2532,7 @@ class Weights:
         self.runtime = runtime
         sorted_in: dict[tuple, list] = {}
         for name, role, parameter in named_roles(stored) + (named_roles(extra, "jepa.") if extra is not None else []):
-            key = (owner_of(role, config), plan.get(name, ""), name in plan, tuple(parameter.shape))
+            key = (owner_of(role, config), plan.get(name, ""), tuple(parameter.shape))
             sorted_in.setdefault(key, []).append((name, parameter))
         self.groups = [self._make(key, members) for key, members in sorted_in.items()]
         counted = [name for group in self.groups for name in group.names]
@@ -2586,14 +2542,14 @@ class Weights:
         self.fused_snap: list[FusedSnap] | None = None
 
     def _make(self, key: tuple, members: list) -> Group:
-        owner, grid, _, shape = key
+        owner, grid, _ = key
         device = self.runtime.device
         master = torch.stack([parameter.detach().float() for _, parameter in members]).to(device)
         matrix = owner in ("muon", "embed", "head")
         compute = master.to(self.runtime.dtype if matrix else torch.float32, copy=True)
         grad = torch.zeros_like(master)
         raw = grad if compute.dtype == torch.float32 else torch.zeros_like(compute)
-        group = Group([name for name, _ in members], owner, grid, [p for _, p in members], master, compute, grad, raw)
+        group = Group([name for name, _ in members], owner, grid, master, compute, grad, raw)
         for index, (_, parameter) in enumerate(members):
             parameter.data = compute[index]
             parameter.grad = raw[index]
@@ -2620,7 +2576,7 @@ class Weights:
             if group.raw is not group.grad and group.touched:
                 group.grad.add_(group.raw)
                 group.raw.zero_()
-            group.waiting = len(group.params)
+            group.waiting = len(group.names)
 
     def finish_gradients(self) -> None:
         """After the last backward pass: send what has not been sent, wait for all sums."""
@@ -2891,7 +2847,8 @@ def row_scales(rows: Tensor, grid: Grid, work: Tensor) -> Tensor:
     if grid.k:                                                 # fp64: the same bf16 whatever the order of summing
         rms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64) / math.sqrt(n)
         return (rms * grid.k).float().clamp_min_(1e-8).bfloat16().float()
-    return (torch.abs(rows, out=work).amax(1, keepdim=True).clamp_min_(1e-8) / grid.qmax).bfloat16().float()
+    peak = torch.abs(rows, out=work).amax(1, keepdim=True).clamp_min_(1e-8)
+    return (peak / peak.new_tensor(grid.qmax)).bfloat16().float()  # by a tensor: CUDA divides by a number inexactly
 
 
 def row_blocks(rows: Tensor, grid: Grid):
@@ -3009,16 +2966,6 @@ def artifact_tensors(weights: Iterable[tuple[str, Tensor]], plan: dict[str, str]
     return {part: (rows, grid) for name, w in weights for part, rows, grid in stored_parts(name, w, plan[name])}
 
 
-def whole_shapes(parts: dict[str, tuple]) -> dict[str, tuple]:
-    """Shapes by name after `whole_tensors`; parts that do not join keep their own names."""
-    whole: dict[str, tuple] = {}
-    for name, shape in parts.items():
-        base, _, start = name.partition("[")
-        joins = start and base in whole and start == f"{whole[base][0]}]" and whole[base][1:] == shape[1:]
-        whole[base if joins else name] = (whole[base][0] + shape[0], *shape[1:]) if joins else shape
-    return whole
-
-
 def whole_tensors(parts: dict[str, Tensor], path) -> dict[str, Tensor]:
     """Inverse of `stored_parts` over the tensors of an artifact; UserError where the parts do not join."""
     whole: dict[str, Tensor] = {}
@@ -3026,7 +2973,7 @@ def whole_tensors(parts: dict[str, Tensor], path) -> dict[str, Tensor]:
         base, _, start = name.partition("[")
         if start:
             before = whole.get(base)
-            if before is None or start != f"{len(before)}]" or before.shape[1:] != tensor.shape[1:]:
+            if before is None or not before.ndim or start != f"{len(before)}]" or before.shape[1:] != tensor.shape[1:]:
                 raise UserError(f"{path}: the parts of {base[:60]} do not join")
             tensor = torch.cat((before, tensor))
         whole[base] = tensor
@@ -3128,34 +3075,19 @@ def write_container(path, kind: str, meta: dict, sections) -> int:
     head = zlib.compress(json.dumps({"kind": kind, "meta": meta, "sections": [e for e, _ in sections]},
                                     separators=(",", ":"), allow_nan=False).encode(), 9)
     raw = len(zlib.decompress(head))
-    temporary, digest = path.with_name(f".{path.name}.{os.getpid()}.tmp"), hashlib.sha256()
-    try:
-        with open(temporary, "wb") as file:
-            def put(data):
-                for start in range(0, len(data), 1 << 22):
-                    digest.update(data[start:start + (1 << 22)])
-                    file.write(data[start:start + (1 << 22)])
-            put(PREFIX.pack(MAGIC, VERSION, len(head), raw) + head)
-            for entry, payload in sections:
-                payload = memoryview(payload() if callable(payload) else payload).cast("B")
-                assert len(payload) == entry["stored"], entry
-                put(payload)
-            file.write(digest.digest())
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-        return size
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); earlier files are intact") from error
-    finally:
-        with contextlib.suppress(OSError):     # it is there only after a fault
-            temporary.unlink()
+    digest = hashlib.sha256()
+    with replacing(path) as file:
+        def put(data):
+            for start in range(0, len(data), 1 << 22):
+                digest.update(data[start:start + (1 << 22)])
+                file.write(data[start:start + (1 << 22)])
+        put(PREFIX.pack(MAGIC, VERSION, len(head), raw) + head)
+        for entry, payload in sections:
+            payload = memoryview(payload() if callable(payload) else payload).cast("B")
+            assert len(payload) == entry["stored"], entry
+            put(payload)
+        file.write(digest.digest())
+        return file.tell()
 
 
 def parse_header(text: bytes, path) -> dict:
@@ -3533,13 +3465,12 @@ def estimate_bytes(tensors: dict[str, tuple[Tensor, Grid]], config: dict | None 
     """Predicted artifact bytes from entropies, nothing compressed. {"bytes", "entropy_bytes", "per_tensor"}"""
     table, encoded = encode_all(tensors)
     streams = build_streams(table, encoded)
-    per_tensor = {name: tensor_entropy(arrays) for (name, _, _), arrays in zip(table, encoded)}
     tables = zlib.compress(b"".join(frequencies(np.bincount(s, minlength=256)).astype("<u2").tobytes()
                                     for s in streams), 9)
     head = len(zlib.compress(json.dumps(artifact_meta(config or {}, table, streams)).encode(), 9)) + 150
     lanes = 4 * rans_lanes(sum(map(len, streams)))
     return {"bytes": round(sum(map(entropy_bytes, streams)) + len(tables) + head + lanes),
-            "entropy_bytes": round(sum(per_tensor.values())), "per_tensor": per_tensor}
+            "entropy_bytes": round(sum(map(tensor_entropy, encoded)))}
 
 
 CODECS = ("brotli", "lzma", "zstd", "zlib", "rans")           # slowest first: they run side by side
@@ -3918,13 +3849,6 @@ def unit_directions(count: int, width: int, generator: torch.Generator) -> Tenso
     return F.normalize(torch.randn(count, width, generator=generator), dim=-1)
 
 
-class Active(NamedTuple):
-    """Which terms a step computes: a term of weight 0 costs nothing. Static for the compiler, one graph each."""
-    ce: bool
-    jepa: bool
-    anti: bool
-
-
 class Trainer:
     """Model, optimizer and data of a run, and the step that joins them."""
 
@@ -3943,7 +3867,8 @@ class Trainer:
         self.batches = Batches(stream, c.micro_batches, c.micro_rows, c.train_seq_len, lanes=c.lanes or c.carry_state)
         self.mine = range(runtime.rank * c.micro_batches // runtime.world,
                           (runtime.rank + 1) * c.micro_batches // runtime.world)
-        self.states = {micro: None for micro in self.mine}  # CARRY_STATE: the mixers' states of each micro-batch
+        # CARRY_STATE: the mixers' states of each micro-batch
+        self.states = {micro: self.empty_states() if c.carry_state else None for micro in self.mine}
         self.position = self.tokens = 0  # in the stream; trained on so far
         self.losses = compiled(self._losses, c.compile_mode)
         self.forward = compiled(self.model, c.compile_mode) if runtime.cuda else self.model
@@ -3956,9 +3881,10 @@ class Trainer:
         ce = jepa = anti = seen = h.new_zeros((), dtype=torch.float32)
         if active.ce:
             features = self.model.features(h).flatten(0, 1)
-            ce, seen = self.kernels.token_loss(features, self.model.head(), self.model.vocab_bias, y.flatten(),
-                                               softcap=c.logit_softcap, softcap_type=c.softcap_type, z_loss=c.z_loss)
-        if active.jepa or active.anti:
+            ce, seen = token_loss_fused(features, self.model.head(), self.model.vocab_bias, y.flatten(),
+                                        softcap=c.logit_softcap, softcap_type=c.softcap_type, z_loss=c.z_loss)
+        cov = c.jepa_cov > 0 and (active.jepa or c.loss_schedule == "joint")
+        if active.jepa or active.anti or cov:
             z = self.jepa.project(h)
         if active.jepa:
             jepa = latent_rollout(self.jepa, z, x0, c.jepa_steps, c.jepa_target, c.jepa_chunk, c.jepa_loss,
@@ -3969,7 +3895,7 @@ class Trainer:
         elif active.anti:
             anti = covariance_term(z)
         total = weights[0] * ce + weights[1] * jepa + weights[2] * anti
-        if c.jepa_cov and (active.jepa or active.anti):
+        if cov:
             total = total + c.jepa_cov * covariance_term(z)
         return total, torch.stack((seen, jepa.detach(), anti.detach())), states if c.carry_state else None
 
@@ -3984,17 +3910,17 @@ class Trainer:
             directions = to(unit_directions(c.num_proj, c.latent, drawn(c.seed, 3, step)))
         return to(x), to(y), to(positions), directions
 
-    def accumulate(self, step: int, at: LossWeights, backward: bool = True) -> Tensor:
-        """Gradients of this rank's micro-batches, summed over ranks; returns the sum of the parts [ce, jepa, anti]."""
+    def accumulate(self, step: int, at: LossWeights, keep: bool = True) -> Tensor:
+        """Gradients of this rank's micro-batches, summed over ranks; returns the sum of the parts [ce, jepa, anti].
+        With keep=False the carried states stay as they are."""
         c, parts = self.config, torch.zeros(3, device=self.runtime.device)
-        weights = self.runtime.to_device(torch.tensor([at.ce, at.jepa, at.anti]))
-        active = Active(at.ce > 0, at.jepa > 0, at.anti > 0)
+        weights = self.runtime.to_device(torch.tensor(at[:3]))
         for micro in self.mine:
-            loss, seen, states = self.losses(*self.step_inputs(step, micro), weights, self.states[micro], active)
+            loss, seen, states = self.losses(*self.step_inputs(step, micro), weights, self.states[micro], at.active)
             self.weights.begin_micro(last=micro == self.mine[-1])
             (loss / c.micro_batches).backward()
             parts += seen / c.micro_batches
-            if c.carry_state:
+            if c.carry_state and keep:
                 self.states[micro] = [MambaState(*(t.detach().contiguous() for t in state)) for state in states]
         self.weights.finish_gradients()
         return parts
@@ -4034,9 +3960,6 @@ class Trainer:
         masters = [group.master.clone() for group in self.weights.groups]
         position, states, rng = self.position, dict(self.states), torch.get_rng_state()
         self.batches.rows, self.batches.seq_len = self.shape(0.0)
-        if c.carry_state:
-            self.states = {micro: self.empty_states() for micro in self.mine}
-            states = dict(self.states)
         for step in range(c.warmup_steps):
             self.weights.load()
             self.accumulate(step, loss_weights(0.0, c))
@@ -4081,18 +4004,16 @@ class Trainer:
         """Forward and backward once for every combination of active terms and batch shape, changing nothing."""
         if self.config.compile_mode == "off":
             return
-        position, states = self.position, dict(self.states)
         self.weights.load()
         seen = set()
         for p in np.linspace(0, 1, 1001).tolist():
             at, shape = loss_weights(p, self.config), self.shape(p)
-            case = Active(at.ce > 0, at.jepa > 0, at.anti > 0), shape
+            case = at.active, shape
             if case not in seen:
                 seen.add(case)
                 self.batches.rows, self.batches.seq_len = shape
-                self.accumulate(0, at)
+                self.accumulate(0, at, keep=False)
                 self.weights.zero_grad()
-        self.position, self.states = position, states
 
     def empty_states(self) -> list[MambaState]:
         """States of rows that begin: zeros, so that the first step has the graph of all others."""
@@ -4277,7 +4198,7 @@ class Run:
             parts = trainer.train_step(at)
             self.step += 1
             if self.step % c.train_log_every == 0 or self.step <= 10:
-                self.log_step(at, parts, elapsed)
+                self.log_step(at, parts)
             self.guard(at, force=self.step % max(c.train_log_every, c.nonfinite_limit) == 0)
             if c.checkpoint_every and self.step % c.checkpoint_every == 0:
                 self.save(clock.seconds())
@@ -4292,7 +4213,7 @@ class Run:
             self.log(f"stage: {stage} begins at step {self.step} (progress {p:.3f})")
         self.stage = stage
 
-    def log_step(self, at: Progress, parts: Tensor, started: float) -> None:
+    def log_step(self, at: Progress, parts: Tensor) -> None:
         """step:… line and metrics of the step just done; the only place of the loop that waits for the device."""
         c, total = self.config, parts[:3].clone()
         self.runtime.sum_(total)
@@ -4329,7 +4250,7 @@ class Run:
         trainer, used = self.trainer, self.trainer.batches.values_per_step()
         trainer.weights.load(qat=qat_on(at.fraction, self.config.qat_fraction))
         trainer.position -= used  # the failing batch once more
-        parts = trainer.accumulate(at.step, loss_weights(at.fraction, self.config))
+        parts = trainer.accumulate(at.step, loss_weights(at.fraction, self.config), keep=False)
         trainer.position += used
         self.runtime.sum_(parts)
         names = [name for name, value in zip(("ce", "jepa", self.config.anticollapse), parts.tolist())
@@ -4434,7 +4355,6 @@ class Run:
         diagnostics = self.diagnose() if c.diagnostics else {}
         report = self.write_model()
         model_path = self.folder.path / "model.jepa"
-        runtime.main_first(lambda: None)  # the file is complete before any rank reads it
         load_artifact_into(trainer.model, model_path)
         fresh = None if self.unseen_position() is None else \
             calibration_tokens(trainer.stream, trainer.position, c.train_seq_len)
@@ -4487,7 +4407,7 @@ class Run:
         """Where training tokens begin that the run has not seen; None when it has seen them all, for a temperature
         chosen on those would be too low."""
         trainer = self.trainer
-        return trainer.position if trainer.tokens + CALIBRATION <= len(trainer.stream) else None
+        return trainer.position if trainer.position + CALIBRATION < trainer.batches.span() else None
 
     def compensate(self, tensors: dict[str, tuple[Tensor, Grid]]) -> dict[str, dict[str, Tensor]]:
         """Arrays of the INT matrices, rounded by their effect on the layer's output over ROUNDING_TOKENS of training
@@ -4575,11 +4495,14 @@ class Run:
 
 def final_scores(evaluator: Evaluator, c: Config, calibration: Tensor | None, log: Callable) -> dict[str, Any]:
     """Scores of the weights that were read from the artifact, as result.json and MODE=eval report them."""
-    found: dict[str, Any] = {}
-    score = evaluator.standard(label="round trip")[0]
-    found |= dict(roundtrip_val_loss=score.loss, roundtrip_val_bpb=score.bpb)
-    log(f"roundtrip val_loss:{score.loss:.6f} val_bpb:{score.bpb:.6f}")
-    temperature = 1.0
+    found: dict[str, Any] = dict(temperature=None, tempered_val_bpb=None, sliding_val_bpb=None, sliding_stride=None)
+
+    def note(kind: str, score: Score, how: str = "") -> None:
+        found.update({f"{kind}_val_loss": score.loss, f"{kind}_val_bpb": score.bpb})
+        log(f"{kind}{how} val_loss:{score.loss:.6f} val_bpb:{score.bpb:.6f}")
+
+    score, temperature = evaluator.standard(label="round trip")[0], 1.0
+    note("roundtrip", score)
     if c.temp_scaling:
         if c.temp_calib:
             temperature = c.temp_calib
@@ -4590,20 +4513,14 @@ def final_scores(evaluator: Evaluator, c: Config, calibration: Tensor | None, lo
         else:
             log("temperature: 1, for no unseen training tokens are at hand to choose one on")
         score = score if temperature == 1 else evaluator.standard([temperature], "tempered")[0]
-        found |= dict(temperature=temperature, tempered_val_loss=score.loss, tempered_val_bpb=score.bpb)
-        log(f"tempered temperature:{temperature:g} val_loss:{score.loss:.6f} val_bpb:{score.bpb:.6f}")
-    else:
-        found |= dict(temperature=None, tempered_val_bpb=None)
-    found |= dict(sliding_val_bpb=None, sliding_stride=None)
+        note("tempered", score, f" temperature:{temperature:g}")
+        found["temperature"] = temperature
     if c.sliding_eval:
         score = evaluator.sliding(c.sliding_eval_stride, c.sliding_batch_size, temperature)
-        found |= dict(sliding_val_loss=score.loss, sliding_val_bpb=score.bpb, sliding_stride=c.sliding_eval_stride)
-        log(f"sliding stride:{c.sliding_eval_stride} temperature:{temperature:g} val_loss:{score.loss:.6f} "
-            f"val_bpb:{score.bpb:.6f}")
+        note("sliding", score, f" stride:{c.sliding_eval_stride} temperature:{temperature:g}")
+        found["sliding_stride"] = c.sliding_eval_stride
     if c.eval_state == "carry":
-        score = evaluator.carried(temperature)
-        found |= dict(carried_val_loss=score.loss, carried_val_bpb=score.bpb)
-        log(f"carried temperature:{temperature:g} val_loss:{score.loss:.6f} val_bpb:{score.bpb:.6f}")
+        note("carried", evaluator.carried(temperature), f" temperature:{temperature:g}")
     return found
 
 
@@ -4679,7 +4596,8 @@ def config_of_artifact(c: Config, stored: Any) -> Config:
         raise UserError(f"ARTIFACT={c.artifact}: its header names other knobs than this script has")
     values = {name.lower(): parse_knob(name, knobs[name], format_knob(value)) for name, value in model.items()}
     training = dict(train_batch_tokens=c.micro_batches * values["train_seq_len"], loss_schedule="joint", ce_weight=1.0,
-                    jepa_weight=0.0, jepa_steps=0, sigreg_lambda=0.0, jepa_cov=0.0, carry_state=False)
+                    jepa_weight=0.0, jepa_steps=0, sigreg_lambda=0.0, jepa_cov=0.0, carry_state=False,
+                    seq_len_start=0, batch_tokens_start=0)
     return dataclasses.replace(c, **values, **training).validate()
 
 
@@ -4687,7 +4605,7 @@ def open_artifact(c: Config, runtime: Runtime) -> tuple[Config, LanguageModel, V
     """Read ARTIFACT strictly and build its model on this device: configuration, model, vocabulary, header."""
     if not c.artifact:
         raise UserError(f"ARTIFACT: MODE={c.mode} needs the path of a model.jepa")
-    built: list[Config] = []
+    built: list[tuple[Config, LanguageModel]] = []
 
     def check(header: dict, shapes: dict[str, tuple]) -> None:  # before anything large is made or decoded
         own = config_of_artifact(c, header)
@@ -4695,19 +4613,17 @@ def open_artifact(c: Config, runtime: Runtime) -> tuple[Config, LanguageModel, V
             if own.num_layers > len(shapes):  # before a model of so many blocks is made
                 raise ValueError
             with torch.device("meta"):
-                model = LanguageModel(own)
+                model = LanguageModel(own, choose_kernels(own, runtime)[0])
+                held = whole_tensors({name: torch.empty(shape) for name, shape in shapes.items()}, c.artifact)
+            if {name: p.shape for name, p in model.named_parameters()} != {name: t.shape for name, t in held.items()}:
+                raise ValueError
         except (RuntimeError, ValueError, OverflowError):
-            model = None
-        if model is None or {name: tuple(p.shape) for name, p in model.named_parameters()} != whole_shapes(shapes):
-            raise UserError(f"{c.artifact}: its tensors are not those of the model that its header describes")
-        built.append(own)
+            raise UserError(f"{c.artifact}: its tensors are not those of the model that its header describes") from None
+        built.append((own, model))
 
     header, tensors, _ = read_artifact(c.artifact, check)
-    own, tensors = built[0], whole_tensors(tensors, c.artifact)
+    (own, model), tensors = built[0], whole_tensors(tensors, c.artifact)
     vocabulary = Vocabulary.unpack(header.get("vocabulary"), own.vocab_size)
-    kernels, _ = choose_kernels(own, runtime)
-    with torch.device("meta"):
-        model = LanguageModel(own, kernels)
     model.mark = vocabulary.mark if own.carry_reset else None
     matrices = {name for name, role, _ in named_roles(model) if role in (*MATRICES, EMBEDDING, HEAD)}
     for name in tensors:
@@ -4797,11 +4713,6 @@ def generate(model: LanguageModel, prompt: list[int], count: int, runtime: Runti
         h, _, states = model(torch.tensor([[token]], device=runtime.device), runtime.dtype, states, step=True)
 
 
-def draw_token(c: Config, silent: Tensor, generator: torch.Generator, logits: Tensor) -> int:
-    """The next id of MODE=sample; `silent` (V,) ids are never drawn."""
-    return choose_token(logits.cpu().masked_fill(silent, -math.inf), c.temperature, c.top_k, c.top_p, generator)
-
-
 def sample(c: Config) -> None:
     """MODE=sample: NUM_SAMPLES continuations of PROMPT, streamed to the terminal."""
     with Runtime(c) as runtime:
@@ -4815,7 +4726,8 @@ def sample(c: Config) -> None:
         silent[vocabulary.mark] = False  # the document's end may be drawn; padding, unknown and unused may not
         for index in range(c.num_samples):
             generator, decoder = torch.Generator().manual_seed(c.seed + index), TextDecoder(pieces)
-            choose = functools.partial(draw_token, c, silent, generator)
+            choose = lambda logits, generator=generator: choose_token(
+                logits.cpu().masked_fill(silent, -math.inf), c.temperature, c.top_k, c.top_p, generator)
             if c.num_samples > 1:
                 print(f"--- sample {index + 1}")
             print(c.prompt, end="", flush=True)
@@ -5010,14 +4922,12 @@ def shell_lines(knobs: dict[str, str]) -> str:
     return " \\\n".join("    " + " ".join(words[i:i + 5]) for i in range(0, len(words), 5))
 
 
-def submission_readme(facts: dict[str, Any], runs: Sequence[RunRecord], best: RunRecord) -> str:
-    """README.md of the folder: results, configuration, reproduction, contents, compliance."""
-    config, result, script = best.config, best.result, run_script(best.config)
-    entries = facts["seed_results"].values()
+def score_rows(facts: dict[str, Any], runs: Sequence[RunRecord]) -> list[list[str]]:
+    """Table of the runs: every score that all of them have, times, bytes; then mean and deviation."""
     kinds = [kind for kind in reversed(SCORES) if all(run.score(kind) is not None for run in runs)]
     rows = [["seed", *(f"{SCORES[kind]} BPB" for kind in kinds), "steps", "ms/step", "training s", "evaluation s",
              "bytes"]]
-    for run, e in zip(runs, entries):
+    for run, e in zip(runs, facts["seed_results"].values()):
         rows.append([str(run.seed), *(f"{run.score(kind):.6f}" for kind in kinds), f"{e['steps']:,}",
                      f"{e['ms_per_step']:.1f}", f"{e['train_seconds']:.1f}", f"{e['eval_seconds']:.1f}",
                      f"{e['bytes_total']:,}"])
@@ -5025,23 +4935,34 @@ def submission_readme(facts: dict[str, Any], runs: Sequence[RunRecord], best: Ru
     rows.append(["mean", *(f"{np.mean(column):.6f}" for column in columns), *[""] * 5])
     if len(runs) > 1:
         rows.append(["std", *(f"{deviation(column):.6f}" for column in columns), *[""] * 5])
-    data, found, first = Path(config["DATA_PATH"]).name, result.get("temperature"), config["VAL_MAX_TOKENS"]
+    return rows
+
+
+def reproduction_knobs(config: dict[str, Any]) -> dict[str, str]:
+    """What differs from the defaults, with data and tokenizer where set-up puts them."""
     defaults = {name: f.default for name, f in Config.knobs().items()}
     settings = configuration(config) | {name: config[name] for name in ("SLIDING_EVAL", "EVAL_STATE")}
-    settings = {name: value for name, value in settings.items() if value != defaults.get(name)}
-    settings["DATA_PATH"] = f"data/datasets/{data}"
+    settings = {name: format_knob(value) for name, value in settings.items() if value != defaults.get(name)}
+    settings["DATA_PATH"] = f"data/datasets/{Path(config['DATA_PATH']).name}"
     if settings.pop("TOKENIZER_PATH", ""):
         settings["TOKENIZER_PATH"] = f"data/tokenizers/{Path(config['TOKENIZER_PATH']).name}"
-    knobs = shell_lines({name: format_knob(value) for name, value in settings.items()})
+    return settings
+
+
+def submission_readme(facts: dict[str, Any], runs: Sequence[RunRecord], best: RunRecord) -> str:
+    """README.md of the folder: results, configuration, reproduction, contents, compliance."""
+    config, result, script = best.config, best.result, run_script(best.config)
+    found, first, knobs = result.get("temperature"), config["VAL_MAX_TOKENS"], reproduction_knobs(config)
+    data = Path(knobs["DATA_PATH"]).name
     launch = "python" if result["world_size"] == 1 else f"torchrun --standalone --nproc_per_node={result['world_size']}"
-    check = shell_lines(dict(DATA_PATH=settings["DATA_PATH"]) | evaluation_knobs(best))
+    check = shell_lines(dict(DATA_PATH=knobs["DATA_PATH"]) | evaluation_knobs(best))
     temperature = "No temperature is applied." if found is None else "The temperature was set by hand before scoring." \
         if config.get("TEMP_CALIB") else \
         f"The temperature ({found:g} for seed {best.seed}) was chosen on training tokens."
     limit = "no limit applies" if facts["track"] == "unlimited" else f"the track allows {TRACK_SECONDS} s for each"
     if facts["track"] == "10min" and not re.match(r"8 x .*H100[^,]*$", facts["hardware"]):
         limit += ", on 8 x H100, which these runs did not use"
-    longest = max(e["eval_seconds"] for e in entries)
+    longest = max(e["eval_seconds"] for e in facts["seed_results"].values())
     mixers = {"mamba2": "Mamba-2", "attention": "attention"}.get(config["MIXER"], f"mixed ({config['MIXER']})")
     return f"""# {facts['name']}
 
@@ -5052,7 +4973,7 @@ Track {facts['track']}; {facts['author']} (@{facts['github_id']}), {facts['date'
 
 ## Results
 
-{markdown_table(rows)}
+{markdown_table(score_rows(facts, runs))}
 
 Every score is of the weights read back from the written artifact, on
 {f'the first {first:,} tokens (not the whole) of' if first else 'the whole of'} the validation set in {data}.
@@ -5069,7 +4990,7 @@ in {config['QUANT_BITS']} bits. What differs from the defaults stands in the com
 `bash setup_jepa.sh` installs the environment and the data. Then, in this folder:
 
     for seed in {' '.join(map(str, facts['seeds']))}; do {launch} train_jepa.py SEED=$seed RUN_ID=seed$seed \\
-{knobs}; done
+{shell_lines(knobs)}; done
 
 `bash {script}` starts the same script with the published settings of its kind. The artifact alone is scored by
 
@@ -5135,8 +5056,6 @@ def verify_as_stranger(folder: Path, run: RunRecord, data_path: Path) -> dict[st
 def submit(c: Config) -> dict[str, Any]:
     """MODE=submit: write the submission folder of the runs in RUN and check it from a copy. All or nothing: the folder
     is made under another name and gets its own only when a stranger's evaluation has repeated the scores."""
-    if int(os.environ.get("RANK", 0)):
-        return {}
     runs = find_runs(c.run, "RUN")
     if faults := submission_faults(c, runs):
         raise UserError("\n".join(faults))
@@ -5291,8 +5210,6 @@ def run_state(run: RunRecord) -> dict[str, Any]:
 def compare(c: Config) -> dict[str, Any]:
     """MODE=compare: table, paired tests, and compare.md, .csv and .png in OUT. The first configuration is the baseline;
     runs without a result are told of and drawn, but not averaged."""
-    if int(os.environ.get("RANK", 0)):
-        return {}
     runs = find_runs(c.runs, "RUNS")
     begun = [run for run in runs if run.config]
     if not begun:
@@ -5484,8 +5401,7 @@ def as_trained(c: Config, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def estimated_bytes(c: Config, model: nn.Module | None = None) -> int:
     """Artifact bytes that a trained model of this configuration is expected to have; nothing is compressed."""
-    if model is None:
-        model, _ = build_models(dataclasses.replace(c, jepa_weight=0.0, sigreg_lambda=0.0, loss_schedule="joint"))
+    model = model or build_models(c)[0]
     return estimate_bytes(artifact_tensors(as_trained(c, model), storage_plan(model, c)))["bytes"]
 
 
@@ -5598,15 +5514,14 @@ def timed_parts(trainer: Trainer, at: Progress, clocked: Callable, parts: dict[s
     """The lines of Trainer.train_step, one by one under the clock."""
     c = trainer.config
     note = lambda name, work: clocked(work, parts.setdefault(name, []))
-    now_at = loss_weights(at.fraction, c)
-    active = Active(now_at.ce > 0, now_at.jepa > 0, now_at.anti > 0)
-    scales = trainer.runtime.to_device(torch.tensor([now_at.ce, now_at.jepa, now_at.anti]))
-    states = trainer.empty_states() if c.carry_state else None
+    terms = loss_weights(at.fraction, c)
+    weights = trainer.runtime.to_device(torch.tensor(terms[:3]))
     note("snap", lambda: trainer.weights.load(qat=qat_on(at.fraction, c.qat_fraction)))
     for micro in trainer.mine:
         inputs = note("data", functools.partial(trainer.step_inputs, at.step, micro))
         trainer.weights.begin_micro(last=micro == trainer.mine[-1])
-        loss = note("forward", lambda inputs=inputs: trainer.losses(*inputs, scales, states, active)[0])
+        forward = functools.partial(trainer.losses, *inputs, weights, trainer.states[micro], terms.active)
+        loss = note("forward", forward)[0]
         note("backward", (loss / c.micro_batches).backward)
     note("gradient sums", trainer.weights.finish_gradients)
     note("optimizer", lambda: trainer.optimizer.step(1.0, c.muon_momentum))
@@ -5695,6 +5610,8 @@ def run_mode(config: Config) -> dict | None:
         return evaluate_alone(config)
     if config.mode == "sample":
         return sample(config)
+    if int(os.environ.get("RANK", 0)):  # what is left is one process's work
+        return None
     return submit(config) if config.mode == "submit" else compare(config)
 
 

@@ -287,8 +287,8 @@ def poison(steps, name: str) -> None:
     """The summed gradient of parameter `name` is infinite in these steps (a step that guard repeats, too)."""
     accumulate = tj.Trainer.accumulate
 
-    def poisoned(self, step, at, *arguments):
-        parts = accumulate(self, step, at, *arguments)
+    def poisoned(self, step, at, **keep):
+        parts = accumulate(self, step, at, **keep)
         if step + 1 in steps and self.started:
             for group in self.weights.groups:
                 if name in group.names:

@@ -353,6 +353,32 @@ def test_n_non_finite_steps_in_a_row_stop_the_run_and_name_the_layer(tmp_path):
     assert child.code == 0 and "resumed at step 6" in child.text()
 
 
+@pytest.mark.slow
+def test_what_the_report_computes_once_more_does_not_reach_the_checkpoint(tmp_path):
+    """NaN in the forward pass of the batch that `guard` repeats, which would be NaN in the states that it carries."""
+    patch = """
+poison(range(4, 99), "blocks.1.mixer.out_proj.weight")
+guard = tj.Run.guard
+def spoiled(self, at, force):
+    weights = self.trainer.weights
+    load = weights.load
+    def then(*args, **kwargs):
+        load(*args, **kwargs)
+        self.trainer.model.blocks[0].mixer.in_proj.weight.data[0, 0] = float("nan")
+    weights.load = then
+    try:
+        guard(self, at, force)
+    finally:
+        weights.load = load
+tj.Run.guard = spoiled
+"""
+    child = run(tmp_path, patch, CARRY_STATE=1, NONFINITE_LIMIT=3)
+    assert child.code == 1 and "terms: ce, jepa, sigreg" in child.errors()[0], child.text()[-2000:]
+    _, tensors = tj.Checkpoints(tmp_path / "r/checkpoints", 2).newest(pytest.fail)
+    assert any(name.startswith("state/") for name in tensors)
+    assert all(torch.isfinite(t).all() for t in tensors.values() if t.is_floating_point())
+
+
 def test_n_non_finite_steps_in_a_row_name_the_term(tmp_path):
     patch = "real = tj.sigreg\ntj.sigreg = lambda z, *a, **k: real(z, *a, **k) * float('nan')"
     child = run(tmp_path, patch, NONFINITE_LIMIT=2)

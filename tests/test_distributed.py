@@ -120,8 +120,9 @@ def test_synchronized_sigreg_on_two_ranks_equals_one_rank_with_both_halves(tmp_p
 
 
 @pytest.mark.slow
-def test_synchronized_sigreg_trains_and_ranks_agree(tmp_path):
-    ranks = run_ranks(tmp_path, 2, f"hash_at_end({str(tmp_path)!r})", SIGREG_SYNC=1, ITERATIONS=3)
+@pytest.mark.parametrize("mode", ["off", "aot_eager"])
+def test_synchronized_sigreg_trains_and_ranks_agree(tmp_path, mode):
+    ranks = run_ranks(tmp_path, 2, f"hash_at_end({str(tmp_path)!r})", SIGREG_SYNC=1, ITERATIONS=3, COMPILE_MODE=mode)
     assert [child.code for child in ranks] == [0, 0], ranks[0].text()[-1500:]
     assert len(set(hashes(tmp_path, 2))) == 1
 

@@ -219,11 +219,11 @@ def artifact(tmp_path_factory, demo_data):
     return (folder / "r/model.jepa").read_bytes()
 
 
-def of_another_model(tmp: Path, data: bytes) -> bytes:
+def of_another_model(tmp: Path, data: bytes, layers: int = 3) -> bytes:
     """The header says NUM_LAYERS=3, the tensors are of two layers; a right checksum."""
     (tmp / "a.jepa").write_bytes(data)
     meta, sections = _read(tmp / "a.jepa")
-    meta["config"]["model"]["NUM_LAYERS"] = 3
+    meta["config"]["model"]["NUM_LAYERS"] = layers
     tj.write_container(tmp / "a.jepa", meta.pop("__kind__"), meta, sections)
     return (tmp / "a.jepa").read_bytes()
 
@@ -238,7 +238,8 @@ def _read(path: Path):
 
 
 @pytest.mark.parametrize("how,pattern", [("cut", "checksum|truncated"), ("flipped", "checksum"), ("empty", "too few"),
-                                         ("text", "magic|too few"), ("another", "tensors are not those|another model"),
+                                         ("text", "magic|too few"), ("endless", "NUM_LAYERS"),
+                                         ("another", "tensors are not those|another model"),
                                          ("missing", "No such file")])
 @pytest.mark.parametrize("mode", ["eval", "sample"])
 def test_a_bad_artifact_is_one_line_and_exit_code_2(tmp_path, artifact, mode, how, pattern):
@@ -247,10 +248,21 @@ def test_a_bad_artifact_is_one_line_and_exit_code_2(tmp_path, artifact, mode, ho
         flipped = bytearray(data)
         flipped[len(data) // 2] ^= 4
         path.write_bytes({"cut": lambda: data[:-100], "flipped": lambda: bytes(flipped), "empty": lambda: b"",
-                          "text": lambda: b"hello " * 100, "another": lambda: of_another_model(tmp_path, data)}[how]())
+                          "text": lambda: b"hello " * 100, "another": lambda: of_another_model(tmp_path, data),
+                          "endless": lambda: of_another_model(tmp_path, data, 10**19)}[how]())
     child = run(tmp_path, MODE=mode, ARTIFACT=path)
     assert child.code == 2 and len(child.errors()) == 1 and re.search(pattern, child.errors()[0]), child.text()[-1500:]
     assert "Traceback" not in child.text() and not (tmp_path / "r").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("knobs", [{}, dict(CARRY_STATE=1)], ids=["plain", "carried"])
+def test_bench_times_every_part_of_a_step_and_leaves_no_folder(tmp_path, knobs):
+    child = run(tmp_path, MODE="bench", **knobs)
+    assert child.code == 0 and not (tmp_path / "r").exists(), child.text()[-2000:]
+    report = json.loads(child.text().splitlines()[-1])
+    assert report["parts_ms"].keys() == {"snap", "data", "forward", "backward", "gradient sums", "optimizer"}
+    assert all(ms > 0 for ms in report["parts_ms"].values())
 
 
 @pytest.mark.slow
@@ -264,7 +276,8 @@ def test_compensated_rounding_scores_the_same_from_its_file_and_stores_other_sym
     assert "rounding: 8 matrices compensated on 2,048 training tokens" in child.text()
     assert results[0]["val_bpb"] == results[1]["val_bpb"] and results[0]["roundtrip_val_bpb"] != \
         results[1]["roundtrip_val_bpb"]
-    alone = run(tmp_path, MODE="eval", ARTIFACT=tmp_path / "compensated/model.jepa")
+    left_over = dict(BATCH_TOKENS_START=256, SEQ_LEN_START=16)  # exported for a training, not meant for this
+    alone = run(tmp_path, MODE="eval", ARTIFACT=tmp_path / "compensated/model.jepa", **left_over)
     assert json.loads(alone.text().splitlines()[-1])["roundtrip_val_bpb"] == results[1]["roundtrip_val_bpb"]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from interpreter_kernels import (
+    GRIDS,
     check_head,
     check_snap,
     compare,
@@ -111,23 +112,13 @@ def test_conv_torch(T, initial):
     compare(lambda u, w, b, i=None: K.causal_conv_silu(u, w, b, initial=i), conv_naive, inputs, 3e-6)
 
 
-def test_snap_on_cpu_and_closed_form():
-    check_snap(snap_items())
+def test_snap_in_closed_form():
     w = torch.tensor([[0.7, -0.35, 0.05, 0.0], [0.0, 0.0, 0.0, -0.0]])
-    out = K.snap_rows_torch(w, "int", 7)
+    out = K.snap(w, K.Grid.parse("int4"))
     scale = torch.tensor(0.7 / 7).bfloat16().float()
     assert torch.equal(out[0].float(), (torch.tensor([7.0, -3.0, 0.0, 0.0]) * scale).bfloat16().float()) or \
         torch.equal(out[0].float(), (torch.tensor([7.0, -4.0, 0.0, 0.0]) * scale).bfloat16().float())
     assert not out[1].signbit().any()  # an integer zero has no sign in the artifact either
-
-
-@pytest.mark.skipif(not hasattr(K, "Grid"), reason="the storage section is not in the file")
-@pytest.mark.parametrize("name, fmt, param", (("int4", "int", 7), ("int5", "int", 15), ("int6", "int", 31),
-                                              ("int4s0.35", "sigma", 0.35), ("fp8", "fp8", 0), ("bf16", "bf16", 0)))
-def test_snap_equals_the_storage_section(name, fmt, param):
-    for w, *_ in snap_items():
-        ours, theirs = K.snap_rows_torch(w, fmt, param).float(), K.snap(w, K.Grid.parse(name))
-        assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32)), tuple(w.shape)
 
 
 @pytest.mark.slow
@@ -140,10 +131,6 @@ def test_import_leaves_triton_alone():
 def test_bad_input(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     inputs = ssd_case(torch.float32, T=4)
-    with pytest.raises(K.UserError, match="SOFTCAP_TYPE=cubic"):
-        K.softcap_code(15.0, "cubic")
-    with pytest.raises(K.UserError, match="SSD_KERNEL=fast"):
-        K.choose_ssd("fast", cpu)
     with pytest.raises(K.UserError, match="SSD_KERNEL=fused needs a CUDA device"):
         K.choose_ssd("fused", cpu)
     assert K.choose_ssd("auto", cpu) == ("torch", "") and K.choose_ssd("torch", gpu) == ("torch", "")
@@ -243,11 +230,10 @@ def test_cuda_conv(width, d_inner, T, initial):
 @cuda
 def test_cuda_snap_bit_equal():
     check_snap(snap_items("cuda", wide=2560))
-    on_gpu, on_cpu = snap_items("cuda", wide=2560), snap_items("cpu", wide=2560)
-    K.FusedSnap(on_gpu)()
-    K.FusedSnap(on_cpu)()
-    for a, b in zip(on_gpu, on_cpu):
-        assert torch.equal(a[1].cpu().view(torch.int16), b[1].view(torch.int16)), a[2:]
+    for grid in GRIDS:
+        for w, *_ in snap_items("cuda", wide=2560):
+            on_gpu, on_cpu = K.snap(w, grid), K.snap(w.cpu(), grid)
+            assert torch.equal(on_gpu.cpu().view(torch.int32), on_cpu.view(torch.int32)), (grid, tuple(w.shape))
 
 
 @cuda

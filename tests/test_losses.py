@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import train_jepa as tj
-from train_jepa import chunk_means, covariance_term, latent_rollout, sigreg, sigreg_null, token_loss, token_loss_fused
+from train_jepa import chunk_means, covariance_term, latent_rollout, sigreg, sigreg_null, token_loss_fused
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -239,8 +239,7 @@ def capped(logits, cap, kind):
 
 @pytest.mark.parametrize("cap, kind", [(0.0, "poly"), (15.0, "poly"), (2.0, "poly"), (30.0, "tanh"), (2.0, "tanh")])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "none"])
-@pytest.mark.parametrize("form", ["plain", "fused"])
-def test_token_loss_and_its_gradients_are_cross_entropy_plus_z_loss(cap, kind, bias, form):
+def test_token_loss_and_its_gradients_are_cross_entropy_plus_z_loss(cap, kind, bias):
     leaves = [normal(11, 6) * 2, normal(37, 6, seed=1), normal(37, seed=2)][:3 if bias else 2]
     leaves = [t.requires_grad_() for t in leaves]
     targets, z_loss = torch.arange(11) * 3 % 37, 0.01
@@ -249,8 +248,8 @@ def test_token_loss_and_its_gradients_are_cross_entropy_plus_z_loss(cap, kind, b
     nll = F.cross_entropy(logits, targets)
     expected = nll + z_loss * logits.logsumexp(-1).square().mean()
     b = leaves[2] if bias else None
-    found, seen = token_loss(leaves[0], leaves[1], b, targets, cap, kind, z_loss) if form == "plain" else \
-        token_loss_fused(leaves[0], leaves[1], b, targets, softcap=cap, softcap_type=kind, z_loss=z_loss, rows=4)
+    found, seen = token_loss_fused(leaves[0], leaves[1], b, targets, softcap=cap, softcap_type=kind, z_loss=z_loss,
+                                   rows=4)
     assert found.dtype == torch.float32 and not seen.requires_grad
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
     assert seen.item() == pytest.approx(nll.item(), rel=1e-6)

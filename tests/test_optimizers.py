@@ -1,5 +1,6 @@
 """Optimizers, weight groups, quantization-aware weights, averaging and the ghost warm-up."""
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -518,20 +519,47 @@ def test_the_training_loss_is_the_weighted_sum_of_its_terms():
 
 
 @pytest.mark.parametrize("weights, forbidden", [((1, 0, 0), "project latent_rollout sigreg"), ((1, 1, 0), "sigreg"),
-                                                ((0, 1, 1), "token_loss"), ((1, 0, 1), "latent_rollout")])
+                                                ((0, 1, 1), "token_loss_fused"), ((1, 0, 1), "latent_rollout")])
 def test_a_term_of_weight_zero_is_not_computed(weights, forbidden, monkeypatch):
     t = trainer()
     def fail(*args, **kwargs):
         raise AssertionError("computed at weight 0")
     for name in forbidden.split():
-        if name == "token_loss":
-            t.kernels = t.kernels._replace(token_loss=fail)
-        elif name == "project":
+        if name == "project":
             monkeypatch.setattr(t.jepa, "project", fail)
         else:
             monkeypatch.setattr(tj, name, fail)
     t.weights.load()
     assert t.accumulate(0, tj.LossWeights(*map(float, weights), "joint")).isfinite().all()
+
+
+def test_the_covariance_term_alone_trains_the_projector():
+    t = trainer(JEPA_WEIGHT=0, SIGREG_LAMBDA=0, JEPA_COV=1)
+    t.weights.load()
+    t.accumulate(0, tj.LossWeights(1.0, 0.0, 0.0, "joint"))
+    grads = {name: grad for group in t.weights.groups for name, grad in zip(group.names, group.grad)}
+    assert grads["jepa.projector.weight"].abs().max() > 0
+
+
+@pytest.mark.parametrize("knobs", [{}, dict(CARRY_STATE=1)], ids=["stream", "lanes"])
+def test_tokens_for_the_temperature_are_unseen_or_none(knobs, monkeypatch):
+    """Trained positions are collected from the batches themselves."""
+    monkeypatch.setattr(tj, "CALIBRATION", 300)
+    t, seen = trainer(**knobs), set()
+    def read(position, count):
+        seen.update((position + np.arange(count - 1)) % len(t.stream))
+        return Tokens.read(t.stream, position, count)
+    monkeypatch.setattr(t.stream, "read", read, raising=False)
+    verdicts = []
+    for step in range(60):
+        for micro in t.mine:
+            t.step_inputs(step, micro)
+        t.position += t.batches.values_per_step()
+        at = tj.Run.unseen_position(SimpleNamespace(trainer=t))
+        verdicts.append(at is not None)
+        if at is not None:
+            assert not seen & set(range(at, at + 300)), step
+    assert verdicts[0] and not verdicts[-1]
 
 
 def test_sigreg_positions_and_directions_follow_seed_step_and_micro_batch_alone():
