@@ -4573,8 +4573,8 @@ def plot_curves(folder: Path) -> None:
     points = points[1:] if len(points) > 2 else points  # the untrained model would flatten the rest
     if points:
         right.plot(*zip(*points), marker="o", markersize=4, color="C3")
-        right.annotate(f"{points[-1][1]:.4f}", points[-1], textcoords="offset points", xytext=(-6, -2), ha="right",
-                       va="top")
+        right.annotate(f"{points[-1][1]:.4f}", points[-1], textcoords="offset points", xytext=(-2, 8), ha="right",
+                       va="bottom")
     right.set(xlabel="step", ylabel="bits per byte", title="Validation BPB (before storage)")
     for axes in (left, right):
         axes.grid(alpha=0.3)
