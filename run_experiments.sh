@@ -8,7 +8,7 @@
 #
 # Groups: screen, confirm (does JEPA help?), collapse (rank of the latent at two widths), recipe_64, recipe_128, storage
 # (one change each, without JEPA, so that more fit into an hour), best_64, best_128, best_bpe (PRESET=best against
-# published at equal steps), time_64, time_128 (the same at two minutes each).
+# published, two minutes each; against published in best's data order, too).
 #   SEEDS="1 2" STEPS=200 JOBS=2 THREADS=1       defaults depend on the group; JOBS runs side by side
 #   BASE="KNOB=VALUE ..."                        added to every run: another size, another corpus
 # Ctrl-C and the same command again: runs go on where they stopped.
@@ -26,12 +26,13 @@ CHECKPOINT_EVERY=100 CHECKPOINT_KEEP=1"
 BPE="TOKENIZER=bpe VOCAB_SIZE=8192 TOKENIZER_PATH=data/demo/fineweb_8192_bpe.model DATA_PATH=data/datasets/mix_sp8192
 EMBED_DIM=64 TRAIN_SEQ_LEN=128"
 
-GROUPS_HERE="screen confirm collapse recipe_64 recipe_128 storage best_64 best_128 best_bpe time_64 time_128"
+GROUPS_HERE="screen confirm collapse recipe_64 recipe_128 storage best_64 best_128 best_bpe"
 NARROW="JEPA_DIM=16 JEPA_COV=1 DETACH_TARGETS=1"
 # PRESET=best of the run scripts
-BEST="$NARROW CARRY_STATE=1 EVAL_STATE=carry SLIDING_EVAL=0"
+BEST="$NARROW CARRY_STATE=1 EVAL_STATE=carry SLIDING_EVAL=0 ACTIVATION=leaky_relu2 MIN_LR=0.1 QAT_FRACTION=0.3"
 
 forms() {        # a line per form: name, knobs; FROM=form: no training, the weights of that form stored otherwise
+    local size
     case "$1" in
     screen) cat <<'FORMS'
 off JEPA_WEIGHT=0 SIGREG_LAMBDA=0
@@ -107,20 +108,11 @@ no_qat_sigma FROM=no_qat QAT_FRACTION=0 PROJ_GRID=int4s0.36 MLP_GRID=int4s0.46
 no_qat_sigma_compensated FROM=no_qat QAT_FRACTION=0 PROJ_GRID=int4s0.36 MLP_GRID=int4s0.46 ROUNDING=compensated
 FORMS
         ;;
-    best_bpe) sed "s|\$| ${BPE//$'\n'/ }|" <<FORMS
+    best_64 | best_128 | best_bpe)
+        [[ $1 == best_bpe ]] && size=${BPE//$'\n'/ } || size=MODEL_DIM=${1#best_}
+        sed "s|\$| $size MAX_WALLCLOCK_SECONDS=120|" <<FORMS
 published
-best $BEST
-FORMS
-        ;;
-    best_64 | best_128) sed "s/\$/ MODEL_DIM=${1#best_}/" <<FORMS
-published
-narrow $NARROW
-narrow_lanes $NARROW LANES=1
-best $BEST
-FORMS
-        ;;
-    time_64 | time_128) sed "s/\$/ MODEL_DIM=${1#time_} MAX_WALLCLOCK_SECONDS=120/" <<FORMS
-published
+published_lanes LANES=1
 best $BEST
 FORMS
         ;;
@@ -155,7 +147,7 @@ run_group() {    # group form...
     case "$group" in
     screen) : "${SEEDS:=1 2}" "${STEPS:=200}" ;;
     confirm) : "${SEEDS:=1 2 3 4 5}" "${STEPS:=300}" ;;
-    time_*) : "${SEEDS:=1 2 3}" "${STEPS:=10000}" ;;
+    best_*) : "${SEEDS:=1 2 3}" "${STEPS:=10000}" ;;
     *) : "${SEEDS:=1 2 3}" "${STEPS:=200}" ;;
     esac
     stored=$(forms "$group" | awk '/ FROM=/ { print $1 }')
