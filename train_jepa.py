@@ -8,7 +8,8 @@ system A (challenge PR #903, run_jepa_bpe.sh and run_jepa_byte.sh) and system B 
 
     python train_jepa.py --help                          every knob, with its default
     MODE=describe bash run_jepa_bpe.sh                   what would run: knobs, parameters, estimated bytes
-    torchrun --nproc_per_node=8 train_jepa.py SEED=43    train; NAME=value arguments win over the environment
+    bash run_jepa_bpe.sh SEED=43                         train as published; arguments win over the environment
+    torchrun --nproc_per_node=8 train_jepa.py SEED=43    the same by hand, but from the defaults of this file
 
 The file reads top to bottom, each section using only what stands above it:
     config        every knob, one line each            losses        SIGReg, covariance, latent rollout, tokens
@@ -4573,9 +4574,8 @@ def plot_curves(folder: Path) -> None:
     points = points[1:] if len(points) > 2 else points  # the untrained model would flatten the rest
     if points:
         right.plot(*zip(*points), marker="o", markersize=4, color="C3")
-        right.annotate(f"{points[-1][1]:.4f}", points[-1], textcoords="offset points", xytext=(-2, 8), ha="right",
-                       va="bottom")
-    right.set(xlabel="step", ylabel="bits per byte", title="Validation BPB (before storage)")
+    last = f": {points[-1][1]:.4f} at last" if points else ""
+    right.set(xlabel="step", ylabel="bits per byte", title=f"Validation BPB (before storage){last}")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.suptitle(folder.name)
