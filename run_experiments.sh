@@ -27,9 +27,6 @@ BPE="TOKENIZER=bpe VOCAB_SIZE=8192 TOKENIZER_PATH=data/demo/fineweb_8192_bpe.mod
 EMBED_DIM=64 TRAIN_SEQ_LEN=128"
 
 GROUPS_HERE="screen confirm collapse recipe_64 recipe_128 storage best_64 best_128 best_bpe"
-NARROW="JEPA_DIM=16 JEPA_COV=1 DETACH_TARGETS=1"
-# PRESET=best of the run scripts
-BEST="$NARROW CARRY_STATE=1 EVAL_STATE=carry SLIDING_EVAL=0 ACTIVATION=leaky_relu2 MIN_LR=0.1 QAT_FRACTION=0.3"
 
 forms() {        # a line per form: name, knobs; FROM=form: no training, the weights of that form stored otherwise
     local size
@@ -61,16 +58,16 @@ off JEPA_WEIGHT=0 SIGREG_LAMBDA=0
 sigreg_alone JEPA_WEIGHT=0
 published
 best_form ${BEST_FORM:-JEPA_TARGET=embedding JEPA_STEPS=1}
-narrow $NARROW
+narrow $NARROW_LATENT
 FORMS
         ;;
     collapse) cat <<FORMS
 d64_published MODEL_DIM=64
 d64_covariance MODEL_DIM=64 JEPA_COV=1
-d64_narrow MODEL_DIM=64 $NARROW
+d64_narrow MODEL_DIM=64 $NARROW_LATENT
 d128_published MODEL_DIM=128
 d128_covariance MODEL_DIM=128 JEPA_COV=1
-d128_narrow MODEL_DIM=128 $NARROW
+d128_narrow MODEL_DIM=128 $NARROW_LATENT
 FORMS
         ;;
     recipe_64 | recipe_128) sed "s/\$/ JEPA_WEIGHT=0 SIGREG_LAMBDA=0 MODEL_DIM=${1#recipe_}/" <<'FORMS'
@@ -113,7 +110,7 @@ FORMS
         sed "s|\$| $size MAX_WALLCLOCK_SECONDS=120|" <<FORMS
 published
 published_lanes LANES=1
-best $BEST
+best $BEST_A
 FORMS
         ;;
     *) die "$1: groups are $GROUPS_HERE" 2 ;;

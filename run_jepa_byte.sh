@@ -14,17 +14,7 @@ take_arguments "$@"
 choose_profile
 choose_data demo_bytes fineweb10B_bytes fineweb10B_sp1024_bytes
 
-if [[ $PRESET == best ]]; then
-    export JEPA_DIM="${JEPA_DIM-16}"                    # a latent that keeps its rank: 16 dimensions, decorrelated,
-    export JEPA_COV="${JEPA_COV-1}"                     # no gradient through the targets
-    export DETACH_TARGETS="${DETACH_TARGETS-1}"
-    export CARRY_STATE="${CARRY_STATE-1}"               # rows go on where they ended
-    export EVAL_STATE="${EVAL_STATE-carry}"             # and so does the evaluation: one pass in place of sliding
-    export SLIDING_EVAL="${SLIDING_EVAL-0}"
-    export ACTIVATION="${ACTIVATION-leaky_relu2}"
-    export MIN_LR="${MIN_LR-0.1}"
-    export QAT_FRACTION="${QAT_FRACTION-0.3}"           # on the storage grid for the last part only
-fi
+if [[ $PRESET == best ]]; then default_to $BEST_A; fi
 
 if [[ $PROFILE == cpu ]]; then      # about two minutes of training on two cores
     export MODEL_DIM="${MODEL_DIM-128}"

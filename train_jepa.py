@@ -347,7 +347,7 @@ class Config:
             first, last = getattr(c, start.lower()) or 1, getattr(c, full.lower())
             need(first <= last and last % first == 0 and (last // first).bit_count() == 1 or first == 1,
                  f"{start}={first}: {full}={last} must be this times a power of two")
-            need(first == 1 or not (c.lanes or c.carry_state),
+            need(first == 1 or not c.in_lanes,
                  f"{start}={first}: rows that read on (LANES=1, CARRY_STATE=1) keep their length and number")
         need(not c.batch_tokens_start or c.batch_tokens_start % per_micro == 0, f"BATCH_TOKENS_START="
              f"{c.batch_tokens_start}: must be a multiple of MICRO_BATCHES*TRAIN_SEQ_LEN={per_micro}")
@@ -398,6 +398,7 @@ class Config:
     anti_weight = property(lambda c: c.sigreg_lambda if c.loss_schedule == "joint" else c.sigreg_weight)
     latent_on = property(lambda c: c.jepa_on or c.loss_schedule == "joint" and (c.anti_weight > 0 or c.jepa_cov > 0))
     micro_tokens = property(lambda c: c.train_batch_tokens // c.micro_batches)
+    in_lanes = property(lambda c: c.lanes or c.carry_state)
     micro_rows = property(lambda c: c.micro_tokens // c.train_seq_len)
 
     @property
@@ -410,9 +411,7 @@ class Config:
         return {name: getattr(self, f.name) for name, f in self.knobs().items() if keep(f)}
 
     def fixed(self) -> dict[str, Any]:
-        """What a resumed run may not change: everything that alters the model, the data or the trajectory.
-
-        The storage grids (GRID_KNOBS) are such knobs too, unless QAT_FRACTION=0."""
+        """What a resumed run may not change: everything that alters the model, the data or the trajectory."""
         return self.named(lambda f: not f.metadata["free"])
 
     def model_config(self) -> dict[str, Any]:
@@ -727,6 +726,7 @@ def replacing(path: Path) -> Iterator[Any]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`, or leave it as it was."""
     with replacing(path) as file:
         file.write(data)
 
@@ -873,7 +873,8 @@ class Batches:
         """x and y, each (rows, seq_len) int64, of one micro-batch of the step that starts at `position`."""
         rows, seq_len = self.rows, self.seq_len
         if self.lanes:
-            starts = [(micro * rows + row) * self.span() + position for row in range(rows)]
+            lane = self.span()
+            starts = [(micro * rows + row) * lane + position for row in range(rows)]
             values = torch.from_numpy(np.stack([self.stream.read(start, seq_len + 1) for start in starts]))
             return values[:, :-1].contiguous(), values[:, 1:].contiguous()
         count = rows * seq_len + 1
@@ -3463,7 +3464,7 @@ def artifact_meta(config: dict, table, streams) -> dict:
 
 
 def estimate_bytes(tensors: dict[str, tuple[Tensor, Grid]], config: dict | None = None) -> dict:
-    """Predicted artifact bytes from entropies, nothing compressed. {"bytes", "entropy_bytes", "per_tensor"}"""
+    """Predicted artifact bytes from entropies, nothing compressed. {"bytes", "entropy_bytes"}"""
     table, encoded = encode_all(tensors)
     streams = build_streams(table, encoded)
     tables = zlib.compress(b"".join(frequencies(np.bincount(s, minlength=256)).astype("<u2").tobytes()
@@ -3865,7 +3866,7 @@ class Trainer:
             self.jepa.to(runtime.device)
         self.weights = Weights(self.model, self.jepa, self.plan, c, runtime)
         self.optimizer = Optimizer(self.weights, c)
-        self.batches = Batches(stream, c.micro_batches, c.micro_rows, c.train_seq_len, lanes=c.lanes or c.carry_state)
+        self.batches = Batches(stream, c.micro_batches, c.micro_rows, c.train_seq_len, lanes=c.in_lanes)
         self.mine = range(runtime.rank * c.micro_batches // runtime.world,
                           (runtime.rank + 1) * c.micro_batches // runtime.world)
         # CARRY_STATE: the mixers' states of each micro-batch
@@ -4321,7 +4322,7 @@ class Run:
                 and type(meta["validated"]) is int and (meta["score"] is None or Score(*meta["score"]))):
             raise ValueError("its meta data")
         old, new = meta["fixed"], self.config.fixed()
-        trained_on_grid = old["QAT_FRACTION"] or new["QAT_FRACTION"]
+        trained_on_grid = old["QAT_FRACTION"] or new["QAT_FRACTION"]  # else any grid will do
         if lines := differences(old, new, but=() if trained_on_grid else GRID_KNOBS):
             raise UserError(f"RUN_ID={path.name}: its checkpoint was made with other settings; undo these, or start "
                             "another RUN_ID:\n" + "\n".join("  " + line for line in lines))
