@@ -29,12 +29,10 @@ from __future__ import annotations
 import base64
 import codecs
 import contextlib
-import csv
 import ctypes
 import dataclasses
 import difflib
 import functools
-import glob
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -45,12 +43,9 @@ import math
 import os
 import platform
 import re
-import shutil
 import signal
 import struct
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 import types
@@ -107,8 +102,7 @@ SCRIPT_KNOBS = {"PROFILE": "auto|gpu|cpu: which defaults the run scripts take (a
 class Config:
     """All settings of a run; GROUPS below names the groups."""
     mode: str = knob("train", "what to do", free=True,
-                     choices=("train", "describe", "bench", "eval", "sample", "submit", "compare"))
-    dry_run: bool = knob(False, "1 = MODE=describe", free=True)
+                     choices=("train", "describe", "bench", "eval", "sample"))
     run_id: str = knob("", "name of the run's folder (empty: configuration and time)", free=True)
     runs_dir: str = knob("runs", "where run folders are made", free=True)
     overwrite: bool = knob(False, "1 = start over in a run folder that exists", free=True)
@@ -162,10 +156,6 @@ class Config:
     jepa_weight: float = knob(1.0, "weight of the latent prediction", low=0)
     jepa_steps: int = knob(1, "horizons of the latent rollout (0 = off)", low=0)
     jepa_dim: int = knob(0, "width of the latent (0 = MODEL_DIM)", low=0)
-    jepa_target: str = knob("latent", "next latent; mean latent or mean token embedding of the next JEPA_CHUNK",
-                            choices=("latent", "chunk", "embedding"))
-    jepa_chunk: int = knob(8, "positions of a chunk target", low=1)
-    jepa_action: bool = knob(False, "1 = the predictor is told the token that comes next")
     jepa_loss: str = knob("mse", "distance of prediction and target", choices=("mse", "smooth_l1"))
     jepa_anneal: float = knob(0.0, "fraction of the run at which JEPA_WEIGHT has fallen to 0 (0 = never)",
                               low=0, high=1)
@@ -179,9 +169,6 @@ class Config:
     sigreg_num_proj: int = knob(0, "directions (0 = 2 * embedding width)", low=0)
     sigreg_schedule: bool = knob(False, "1 = ramp the weight from 0 over the first 30%")
     sigreg_axis: str = knob("batch", "what one characteristic function pools", choices=("batch", "time", "both"))
-    sigreg_sync: bool = knob(False, "1 = average the characteristic functions over ranks first")
-    sigreg_resample: bool = knob(False, "1 = new directions each step")
-    sigreg_scale: bool = knob(False, "1 = multiply by the sample count, as LeJEPA does")
     jepa_cov: float = knob(0.0, "weight of a variance-covariance term on z beside SIGReg", low=0)
     jepa_pure_frac: float = knob(0.10, "end of the pure JEPA stage (staged)", low=0, high=1)
     ce_pure_frac: float = knob(0.80, "start of the pure CE stage (staged)", low=0, high=1)
@@ -198,14 +185,8 @@ class Config:
     warmdown_fraction: float = knob(0.15, "last fraction of the run", low=0, high=1)
     warmdown_iters: int = knob(2000, "last steps (under a cap: at the mean step time so far)", low=0)
     min_lr: float = knob(0.0, "LR at the end / base LR", low=0, high=1)
-    seq_len_start: int = knob(0, "tokens per row at the start (0 = TRAIN_SEQ_LEN all the time)", low=0)
-    seq_len_full: float = knob(0.5, "fraction of the run at which rows have doubled up to TRAIN_SEQ_LEN", low=0, high=1)
-    batch_tokens_start: int = knob(0, "tokens per step at the start (0 = TRAIN_BATCH_TOKENS all the time)", low=0)
-    batch_tokens_full: float = knob(0.5, "fraction of the run at which steps have doubled up to TRAIN_BATCH_TOKENS",
-                                    low=0, high=1)
     lanes: bool = knob(False, "1 = a row reads on where it ended, each in its own part of the data")
     carry_state: bool = knob(False, "1 = as LANES, and a row starts from the states that it ended with")
-    carry_reset: bool = knob(False, "1 = states begin anew at document starts (PyTorch scan)")
     val_loss_every: int = knob(500, "steps between validations (0 = at the end only)", low=0, free=True)
     train_log_every: int = knob(100, "steps between log lines", low=1, free=True)
     compile_mode: str = knob("default", "torch.compile mode; off = eager; aot_eager = traced, not generated",
@@ -221,7 +202,6 @@ class Config:
     muon_momentum_warmup_start: float = knob(0.85, "momentum at step 0", low=0, high=0.9999)
     muon_momentum_warmup_steps: int = knob(500, "steps until the final momentum", low=0)
     muon_backend_steps: int = knob(3, "Newton-Schulz iterations", low=1, high=20)
-    muon_ns: str = knob("quintic", "coefficients of the iteration", choices=("quintic", "polar"))
     muon_wd: float = knob(0.04, "decoupled weight decay", low=0)
     row_norm: bool = knob(True, "row-wise RMS normalization before Newton-Schulz")
     adam_wd: float = knob(0.05, "decoupled weight decay (dt_bias, A_log and D are exempt)", low=0)
@@ -272,14 +252,6 @@ class Config:
     temperature: float = knob(0.8, "of sampling (0 = most likely token)", low=0, free=True)
     top_k: int = knob(0, "keep the k most likely tokens (0 = all)", low=0, free=True)
     top_p: float = knob(1.0, "keep the smallest set with this probability", low=0.001, high=1, free=True)
-    run: str = knob("", "run folders of one submission (MODE=submit)", free=True)
-    runs: str = knob("", "run folders to compare, globs allowed (MODE=compare)", free=True)
-    out: str = knob("", "folder that MODE=submit and MODE=compare write", free=True)
-    track: str = knob("10min", "challenge track", choices=("10min", "unlimited"), free=True)
-    author: str = knob("", "author of the submission", free=True)
-    github_id: str = knob("", "GitHub name of the author", free=True)
-    submission_name: str = knob("", "title of the submission", free=True)
-    blurb: str = knob("", "a sentence about the submission", free=True)
     # where each value came from; not a knob
     sources: dict = field(default_factory=dict, compare=False, repr=False)
 
@@ -318,8 +290,7 @@ class Config:
                 errors.append(str(error))
         if errors:
             raise UserError("\n".join(errors))
-        config = cls(**values, sources=sources)
-        return dataclasses.replace(config, mode="describe") if config.dry_run else config
+        return cls(**values, sources=sources)
 
     def validate(self) -> Config:
         """Return self, or raise UserError with a line for every combination that makes no sense."""
@@ -343,18 +314,6 @@ class Config:
         per_micro = c.micro_batches * c.train_seq_len
         need(c.train_batch_tokens % per_micro == 0, f"TRAIN_BATCH_TOKENS={c.train_batch_tokens}: must be a multiple "
              f"of MICRO_BATCHES*TRAIN_SEQ_LEN={c.micro_batches}*{c.train_seq_len}={per_micro}")
-        for start, full in (("SEQ_LEN_START", "TRAIN_SEQ_LEN"), ("BATCH_TOKENS_START", "TRAIN_BATCH_TOKENS")):
-            first, last = getattr(c, start.lower()) or 1, getattr(c, full.lower())
-            need(first <= last and last % first == 0 and (last // first).bit_count() == 1 or first == 1,
-                 f"{start}={first}: {full}={last} must be this times a power of two")
-            need(first == 1 or not c.in_lanes,
-                 f"{start}={first}: rows that read on (LANES=1, CARRY_STATE=1) keep their length and number")
-        need(not c.batch_tokens_start or c.batch_tokens_start % per_micro == 0, f"BATCH_TOKENS_START="
-             f"{c.batch_tokens_start}: must be a multiple of MICRO_BATCHES*TRAIN_SEQ_LEN={per_micro}")
-        need(not c.carry_reset or c.carry_state or c.eval_state == "carry" or c.mode in ("eval", "sample"),
-             "CARRY_RESET=1: goes with CARRY_STATE=1 or EVAL_STATE=carry")
-        need(not c.carry_reset or c.ssd_kernel in ("auto", "torch"),
-             f"SSD_KERNEL={c.ssd_kernel}: CARRY_RESET=1 needs the PyTorch scan; take torch or auto")
         need(c.storage == "int8" or c.quant_bits in (4, 5, 6),
              f"QUANT_BITS={c.quant_bits}: 4, 5 or 6 (8 goes with STORAGE=int8)")
         need(c.storage != "int8" or c.quant_bits == 8, f"QUANT_BITS={c.quant_bits}: STORAGE=int8 needs 8")
@@ -369,21 +328,16 @@ class Config:
              "CE_WEIGHT=0 with JEPA off, annealed or staged: no loss is left in the end; raise CE_WEIGHT")
         need(c.jepa_on or c.loss_schedule == "joint",
              "LOSS_SCHEDULE=staged: its first stage needs JEPA_WEIGHT > 0 and JEPA_STEPS > 0")
-        reach = c.jepa_steps * (c.jepa_chunk if c.jepa_target != "latent" else 1)
-        shortest = c.seq_len_start or c.train_seq_len
-        need(not c.jepa_on or reach < shortest, f"JEPA_STEPS={c.jepa_steps}: the last target lies {reach} "
-             f"tokens ahead, {'SEQ_LEN_START' if c.seq_len_start else 'TRAIN_SEQ_LEN'}={shortest} is too short for it")
-        need(c.jepa_target == "latent" or c.jepa_steps <= 1,
-             f"JEPA_TARGET={c.jepa_target}: chunk targets have one horizon; JEPA_STEPS=1, and JEPA_CHUNK sets it")
+        need(not c.jepa_on or c.jepa_steps < c.train_seq_len,
+             f"JEPA_STEPS={c.jepa_steps}: must be less than TRAIN_SEQ_LEN={c.train_seq_len}")
         need(not c.jepa_dim or c.projector_type != "none", "JEPA_DIM: PROJECTOR_TYPE=none leaves z = h; take linear")
-        need(c.anticollapse == "sigreg" or not (c.sigreg_sync or c.sigreg_resample or c.sigreg_scale)
-             and c.sigreg_axis == "batch", "SIGREG_SYNC, _RESAMPLE, _SCALE, _AXIS: go with ANTICOLLAPSE=sigreg")
+        need(c.anticollapse == "sigreg" or c.sigreg_axis == "batch", "SIGREG_AXIS: goes with ANTICOLLAPSE=sigreg")
         need(c.loss_schedule == "joint" or c.jepa_pure_frac < c.ce_pure_frac,
              f"JEPA_PURE_FRAC={c.jepa_pure_frac}: must lie before CE_PURE_FRAC={c.ce_pure_frac}")
         need(not c.sliding_eval or c.sliding_eval_stride <= c.train_seq_len,
              f"SLIDING_EVAL_STRIDE={c.sliding_eval_stride}: at most TRAIN_SEQ_LEN={c.train_seq_len}")
-        need(not (c.carry_state or c.carry_reset or c.eval_state == "carry") or "a" not in c.pattern,
-             "CARRY_STATE, CARRY_RESET, EVAL_STATE=carry: attention has no fixed-size state; use MIXER=mamba2")
+        need(not (c.carry_state or c.eval_state == "carry") or "a" not in c.pattern,
+             "CARRY_STATE, EVAL_STATE=carry: attention has no fixed-size state; use MIXER=mamba2")
         need(not re.search(r"[/\\\0]|^\.", c.run_id), f"RUN_ID={c.run_id}: a plain folder name is needed")
         if errors:
             raise UserError("\n".join(errors))
@@ -427,7 +381,7 @@ class Config:
 
 MODEL_KNOBS = ("TOKENIZER VOCAB_SIZE MODEL_DIM NUM_LAYERS MIXER D_STATE D_CONV EXPAND NUM_HEADS NUM_KV_HEADS ROPE_BASE "
                "EMBED_DIM MLP_MULT MLP_EVERY ACTIVATION MLP_NORM NORM_EPS TIE_EMBEDDINGS VOCAB_BIAS LOGIT_SOFTCAP "
-               "SOFTCAP_TYPE TRAIN_SEQ_LEN CARRY_RESET").split()
+               "SOFTCAP_TYPE TRAIN_SEQ_LEN").split()
 GRID_KNOBS = ("STORAGE QUANT_BITS QUANT_STEP QUANT_K INT8_FLOOR FP_STORAGE MLP_GRID PROJ_GRID DT_GRID "
               "EMBED_GRID").split()  # how tensors are stored: only QAT shows it to the training
 
@@ -574,10 +528,6 @@ class Runtime:
         whole = part.new_empty(self.world * part.size(0), *part.shape[1:])
         return whole, dist.all_gather(list(whole.split(part.size(0))), part, async_op=True)
 
-    def average(self, tensor: Tensor) -> Tensor:
-        """Mean over ranks, differentiable: the gradient is the mean of the ranks' gradients."""
-        return tensor if self.world == 1 else _Average.apply(tensor, self)
-
     def collect(self, value) -> list:
         """Every rank's picklable value, in rank order (between our own processes, never from a file)."""
         everyone = [value]
@@ -635,23 +585,6 @@ class Runtime:
             facts |= dict(cuda=torch.version.cuda, triton=package_version("triton"),
                           mamba_ssm=package_version("mamba_ssm"))
         return facts
-
-
-class _Average(torch.autograd.Function):
-    """Mean over ranks. Each rank's loss depends on all ranks' tensors, so gradients are averaged the same way."""
-
-    @staticmethod
-    def forward(ctx, tensor: Tensor, runtime: Runtime) -> Tensor:
-        ctx.runtime = runtime
-        total = tensor.clone()
-        runtime.sum_(total)
-        return total / runtime.world
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        total = grad.contiguous().clone()
-        ctx.runtime.sum_(total)
-        return total / ctx.runtime.world, None
 
 
 def check_world(config: Config, world: int) -> None:
@@ -780,13 +713,6 @@ class RunFolder:
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 1024  # header: 256 little-endian int32
 BYTE_MARK = 0  # document boundary in byte shards: a value that UTF-8 text never holds; it costs no bytes in BPB
-
-
-def write_shard(path: Path, tokens: np.ndarray) -> None:
-    """Write uint16 tokens (n,) in the challenge's shard format, atomically."""
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
-    write_atomically(Path(path), header.tobytes() + np.ascontiguousarray(tokens, dtype="<u2").tobytes())
 
 
 def read_shard(path: Path) -> np.ndarray:
@@ -975,19 +901,18 @@ def load_validation(config: Config) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------
 
 def ssd_chunked(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *, chunk: int = 64,
-                initial_state: Tensor | None = None, document: Tensor | None = None) -> tuple[Tensor, Tensor]:
+                initial_state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """y and the final state of h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, y_t = h_t C_t + D x_t.
 
     x (B,T,H,P); dt (B,T,H) fp32, after softplus; A (H,) fp32, negative; B, C (B,T,N), one group; D (H,);
     initial_state (B,H,P,N) fp32 or None for zeros. Returns y (B,T,H,P) in x.dtype and the state (B,H,P,N) in fp32.
-    document (B,T) counts the documents begun so far in the row: where it rises the state begins anew. Any T.
+    Any T.
     Four steps: within chunks, states of chunks, states between chunks, their effect within chunks."""
     batch, length, heads, width = x.shape
     state_size = B.size(-1)
     chunk = min(chunk, length)
     if pad := -length % chunk:  # dt = 0 neither decays nor adds: padding leaves the state alone
         x, dt, B, C = (F.pad(t, (0, 0) * (t.ndim - 2) + (0, pad)) for t in (x, dt, B, C))
-        document = document if document is None else torch.cat((document, document[:, -1:].expand(-1, pad)), 1)
     chunks = (length + pad) // chunk
     split = lambda t: t.reshape(batch, chunks, chunk, *t.shape[2:])
     u = split((x * dt.unsqueeze(-1)).to(x.dtype))                                   # (b,c,Q,H,P)
@@ -995,24 +920,16 @@ def ssd_chunked(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tenso
     logs = split(dt * A).transpose(2, 3).cumsum(-1)                                 # (b,c,H,Q) log decay so far
     # 1. Within a chunk: y_i = sum_{j<=i} (C_i.B_j) exp(logs_i - logs_j) u_j. Masked before exp, else inf * 0 = NaN.
     future = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
-    if document is not None:
-        document = split(document)                                                  # (b,c,Q)
-        ends = F.pad(document[..., -1], (1, 0))                                     # (b,c+1), 0 before the row
-        future = future | (document.unsqueeze(-1) != document.unsqueeze(-2)).unsqueeze(2)
     decay = (logs.unsqueeze(-1) - logs.unsqueeze(-2)).masked_fill_(future, -math.inf).exp_()  # (b,c,H,Q,Q)
     scores = (C @ B.transpose(-1, -2)).unsqueeze(2) * decay
     y = (scores.to(x.dtype) @ u.transpose(2, 3)).transpose(2, 3)                    # (b,c,Q,H,P)
     # 2. What each chunk adds to the state by its end.
     to_end = (logs[..., -1:] - logs).exp().transpose(2, 3).unsqueeze(-1)            # (b,c,Q,H,1)
-    if document is not None:
-        to_end = to_end * (document == document[..., -1:])[..., None, None]
     added = (u * to_end).to(x.dtype).flatten(3).transpose(-1, -2) @ B               # (b,c,H*P,N)
     added = added.to(logs.dtype).view(batch, chunks, heads, width * state_size).transpose(1, 2)   # (b,H,c,P*N)
     # 3. States at chunk starts: a (c+1)x(c+1) decay matrix over [initial, chunk 1, ...] in one product.
     total = F.pad(logs[..., -1].transpose(1, 2), (1, 0)).cumsum(-1)                 # (b,H,c+1)
     future = torch.ones(chunks + 1, chunks + 1, dtype=torch.bool, device=x.device).triu(1)
-    if document is not None:
-        future = future | (ends.unsqueeze(-1) != ends.unsqueeze(-2)).unsqueeze(1)
     carry = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(future, -math.inf).exp()
     states = carry[..., 1:] @ added                                                 # (b,H,c+1,P*N)
     if initial_state is not None:
@@ -1022,8 +939,6 @@ def ssd_chunked(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tenso
     starts = states[:, :, :-1].transpose(1, 2).reshape(batch, chunks, heads * width, state_size).to(x.dtype)
     carried = (C @ starts.transpose(-1, -2)).view(batch, chunks, chunk, heads, width)
     so_far = logs.exp().transpose(2, 3).unsqueeze(-1)                               # (b,c,Q,H,1)
-    if document is not None:
-        so_far = so_far * (document == ends[:, :-1, None])[..., None, None]
     y = torch.addcmul(y.to(so_far.dtype), carried, so_far).reshape(batch, length + pad, heads, width)
     return torch.addcmul(y, D.unsqueeze(-1), x)[:, :length].to(x.dtype), final
 
@@ -1035,27 +950,21 @@ def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, 
     return ((state * C[:, None, None, :]).sum(-1) + D.unsqueeze(-1) * x).to(x.dtype), state
 
 
-def causal_conv_silu(u: Tensor, weight: Tensor, bias: Tensor, *, initial: Tensor | None = None,
-                     document: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def causal_conv_silu(u: Tensor, weight: Tensor, bias: Tensor, *, initial: Tensor | None = None
+                     ) -> tuple[Tensor, Tensor]:
     """silu of the depthwise causal convolution of u (B,T,C) with weight (C,1,K) and bias (C,).
 
     `initial` (B,K-1,C) are the inputs before the row (None: zeros). Returns the output (B,T,C) and the last K-1
-    inputs. `document` as in ssd_chunked: inputs of earlier documents count as zeros. K shifted
-    multiply-adds: no alignment rules, and a compiler fuses them into one pass."""
+    inputs. K shifted multiply-adds: no alignment rules, and a compiler fuses them into one pass."""
     taps, length = weight.size(-1), u.size(1)
-    if document is None and length >= taps and eager_on_cpu(u):
+    if length >= taps and eager_on_cpu(u):
         return F.silu(_ShiftedSums.apply(u, weight.to(u.dtype), bias.to(u.dtype), initial)), u[:, length - taps + 1:]
     before = u.new_zeros(u.size(0), taps - 1, u.size(2)) if initial is None else initial.to(u.dtype)
     padded = torch.cat((before, u), dim=1)
     out = bias.to(u.dtype)
-    near = None if document is None else F.pad(document, (taps - 1, 0)).unsqueeze(-1)  # 0: before the row
     for k in range(taps):
-        seen = padded[:, k:k + length]
-        if near is not None:
-            seen = seen * (near[:, k:k + length] == document.unsqueeze(-1))
-        out = out + seen * weight[:, 0, k].to(u.dtype)
-    last = padded[:, length:]
-    return F.silu(out), last if near is None else last * (near[:, length:] == near[:, -1:])
+        out = out + padded[:, k:k + length] * weight[:, 0, k].to(u.dtype)
+    return F.silu(out), padded[:, length:]
 
 
 def eager_on_cpu(x: Tensor) -> bool:
@@ -1577,27 +1486,6 @@ def _head_train_backward(ctx, grad, *_):
 _head_train.register_autograd(_head_train_backward, setup_context=_head_train_setup)
 
 
-@torch.library.custom_op("jepa::head_nll", mutates_args=(), schema=(
-    "(Tensor h, Tensor weight, Tensor? bias, Tensor targets, float softcap, int cap, float inv_temp, int rows)"
-    " -> (Tensor, Tensor)"))
-def _head_nll(h, weight, bias, targets, softcap, cap, inv_temp, rows):
-    (n, _), V = h.shape, weight.shape[0]
-    w, b = weight.to(h.dtype), None if bias is None else bias.float()
-    nll, lse = torch.empty(n, device=h.device), torch.empty(n, device=h.device)
-    rows = rows or _head_rows(n, V, h.is_cuda)
-    buffer = h.new_empty(min(rows, n), V)
-    for i in range(0, n, rows):
-        part = slice(i, min(n, i + rows))
-        logits = torch.mm(h[part], w.T, out=buffer[:part.stop - i])
-        _head_chunk(logits, b, targets[part], nll[part], lse[part], softcap, cap, 0.0, inv_temp, False)
-    return nll, lse
-
-
-@_head_nll.register_fake
-def _(h, weight, bias, targets, softcap, cap, inv_temp, rows):
-    return h.new_empty(h.shape[:1], dtype=torch.float32), h.new_empty(h.shape[:1], dtype=torch.float32)
-
-
 def token_loss_fused(h, weight, bias, targets, *, softcap=0.0, softcap_type="poly", z_loss=0.0, rows=0):
     """Training loss of the head in token chunks; no (n, V) tensor exists, peak extra memory is one chunk of logits.
 
@@ -1605,19 +1493,8 @@ def token_loss_fused(h, weight, bias, targets, *, softcap=0.0, softcap_type="pol
     targets (n,) int64 in [0, V). Returns (loss, nll): scalar fp32 mean(nll) + z_loss * mean(lse^2), and mean(nll)
     without gradient, for the log. rows: tokens per chunk, 0 = by vocabulary. Forward computes the gradients as well
     (once, where the logits are at hand); backward scales them by the upstream gradient."""
-    cap = softcap_code(softcap, softcap_type)
-    if torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad or bias is not None and bias.requires_grad):
-        loss, nll = _head_train(h, weight, bias, targets, softcap, cap, z_loss, rows)[:2]
-        return loss, nll.detach()
-    nll, lse = _head_nll(h, weight, bias, targets, softcap, cap, 1.0, rows)
-    return nll.mean() + z_loss * lse.square().mean(), nll.mean()
-
-
-def token_nll_fused(h, weight, bias, targets, *, softcap=0.0, softcap_type="poly", temperature=1.0, rows=0):
-    """Per-token nll (n,) fp32 for evaluation, without gradient; temperature divides the capped logits."""
-    cap = softcap_code(softcap, softcap_type)
-    with torch.no_grad():
-        return _head_nll(h, weight, bias, targets, softcap, cap, 1 / temperature, rows)[0]
+    loss, nll = _head_train(h, weight, bias, targets, softcap, softcap_code(softcap, softcap_type), z_loss, rows)[:2]
+    return loss, nll.detach()
 
 
 # -- causal convolution ------------------------------------------------------------------------------------------------
@@ -1923,8 +1800,6 @@ class Kernels(NamedTuple):
 
 def choose_kernels(c: Config, runtime: Runtime) -> tuple[Kernels, str]:
     """The forms for this device and SSD_KERNEL, and a line that says what a fallback costs ("" = none)."""
-    if c.carry_reset:
-        return Kernels(), "CARRY_RESET=1: PyTorch scan and convolution" if runtime.cuda else ""
     name, note = choose_ssd(c.ssd_kernel, runtime.device)
     ssd = dict(torch=ssd_chunked, mamba_ssm=ssd_mamba_ssm, fused=ssd_triton)[name]
     return Kernels(ssd, causal_conv_silu_triton if runs_triton(torch.empty(0, device=runtime.device)) else
@@ -1942,6 +1817,16 @@ SCALAR, STATE, CONTROL = "scalar", "state", "control"
 # Matrices: Muon, stored INT; three roles, since their grids may differ. Embedding, head: AdamW at their own rates.
 # Correction (of the tied head), scalar: AdamW at SCALAR_LR; state: the same without decay; control: a scalar that
 # system B stores in fp32 (scales, mixes, gains).
+
+
+def named_roles(module: nn.Module, prefix: str = "") -> list[tuple[str, str, nn.Parameter]]:
+    """(name, role, parameter) of every parameter, the role as declared by the module that made it."""
+    found = []
+    for path, part in module.named_modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            full = f"{path}.{name}" if path else name
+            found.append((prefix + full, part.roles[name], parameter))
+    return found
 
 
 def rms_norm(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
@@ -2038,20 +1923,16 @@ class Mamba2(nn.Module):
         self.norm = GatedNorm(self.d_inner)
         self.out_proj = Linear(self.d_inner, dim)
 
-    def forward(self, u: Tensor, state: MambaState | None = None, document: Tensor | None = None
-                ) -> tuple[Tensor, MambaState]:
-        """u (B,T,D) -> (B,T,D) and the state after the last position; `state` is the one before the first.
-
-        document (B,T): see ssd_chunked; only the PyTorch kernels know it."""
+    def forward(self, u: Tensor, state: MambaState | None = None) -> tuple[Tensor, MambaState]:
+        """u (B,T,D) -> (B,T,D) and the state after the last position; `state` is the one before the first."""
         inner, N, H = self.d_inner, self.d_state, self.heads
         z, xBC, dt = self.in_proj(u).split((inner, inner + 2 * N, H), dim=-1)
-        apart = {} if document is None else {"document": document}
         xBC, conv = self.kernels.conv(xBC, self.conv1d.weight, self.conv1d.bias,
-                                      initial=None if state is None else state.conv, **apart)
+                                      initial=None if state is None else state.conv)
         x, B, C = xBC.split((inner, N, N), dim=-1)
         dt = F.softplus(dt.float() + self.dt_bias)
         y, ssm = self.kernels.ssd(x.unflatten(-1, (H, HEADDIM)), dt, -self.A_log.exp(), B, C, self.D, chunk=self.chunk,
-                                  initial_state=None if state is None else state.ssm, **apart)
+                                  initial_state=None if state is None else state.ssm)
         return self.out_proj(self.norm(y.flatten(2), z)), MambaState(conv, ssm)
 
     def step(self, u: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
@@ -2142,12 +2023,11 @@ class Block(nn.Module):
         if mlp is not None:
             self.mlp_scale = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor, x0: Tensor, state=None, step: bool = False, document: Tensor | None = None):
-        """x, x0 (B,T,D) -> (B,T,D) and the mixer's state; document: see ssd_chunked."""
+    def forward(self, x: Tensor, x0: Tensor, state=None, step: bool = False):
+        """x, x0 (B,T,D) -> (B,T,D) and the mixer's state."""
         mix = self.mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        apart = {} if document is None or step else {"document": document}
-        mixed, state = (self.mixer.step if step else self.mixer)(rms_norm(x, self.eps), state, **apart)
+        mixed, state = (self.mixer.step if step else self.mixer)(rms_norm(x, self.eps), state)
         x = x + self.mixer_scale.to(x.dtype) * mixed
         if self.mlp is not None:
             x = x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x, self.eps))
@@ -2172,7 +2052,6 @@ class LanguageModel(nn.Module):
         dim, embed, vocab, tie = c.model_dim, c.embed, c.vocab_size, c.tie_embeddings
         self.softcap, self.softcap_type, self.tie = c.logit_softcap, c.softcap_type, tie
         self.eps = c.norm_eps
-        self.mark: int | None = None  # CARRY_RESET: the id at which all states begin anew
         std = 0.02 if c.embed_style == "projected" else c.tied_embed_init_std
         self.token_embed = nn.Parameter(torch.randn(vocab, embed) * std)
         self.embed_proj = Linear(embed, dim) if embed != dim else None
@@ -2200,23 +2079,19 @@ class LanguageModel(nn.Module):
         return rms_norm(x if self.embed_proj is None else self.embed_proj(x), FP32_EPS)
 
     def forward(self, ids: Tensor, dtype: torch.dtype, states: list | None = None, step: bool = False
-                ) -> tuple[Tensor, Tensor, list]:
-        """ids (B,T) -> h (B,T,D), x0 (B,T,D), and one state per block; `states` are those before the first id."""
+                ) -> tuple[Tensor, list]:
+        """ids (B,T) -> h (B,T,D), and one state per block; `states` are those before the first id."""
         x = x0 = self.embed(ids, dtype)
-        document = None if self.mark is None else (ids == self.mark).cumsum(1)
-        if document is not None and step and states is not None:
-            states = [MambaState(*(torch.where((ids == self.mark).view(-1, *(1,) * (t.ndim - 1)), 0, t) for t in state))
-                      for state in states]
         skips, new_states = [], []
         for index, block in enumerate(self.blocks):
             decoder = index - self.encoders
             if decoder >= 0 and skips:
                 x = x + self.skip_weights[decoder].to(dtype) * skips.pop()
-            x, state = block(x, x0, None if states is None else states[index], step, document)
+            x, state = block(x, x0, None if states is None else states[index], step)
             new_states.append(state)
             if decoder < 0:
                 skips.append(x)
-        return rms_norm(x, self.eps), x0, new_states
+        return rms_norm(x, self.eps), new_states
 
     def features(self, h: Tensor) -> Tensor:
         """h (...,D) -> what the head's rows are multiplied with (...,E), or (...,D) when untied."""
@@ -2252,11 +2127,8 @@ class JepaHead(nn.Module):
             self.out = Linear(hidden, latent, bias=not self.normed, zero=True)
             if self.out.bias is not None:
                 nn.init.zeros_(self.out.bias)
-            if c.jepa_action:  # told the next token: LeWorldModel's action, in text
-                self.action = Linear(dim, latent, zero=True)
-            to = dim if c.jepa_target == "embedding" else latent
-            if not self.plain or to != latent:
-                self.pred_proj = self._map(latent, to, "linear" if self.plain else c.projector_type)
+            if not self.plain:
+                self.pred_proj = self._map(latent, latent, c.projector_type)
 
     @staticmethod
     def _map(inputs: int, outputs: int, kind: str) -> nn.Module:
@@ -2265,10 +2137,8 @@ class JepaHead(nn.Module):
     def project(self, h: Tensor) -> Tensor:
         return h if self.plain else self.projector(h)
 
-    def predict(self, z: Tensor, action: Tensor | None = None) -> Tensor:
-        """Latents (B,S,L) one position on; `action` (B,S,D) embeds the token that comes next."""
-        if hasattr(self, "action"):
-            z = z + self.action(action)
+    def predict(self, z: Tensor) -> Tensor:
+        """Latents (B,S,L) one position on."""
         hidden = F.gelu(self.fc(rms_norm(z, self.eps) if self.normed else z))
         guess = self.out(hidden)
         return self.pred_proj(guess) if hasattr(self, "pred_proj") else guess
@@ -2308,22 +2178,17 @@ def sigreg_null(samples: int, knots: int = 17) -> float:
     return sum(w * (1 - phi * phi) for phi, w in zip(target, weights)) / samples
 
 
-def sigreg(z: Tensor, directions: Tensor, knots: int = 17, axis: str = "batch", scale: bool = False,
-           average: Callable[[Tensor], Tensor] | None = None, ranks: int = 1) -> Tensor:
+def sigreg(z: Tensor, directions: Tensor, knots: int = 17, axis: str = "batch") -> Tensor:
     """Distance of the latents from an isotropic Gaussian, seen along unit directions (SIGReg, LeJEPA 2025, eq. 7).
 
     z (B,S,L) at S sampled positions, directions (M,L). Per direction the empirical characteristic function, its
     mean over the batch ("batch", system A), over positions ("time") or over both, is compared with exp(-t^2/2);
-    then the mean over what was not pooled. `scale` multiplies by the sample count, as LeJEPA does; `average`
-    averages the empirical function over `ranks` ranks first."""
+    then the mean over what was not pooled."""
     points, target, weights = (z.new_tensor(v, dtype=torch.float32) for v in sigreg_knots(knots))
     seen = F.linear(z.float(), directions).unsqueeze(-1) * points               # (B,S,M,knots)
     pooled = {"batch": (0,), "time": (1,), "both": (0, 1)}[axis]
     real, imaginary = seen.cos().mean(pooled), seen.sin().mean(pooled)
-    if average is not None:
-        real, imaginary = average(torch.stack((real, imaginary)))
-    distance = (((real - target).square() + imaginary.square()) * weights).sum(-1).mean()
-    return distance * ranks * math.prod(z.size(d) for d in pooled) if scale else distance
+    return (((real - target).square() + imaginary.square()) * weights).sum(-1).mean()
 
 
 def covariance_term(z: Tensor) -> Tensor:
@@ -2336,33 +2201,21 @@ def covariance_term(z: Tensor) -> Tensor:
     return F.relu(1 - (variance + 1e-8).sqrt()).mean() + 0.04 * off_diagonal / z.size(-1)
 
 
-def chunk_means(values: Tensor, chunk: int) -> Tensor:
-    """Mean of values[t+1 .. t+chunk] for every t that has them: (B,T,L) -> (B,T-chunk,L)."""
-    sums = F.pad(values.float().cumsum(1), (0, 0, 1, 0))
-    return ((sums[:, chunk + 1:] - sums[:, 1:-chunk]) / chunk).to(values.dtype)
-
-
-def rollout(jepa: JepaHead, z: Tensor, x0: Tensor, steps: int, target: str, chunk: int
-            ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(prediction, target) for each horizon k = 1..steps; z (B,T,L), x0 (B,T,D).
-
-    latent: prediction k starts from prediction k-1 (from z at first) and meets z shifted by k; chunk, embedding: one
-    prediction meets the mean latent, or the mean token embedding, of the next `chunk` positions."""
-    targets = [z[:, k:] for k in range(1, steps + 1)] if target == "latent" else \
-        [chunk_means(z if target == "chunk" else x0, chunk)]
+def rollout(jepa: JepaHead, z: Tensor, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(prediction, target) for each horizon k = 1..steps; z (B,T,L). Prediction k starts from prediction k-1 (from z
+    at first) and meets z shifted by k."""
     guess = z
-    for k, goal in enumerate(targets, start=1):
-        span = goal.size(1)
-        guess = jepa.predict(guess[:, :span], x0[:, k:k + span])
-        yield guess, goal
+    for k in range(1, steps + 1):
+        target = z[:, k:]
+        guess = jepa.predict(guess[:, :target.size(1)])
+        yield guess, target
 
 
-def latent_rollout(jepa: JepaHead, z: Tensor, x0: Tensor, steps: int, target: str, chunk: int, kind: str,
-                   detach: bool) -> Tensor:
+def latent_rollout(jepa: JepaHead, z: Tensor, steps: int, kind: str, detach: bool) -> Tensor:
     """Mean over horizons of the distance (mse or smooth_l1) between prediction and target, in fp32."""
     distance = F.mse_loss if kind == "mse" else F.smooth_l1_loss
-    return torch.stack([distance(guess.float(), (goal.detach() if detach else goal).float())
-                        for guess, goal in rollout(jepa, z, x0, steps, target, chunk)]).mean()
+    return torch.stack([distance(guess.float(), (target.detach() if detach else target).float())
+                        for guess, target in rollout(jepa, z, steps)]).mean()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -2433,12 +2286,6 @@ def loss_weights(p: float, c: Config) -> LossWeights:
     return LossWeights(c.ce_weight * bridge, jepa * (1 - bridge), c.sigreg_weight * (1 - bridge), "bridge")
 
 
-def grown(p: float, start: int, final: int, full: float) -> int:
-    """A size that doubles from `start` to `final` = start * 2^n in equal spans of progress, done at p = full."""
-    doublings = (final // (start or final)).bit_length() - 1
-    return final if p >= full else final >> doublings - int(p * doublings / full)
-
-
 def qat_on(p: float, fraction: float) -> bool:
     """Whether training runs on the storage grid: the last `fraction` of the run."""
     return fraction > 0 and p >= 1 - fraction
@@ -2447,338 +2294,6 @@ def qat_on(p: float, fraction: float) -> bool:
 def averaging_on(p: float, start: float) -> bool:
     """Whether weight averaging has begun (start 1 = never)."""
     return start < 1 and p >= start
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# optimizers: every parameter in one group with one owner; Muon for matrices, AdamW for the rest
-# ---------------------------------------------------------------------------------------------------------------
-
-# Composed odd polynomials p(x) = a x + b x^3 + c x^5 that push singular values towards 1.
-QUINTIC = ((3.4445, -4.7750, 2.0315),)  # Jordan 2024: fast, lands in about [0.7, 1.2]
-POLAR = (  # Amsel et al. 2025 ("Polar Express"): minimax at each step for singular values in [1e-3, 1]
-    (8.28721201814563, -23.595886519098837, 17.300387312530933),
-    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
-    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
-    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
-    (1.875, -1.25, 0.375))
-# bf16 rounds singular values past the end of each interval, where the polynomials blow up: widen all but the last.
-POLAR = (*((a / 1.01, b / 1.01 ** 3, c / 1.01 ** 5) for a, b, c in POLAR[:-1]), POLAR[-1])
-
-
-@functools.cache
-def matmul_dtype(device_type: str) -> torch.dtype:
-    """bf16 where the machine multiplies it in hardware, else fp32 (a CPU without it would be slower, not faster)."""
-    fast = device_type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
-
-
-def orthogonalize(matrices: Tensor, steps: int, kind: str = "quintic") -> Tensor:
-    """Approximate U V^T of the SVDs of (k,rows,cols) by Newton-Schulz, all at once; result in the working type."""
-    x = matrices.to(matmul_dtype(matrices.device.type))
-    if tall := x.size(-2) > x.size(-1):
-        x = x.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    table = QUINTIC if kind == "quintic" else POLAR
-    for a, b, c in (table[min(i, len(table) - 1)] for i in range(steps)):
-        gram = x @ x.mT
-        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, poly, x, beta=a)
-    return x.mT if tall else x
-
-
-@dataclass
-class Group:
-    """Parameters of one shape, owner and storage grid, as views of stacked buffers (k, *shape).
-
-    master: fp32 truth, touched by the optimizer alone. compute: what forward and backward see, in its own type,
-    rewritten from the masters before each step (on the storage grid under QAT), so nothing has to be restored.
-    grad: fp32 sum over micro-batches and ranks. raw: what autograd adds to (grad itself where types agree)."""
-    names: list[str]
-    owner: str              # muon, embed, head, scalar, state
-    grid: str               # how the tensors are stored ("" = not stored)
-    master: Tensor
-    compute: Tensor
-    grad: Tensor
-    raw: Tensor
-    momentum: Tensor | None = None
-    average: Tensor | None = None
-    touched: bool = False   # whether autograd reached it in this step
-    waiting: int = 0        # parameters that have not reported in the last micro-batch
-    work: Any = None        # pending sum over ranks
-
-
-OWNER = {**dict.fromkeys(MATRICES, "muon"), EMBEDDING: "embed", HEAD: "head", CORRECTION: "scalar", SCALAR: "scalar",
-         CONTROL: "scalar", STATE: "state"}
-
-
-def owner_of(role: str, c: Config) -> str:
-    """Who trains the tensors of a role: muon, or AdamW as embed, head, scalar or state."""
-    return "muon" if role == HEAD and c.embed_style == "projected" else OWNER[role]
-
-
-def base_rates(c: Config) -> dict[str, float]:
-    """Base learning rate of each owner."""
-    tied = c.embed_style == "tied" and c.tie_embeddings
-    return dict(muon=c.matrix_lr, embed=c.tied_embed_lr if tied else c.embed_lr, head=c.head_lr, scalar=c.scalar_lr,
-                state=c.scalar_lr)
-
-
-class Weights:
-    """All parameters of the modules in groups; each belongs to exactly one, which is checked."""
-
-    def __init__(self, stored: nn.Module, extra: nn.Module | None, plan: dict[str, str], config: Config,
-                 runtime: Runtime):
-        self.runtime = runtime
-        sorted_in: dict[tuple, list] = {}
-        for name, role, parameter in named_roles(stored) + (named_roles(extra, "jepa.") if extra is not None else []):
-            key = (owner_of(role, config), plan.get(name, ""), tuple(parameter.shape))
-            sorted_in.setdefault(key, []).append((name, parameter))
-        self.groups = [self._make(key, members) for key, members in sorted_in.items()]
-        counted = [name for group in self.groups for name in group.names]
-        expected = sum(1 for module in (stored, extra) if module is not None for _ in module.parameters())
-        assert len(counted) == len(set(counted)) == expected, "a parameter without exactly one owner"
-        self.last_micro = False
-        self.fused_snap: list[FusedSnap] | None = None
-
-    def _make(self, key: tuple, members: list) -> Group:
-        owner, grid, _ = key
-        device = self.runtime.device
-        master = torch.stack([parameter.detach().float() for _, parameter in members]).to(device)
-        matrix = owner in ("muon", "embed", "head")
-        compute = master.to(self.runtime.dtype if matrix else torch.float32, copy=True)
-        grad = torch.zeros_like(master)
-        raw = grad if compute.dtype == torch.float32 else torch.zeros_like(compute)
-        group = Group([name for name, _ in members], owner, grid, master, compute, grad, raw)
-        for index, (_, parameter) in enumerate(members):
-            parameter.data = compute[index]
-            parameter.grad = raw[index]
-            parameter.register_post_accumulate_grad_hook(functools.partial(self._arrived, group))
-        return group
-
-    def _arrived(self, group: Group, parameter: nn.Parameter) -> None:
-        """Autograd has added a gradient: after the group's last one of the step, its sum over ranks can start."""
-        group.touched = True
-        group.waiting -= 1
-        if self.last_micro and group.waiting == 0:
-            self._send(group)
-
-    def _send(self, group: Group) -> None:
-        if group.raw is not group.grad:
-            group.grad.add_(group.raw)
-            group.raw.zero_()
-        group.work = self.runtime.sum_(group.grad, wait=False)
-
-    def begin_micro(self, last: bool) -> None:
-        """Before a backward pass; on the last one of a step the sums over ranks start as gradients arrive."""
-        self.last_micro = last
-        for group in self.groups:
-            if group.raw is not group.grad and group.touched:
-                group.grad.add_(group.raw)
-                group.raw.zero_()
-            group.waiting = len(group.names)
-
-    def finish_gradients(self) -> None:
-        """After the last backward pass: send what has not been sent, wait for all sums."""
-        for group in self.groups:
-            if group.touched and group.waiting > 0:  # some of its parameters took no part in this loss
-                self._send(group)
-        for group in self.groups:
-            if group.work is not None:
-                group.work.wait()
-                group.work = None
-
-    def zero_grad(self) -> None:
-        for group in self.groups:
-            if group.touched:
-                group.grad.zero_()
-                group.touched = False
-
-    @torch.no_grad()
-    def load(self, which: str = "master", qat: bool = False) -> None:
-        """Write the compute weights: masters or averages, as they are or on their storage grid (bit for bit)."""
-        if which == "master" and qat and self.runtime.cuda and self.snap_fused():
-            return
-        for group in self.groups:
-            source = group.average if which == "average" and group.average is not None else group.master
-            if qat and group.grid:
-                snap_into(group.compute, source, group.grid)
-            else:
-                group.compute.copy_(source)
-
-    def snap_fused(self) -> bool:
-        """All groups in one launch, where every grid is one that the kernel knows; False = take the plain path."""
-        if self.fused_snap is None:
-            jobs = [job for group in self.groups if group.grid
-                    for job in grid_pairs(group.compute, group.master, group.grid)]
-            if any(fused_form(grid) is None for _, _, grid in jobs):
-                return False
-            self.fused_snap = [FusedSnap([(master, compute, *fused_form(grid)) for compute, master, grid in jobs
-                                          if compute.dtype == dtype]) for dtype in {job[0].dtype for job in jobs}]
-        for snap_all in self.fused_snap:
-            snap_all()
-        for group in self.groups:
-            if not group.grid:
-                group.compute.copy_(group.master)
-        return True
-
-    @torch.no_grad()
-    def average(self, decay: float, ok: Tensor) -> None:
-        """Exponential average of the masters; its first call starts from the weights as they are."""
-        for group in self.groups:
-            if group.average is None:
-                group.average = group.master.clone()
-            else:
-                group.average.lerp_(group.master, ((1 - decay) * ok).to(group.master.device))
-
-    def tensors(self, which: str = "master") -> dict[str, Tensor]:
-        """Views by name: master, average (master where there is none), momentum, compute."""
-        found = {}
-        for group in self.groups:
-            stack = getattr(group, which)
-            stack = group.master if stack is None and which == "average" else stack
-            if stack is not None:
-                found |= dict(zip(group.names, stack))
-        return found
-
-    def grids(self) -> dict[str, str]:
-        return {name: group.grid for group in self.groups for name in group.names if group.grid}
-
-    @torch.no_grad()
-    def norm(self) -> Tensor:
-        """Global gradient norm (0-dim, on the device: no host sync)."""
-        return torch.stack([group.grad.norm() for group in self.groups if group.touched]).norm()
-
-
-def named_roles(module: nn.Module, prefix: str = "") -> list[tuple[str, str, nn.Parameter]]:
-    """(name, role, parameter) of every parameter, the role as declared by the module that made it."""
-    found = []
-    for path, part in module.named_modules():
-        for name, parameter in part.named_parameters(recurse=False):
-            full = f"{path}.{name}" if path else name
-            found.append((prefix + full, part.roles[name], parameter))
-    return found
-
-
-def like(found: dict[str, Tensor], name: str, wanted: Tensor) -> Tensor:
-    """A tensor from a file, if it is what is wanted: the fused kernels trust shapes blindly. KeyError, ValueError."""
-    tensor = found[name]
-    if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
-        raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}")
-    return tensor
-
-
-def stacked(found: dict[str, Tensor], group: Group, prefix: str = "") -> Tensor:
-    """The group's tensors (k, *shape) from a file that holds them by name."""
-    return torch.stack([like(found, prefix + name, view) for name, view in zip(group.names, group.master)])
-
-
-class Optimizer:
-    """Muon for the matrices, fused AdamW for the rest, one clip; a non-finite gradient leaves everything as it was.
-
-    All on the device: the norm, the clip and the verdict are 0-dim tensors, so no step waits for the host."""
-
-    def __init__(self, weights: Weights, config: Config):
-        self.weights, self.config, self.runtime = weights, config, weights.runtime
-        c = config
-        rates = base_rates(c)
-        self.muon = [group for group in weights.groups if group.owner == "muon"]
-        for group in self.muon:
-            group.momentum = torch.zeros_like(group.master)
-        self.adam_groups = [group for group in weights.groups if group.owner != "muon"]
-        self.adam = torch.optim.AdamW(
-            [dict(params=[nn.Parameter(group.master)], base_lr=rates[group.owner],
-                  weight_decay=0.0 if group.owner == "state" else c.adam_wd) for group in self.adam_groups],
-            lr=1.0, betas=(c.beta1, c.beta2), eps=c.adam_eps, fused=True)
-        self.skipped = torch.zeros((), device=self.runtime.device)         # steps skipped so far
-        self.skipped_in_row = torch.zeros((), device=self.runtime.device)
-
-    @torch.no_grad()
-    def step(self, scale: float, momentum: float, clip: bool = True) -> tuple[Tensor, Tensor]:
-        """Update the masters at LR `scale`; returns the gradient norm and whether it was finite (0-dim tensors)."""
-        c, touched = self.config, [group for group in self.weights.groups if group.touched]
-        norm = self.weights.norm()
-        ok = torch.isfinite(norm).float()
-        limit = c.grad_clip_norm if clip and c.grad_clip_norm else math.inf
-        factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-        for group in touched:
-            group.grad.mul_(factor)
-        self._muon([group for group in self.muon if group.touched], scale, momentum, ok)
-        for group, settings in zip(self.adam_groups, self.adam.param_groups):
-            settings["lr"] = settings["base_lr"] * scale
-            settings["params"][0].grad = group.grad if group.touched else None
-        self.adam.found_inf = 1 - ok  # the fused kernel then leaves weights, moments and counters alone
-        self.adam.grad_scale = None
-        self.adam.step()
-        self.skipped += 1 - ok
-        self.skipped_in_row = (self.skipped_in_row + 1) * (1 - ok)
-        return norm, ok
-
-    def _muon(self, groups: list[Group], scale: float, momentum: float, ok: Tensor) -> None:
-        """Orthogonalized momentum. Each rank takes its share of a group's matrices; gathers overlap the next group."""
-        c, world, rank, pending = self.config, self.runtime.world, self.runtime.rank, []
-        keep = 1 - ok * (1 - momentum)  # 1 when the step is skipped
-        for group in groups:
-            grad = torch.where(ok > 0, group.grad, 0.0)
-            group.momentum.mul_(keep).add_(grad)
-            share = -(-len(group.names) // world)
-            mine = slice(min(rank * share, len(group.names)), min((rank + 1) * share, len(group.names)))
-            update = grad[mine].add(group.momentum[mine], alpha=momentum)  # Nesterov
-            if c.row_norm:
-                update = rms_norm(update, FP32_EPS)
-            update = orthogonalize(update, c.muon_backend_steps, c.muon_ns) if len(update) else update
-            if world > 1:
-                part = update.new_zeros(share, *group.master.shape[1:], dtype=matmul_dtype(update.device.type))
-                part[:len(update)] = update
-                update = part
-            pending.append((group, *self.runtime.gather(update.contiguous())))
-        for group, update, work in pending:
-            if work is not None:
-                work.wait()
-            lr = c.matrix_lr * scale
-            rows, cols = group.master.shape[-2:]
-            group.master.mul_(1 - lr * c.muon_wd * ok)
-            group.master.add_(update[:len(group.names)].float() * (-lr * max(1, rows / cols) ** 0.5 * ok))
-
-    def reset_after_warmup(self, everything: bool) -> None:
-        """Ghost warm-up is over: Adam's counters go to 0; with `everything` the moments go too."""
-        for group in self.muon if everything else ():
-            group.momentum.zero_()
-        for state in self.adam.state.values():
-            state["step"].zero_()
-            if everything:
-                state["exp_avg"].zero_()
-                state["exp_avg_sq"].zero_()
-        self.skipped.zero_()
-        self.skipped_in_row.zero_()
-
-    def state(self) -> dict[str, Tensor]:
-        """Moments and counters by name, for the checkpoint."""
-        found = {f"momentum/{name}": t for name, t in self.weights.tensors("momentum").items()}
-        for group, settings in zip(self.adam_groups, self.adam.param_groups):
-            for key, value in self.adam.state.get(settings["params"][0], {}).items():
-                if key == "step":
-                    found[f"step/{group.names[0]}"] = value
-                else:
-                    found |= {f"{key}/{name}": t for name, t in zip(group.names, value)}
-        return found | {"skipped": self.skipped, "skipped_in_row": self.skipped_in_row}
-
-    @torch.no_grad()
-    def load_state(self, found: dict[str, Tensor]) -> None:
-        """Put back what `state` gave. Adam makes its moments at the first step, so they are made here if needed."""
-        for group in self.muon:
-            group.momentum.copy_(stacked(found, group, "momentum/"))
-        for group, settings in zip(self.adam_groups, self.adam.param_groups):
-            if f"step/{group.names[0]}" not in found:
-                continue
-            parameter = settings["params"][0]
-            self.adam.state[parameter] = dict(
-                step=like(found, f"step/{group.names[0]}", torch.zeros(())).to(parameter.device, copy=True),
-                **{key: stacked(found, group, f"{key}/").to(parameter.device) for key in ("exp_avg", "exp_avg_sq")})
-        self.skipped.copy_(like(found, "skipped", self.skipped))
-        self.skipped_in_row.copy_(like(found, "skipped_in_row", self.skipped))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -3043,6 +2558,317 @@ def round_compensated(w: Tensor, grid: Grid, moments: Tensor) -> tuple[dict[str,
                      @ moments.double()) * e).sum(1) for symbols in (q, plain["q"]))
     best = torch.where((mine < other)[:, None], q, plain["q"].double()).to(torch.int8)
     return {"q": best, "s": plain["s"]}, float(torch.minimum(mine, other).sum() / other.sum().clamp_min(1e-300))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# optimizers: every parameter in one group with one owner; Muon for matrices, AdamW for the rest
+# ---------------------------------------------------------------------------------------------------------------
+
+# Odd polynomial p(x) = a x + b x^3 + c x^5 that pushes singular values towards 1; lands in about [0.7, 1.2].
+QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan 2024, https://kellerjordan.github.io/posts/muon
+
+
+@functools.cache
+def matmul_dtype(device_type: str) -> torch.dtype:
+    """bf16 where the machine multiplies it in hardware, else fp32 (a CPU without it would be slower, not faster)."""
+    fast = device_type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
+    """Approximate U V^T of the SVDs of (k,rows,cols) by Newton-Schulz, all at once; result in the working type."""
+    x = matrices.to(matmul_dtype(matrices.device.type))
+    if tall := x.size(-2) > x.size(-1):
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    a, b, c = QUINTIC
+    for _ in range(steps):
+        gram = x @ x.mT
+        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, poly, x, beta=a)
+    return x.mT if tall else x
+
+
+@dataclass
+class Group:
+    """Parameters of one shape, owner and storage grid, as views of stacked buffers (k, *shape).
+
+    master: fp32 truth, touched by the optimizer alone. compute: what forward and backward see, in its own type,
+    rewritten from the masters before each step (on the storage grid under QAT), so nothing has to be restored.
+    grad: fp32 sum over micro-batches and ranks. raw: what autograd adds to (grad itself where types agree)."""
+    names: list[str]
+    owner: str              # muon, embed, head, scalar, state
+    grid: str               # how the tensors are stored ("" = not stored)
+    master: Tensor
+    compute: Tensor
+    grad: Tensor
+    raw: Tensor
+    momentum: Tensor | None = None
+    average: Tensor | None = None
+    touched: bool = False   # whether autograd reached it in this step
+    waiting: int = 0        # parameters that have not reported in the last micro-batch
+    work: Any = None        # pending sum over ranks
+
+
+OWNER = {**dict.fromkeys(MATRICES, "muon"), EMBEDDING: "embed", HEAD: "head", CORRECTION: "scalar", SCALAR: "scalar",
+         CONTROL: "scalar", STATE: "state"}
+
+
+def owner_of(role: str, c: Config) -> str:
+    """Who trains the tensors of a role: muon, or AdamW as embed, head, scalar or state."""
+    return "muon" if role == HEAD and c.embed_style == "projected" else OWNER[role]
+
+
+def base_rates(c: Config) -> dict[str, float]:
+    """Base learning rate of each owner."""
+    tied = c.embed_style == "tied" and c.tie_embeddings
+    return dict(muon=c.matrix_lr, embed=c.tied_embed_lr if tied else c.embed_lr, head=c.head_lr, scalar=c.scalar_lr,
+                state=c.scalar_lr)
+
+
+class Weights:
+    """All parameters of the modules in groups; each belongs to exactly one, which is checked."""
+
+    def __init__(self, stored: nn.Module, extra: nn.Module | None, plan: dict[str, str], config: Config,
+                 runtime: Runtime):
+        self.runtime = runtime
+        sorted_in: dict[tuple, list] = {}
+        for name, role, parameter in named_roles(stored) + (named_roles(extra, "jepa.") if extra is not None else []):
+            key = (owner_of(role, config), plan.get(name, ""), tuple(parameter.shape))
+            sorted_in.setdefault(key, []).append((name, parameter))
+        self.groups = [self._make(key, members) for key, members in sorted_in.items()]
+        counted = [name for group in self.groups for name in group.names]
+        expected = sum(1 for module in (stored, extra) if module is not None for _ in module.parameters())
+        assert len(counted) == len(set(counted)) == expected, "a parameter without exactly one owner"
+        self.last_micro = False
+        self.fused_snap: list[FusedSnap] | None = None
+
+    def _make(self, key: tuple, members: list) -> Group:
+        owner, grid, _ = key
+        device = self.runtime.device
+        master = torch.stack([parameter.detach().float() for _, parameter in members]).to(device)
+        matrix = owner in ("muon", "embed", "head")
+        compute = master.to(self.runtime.dtype if matrix else torch.float32, copy=True)
+        grad = torch.zeros_like(master)
+        raw = grad if compute.dtype == torch.float32 else torch.zeros_like(compute)
+        group = Group([name for name, _ in members], owner, grid, master, compute, grad, raw)
+        for index, (_, parameter) in enumerate(members):
+            parameter.data = compute[index]
+            parameter.grad = raw[index]
+            parameter.register_post_accumulate_grad_hook(functools.partial(self._arrived, group))
+        return group
+
+    def _arrived(self, group: Group, parameter: nn.Parameter) -> None:
+        """Autograd has added a gradient: after the group's last one of the step, its sum over ranks can start."""
+        group.touched = True
+        group.waiting -= 1
+        if self.last_micro and group.waiting == 0:
+            self._send(group)
+
+    def _send(self, group: Group) -> None:
+        if group.raw is not group.grad:
+            group.grad.add_(group.raw)
+            group.raw.zero_()
+        group.work = self.runtime.sum_(group.grad, wait=False)
+
+    def begin_micro(self, last: bool) -> None:
+        """Before a backward pass; on the last one of a step the sums over ranks start as gradients arrive."""
+        self.last_micro = last
+        for group in self.groups:
+            if group.raw is not group.grad and group.touched:
+                group.grad.add_(group.raw)
+                group.raw.zero_()
+            group.waiting = len(group.names)
+
+    def finish_gradients(self) -> None:
+        """After the last backward pass: send what has not been sent, wait for all sums."""
+        for group in self.groups:
+            if group.touched and group.waiting > 0:  # some of its parameters took no part in this loss
+                self._send(group)
+        for group in self.groups:
+            if group.work is not None:
+                group.work.wait()
+                group.work = None
+
+    def zero_grad(self) -> None:
+        for group in self.groups:
+            if group.touched:
+                group.grad.zero_()
+                group.touched = False
+
+    @torch.no_grad()
+    def load(self, which: str = "master", qat: bool = False) -> None:
+        """Write the compute weights: masters or averages, as they are or on their storage grid (bit for bit)."""
+        if which == "master" and qat and self.runtime.cuda and self.snap_fused():
+            return
+        for group in self.groups:
+            source = group.average if which == "average" and group.average is not None else group.master
+            if qat and group.grid:
+                snap_into(group.compute, source, group.grid)
+            else:
+                group.compute.copy_(source)
+
+    def snap_fused(self) -> bool:
+        """All groups in one launch, where every grid is one that the kernel knows; False = take the plain path."""
+        if self.fused_snap is None:
+            jobs = [job for group in self.groups if group.grid
+                    for job in grid_pairs(group.compute, group.master, group.grid)]
+            if any(fused_form(grid) is None for _, _, grid in jobs):
+                return False
+            self.fused_snap = [FusedSnap([(master, compute, *fused_form(grid)) for compute, master, grid in jobs
+                                          if compute.dtype == dtype]) for dtype in {job[0].dtype for job in jobs}]
+        for snap_all in self.fused_snap:
+            snap_all()
+        for group in self.groups:
+            if not group.grid:
+                group.compute.copy_(group.master)
+        return True
+
+    @torch.no_grad()
+    def average(self, decay: float, ok: Tensor) -> None:
+        """Exponential average of the masters; its first call starts from the weights as they are."""
+        for group in self.groups:
+            if group.average is None:
+                group.average = group.master.clone()
+            else:
+                group.average.lerp_(group.master, ((1 - decay) * ok).to(group.master.device))
+
+    def tensors(self, which: str = "master") -> dict[str, Tensor]:
+        """Views by name: master, average (master where there is none), momentum, compute."""
+        found = {}
+        for group in self.groups:
+            stack = getattr(group, which)
+            stack = group.master if stack is None and which == "average" else stack
+            if stack is not None:
+                found |= dict(zip(group.names, stack))
+        return found
+
+    def grids(self) -> dict[str, str]:
+        return {name: group.grid for group in self.groups for name in group.names if group.grid}
+
+    @torch.no_grad()
+    def norm(self) -> Tensor:
+        """Global gradient norm (0-dim, on the device: no host sync)."""
+        return torch.stack([group.grad.norm() for group in self.groups if group.touched]).norm()
+
+
+def like(found: dict[str, Tensor], name: str, wanted: Tensor) -> Tensor:
+    """A tensor from a file, if it is what is wanted: the fused kernels trust shapes blindly. KeyError, ValueError."""
+    tensor = found[name]
+    if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
+        raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}")
+    return tensor
+
+
+def stacked(found: dict[str, Tensor], group: Group, prefix: str = "") -> Tensor:
+    """The group's tensors (k, *shape) from a file that holds them by name."""
+    return torch.stack([like(found, prefix + name, view) for name, view in zip(group.names, group.master)])
+
+
+class Optimizer:
+    """Muon for the matrices, fused AdamW for the rest, one clip; a non-finite gradient leaves everything as it was.
+
+    All on the device: the norm, the clip and the verdict are 0-dim tensors, so no step waits for the host."""
+
+    def __init__(self, weights: Weights, config: Config):
+        self.weights, self.config, self.runtime = weights, config, weights.runtime
+        c = config
+        rates = base_rates(c)
+        self.muon = [group for group in weights.groups if group.owner == "muon"]
+        for group in self.muon:
+            group.momentum = torch.zeros_like(group.master)
+        self.adam_groups = [group for group in weights.groups if group.owner != "muon"]
+        self.adam = torch.optim.AdamW(
+            [dict(params=[nn.Parameter(group.master)], base_lr=rates[group.owner],
+                  weight_decay=0.0 if group.owner == "state" else c.adam_wd) for group in self.adam_groups],
+            lr=1.0, betas=(c.beta1, c.beta2), eps=c.adam_eps, fused=True)
+        self.skipped = torch.zeros((), device=self.runtime.device)         # steps skipped so far
+        self.skipped_in_row = torch.zeros((), device=self.runtime.device)
+
+    @torch.no_grad()
+    def step(self, scale: float, momentum: float, clip: bool = True) -> tuple[Tensor, Tensor]:
+        """Update the masters at LR `scale`; returns the gradient norm and whether it was finite (0-dim tensors)."""
+        c, touched = self.config, [group for group in self.weights.groups if group.touched]
+        norm = self.weights.norm()
+        ok = torch.isfinite(norm).float()
+        limit = c.grad_clip_norm if clip and c.grad_clip_norm else math.inf
+        factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+        for group in touched:
+            group.grad.mul_(factor)
+        self._muon([group for group in self.muon if group.touched], scale, momentum, ok)
+        for group, settings in zip(self.adam_groups, self.adam.param_groups):
+            settings["lr"] = settings["base_lr"] * scale
+            settings["params"][0].grad = group.grad if group.touched else None
+        self.adam.found_inf = 1 - ok  # the fused kernel then leaves weights, moments and counters alone
+        self.adam.grad_scale = None
+        self.adam.step()
+        self.skipped += 1 - ok
+        self.skipped_in_row = (self.skipped_in_row + 1) * (1 - ok)
+        return norm, ok
+
+    def _muon(self, groups: list[Group], scale: float, momentum: float, ok: Tensor) -> None:
+        """Orthogonalized momentum. Each rank takes its share of a group's matrices; gathers overlap the next group."""
+        c, world, rank, pending = self.config, self.runtime.world, self.runtime.rank, []
+        keep = 1 - ok * (1 - momentum)  # 1 when the step is skipped
+        for group in groups:
+            grad = torch.where(ok > 0, group.grad, 0.0)
+            group.momentum.mul_(keep).add_(grad)
+            share = -(-len(group.names) // world)
+            mine = slice(min(rank * share, len(group.names)), min((rank + 1) * share, len(group.names)))
+            update = grad[mine].add(group.momentum[mine], alpha=momentum)  # Nesterov
+            if c.row_norm:
+                update = rms_norm(update, FP32_EPS)
+            update = orthogonalize(update, c.muon_backend_steps) if len(update) else update
+            if world > 1:
+                part = update.new_zeros(share, *group.master.shape[1:], dtype=matmul_dtype(update.device.type))
+                part[:len(update)] = update
+                update = part
+            pending.append((group, *self.runtime.gather(update.contiguous())))
+        for group, update, work in pending:
+            if work is not None:
+                work.wait()
+            lr = c.matrix_lr * scale
+            rows, cols = group.master.shape[-2:]
+            group.master.mul_(1 - lr * c.muon_wd * ok)
+            group.master.add_(update[:len(group.names)].float() * (-lr * max(1, rows / cols) ** 0.5 * ok))
+
+    def reset_after_warmup(self, everything: bool) -> None:
+        """Ghost warm-up is over: Adam's counters go to 0; with `everything` the moments go too."""
+        for group in self.muon if everything else ():
+            group.momentum.zero_()
+        for state in self.adam.state.values():
+            state["step"].zero_()
+            if everything:
+                state["exp_avg"].zero_()
+                state["exp_avg_sq"].zero_()
+        self.skipped.zero_()
+        self.skipped_in_row.zero_()
+
+    def state(self) -> dict[str, Tensor]:
+        """Moments and counters by name, for the checkpoint."""
+        found = {f"momentum/{name}": t for name, t in self.weights.tensors("momentum").items()}
+        for group, settings in zip(self.adam_groups, self.adam.param_groups):
+            for key, value in self.adam.state.get(settings["params"][0], {}).items():
+                if key == "step":
+                    found[f"step/{group.names[0]}"] = value
+                else:
+                    found |= {f"{key}/{name}": t for name, t in zip(group.names, value)}
+        return found | {"skipped": self.skipped, "skipped_in_row": self.skipped_in_row}
+
+    @torch.no_grad()
+    def load_state(self, found: dict[str, Tensor]) -> None:
+        """Put back what `state` gave. Adam makes its moments at the first step, so they are made here if needed."""
+        for group in self.muon:
+            group.momentum.copy_(stacked(found, group, "momentum/"))
+        for group, settings in zip(self.adam_groups, self.adam.param_groups):
+            if f"step/{group.names[0]}" not in found:
+                continue
+            parameter = settings["params"][0]
+            self.adam.state[parameter] = dict(
+                step=like(found, f"step/{group.names[0]}", torch.zeros(())).to(parameter.device, copy=True),
+                **{key: stacked(found, group, f"{key}/").to(parameter.device) for key in ("exp_avg", "exp_avg_sq")})
+        self.skipped.copy_(like(found, "skipped", self.skipped))
+        self.skipped_in_row.copy_(like(found, "skipped_in_row", self.skipped))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -3479,48 +3305,32 @@ CODECS = ("brotli", "lzma", "zstd", "zlib", "rans")           # slowest first: t
 
 
 def pack(data: np.ndarray, lengths, codecs=CODECS) -> tuple[list, dict]:
-    """The smallest coding of the streams: ([(entry, payload)], report).
-
-    Brotli 11 needs 3 s per MB: of more than 4 MB it sees every fourth piece first, and the rest only if those say that
-    it wins; else its bytes are an estimate, and the report says so. A codec that fails is an error.
-    """
+    """The smallest coding of the streams: ([(entry, payload)], report). A codec that fails is an error."""
     pieces = [data[at:at + PIECE].tobytes() for at in range(0, len(data), PIECE)]
     missing = [c for c, module in (("brotli", brotli), ("zstd", zstandard)) if module is None and c in codecs]
-    codecs, sizes, estimated = [c for c in CODECS if c in codecs and c not in missing], {}, []
+    coded: dict[str, list[bytes]] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        sample = range(0, len(pieces), 4 if len(pieces) > 8 and "zlib" in codecs else 1)
-        done = {c: {i: pool.submit(compress, c, pieces[i]) for i in (sample if c == "brotli" else range(len(pieces)))}
-                for c in codecs if c != "rans"}
-        coded = rans_encode(data, lengths) if "rans" in codecs else b""
-        if coded:
-            sizes["rans"] = len(coded)
-        try:
-            for codec, futures in reversed(done.items()):
-                parts = {i: len(future.result()) for i, future in futures.items()}
-                sizes[codec] = sum(parts.values())
-                if len(parts) < len(pieces):   # its ratio to zlib on the same pieces, for they differ in entropy
-                    ratio = sizes[codec] / sum(len(done["zlib"][i].result()) for i in parts)
-                    sizes[codec] = round(ratio * sizes["zlib"])
-                    if sizes[codec] > min(sizes.values()):
-                        estimated.append(codec)
-                        continue
-                    futures |= {i: pool.submit(compress, codec, piece) for i, piece in enumerate(pieces)
-                                if i not in parts}
-                    sizes[codec] = sum(len(future.result()) for future in futures.values())
-        except Exception as error:
-            raise RuntimeError(f"codec {codec} failed: {error}") from error
-        best = min((c for c in sizes if c not in estimated), key=sizes.get)
-        payloads = [coded] if best == "rans" else [done[best][i].result() for i in range(len(pieces))]
+        jobs = {codec: [pool.submit(compress, codec, piece) for piece in pieces]
+                for codec in CODECS if codec in codecs and codec not in missing and codec != "rans"}
+        if "rans" in codecs:
+            coded["rans"] = [rans_encode(data, lengths)]
+        for codec, futures in reversed(jobs.items()):
+            try:
+                coded[codec] = [future.result() for future in futures]
+            except Exception as error:
+                raise RuntimeError(f"codec {codec} failed: {error}") from error
+    sizes = {codec: sum(map(len, parts)) for codec, parts in coded.items()}
+    best = min(sizes, key=sizes.get)
     raws = [len(data)] if best == "rans" else [len(p) for p in pieces]
     sections = [({"name": str(i), "codec": best, "stored": len(p), "raw": raw, "dtype": "uint8", "shape": [raw]}, p)
-                for i, (p, raw) in enumerate(zip(payloads, raws))]
-    return sections, {"codec": best, "codec_bytes": sizes, "codec_estimated": estimated, "codec_missing": missing}
+                for i, (p, raw) in enumerate(zip(coded[best], raws))]
+    return sections, {"codec": best, "codec_bytes": sizes, "codec_missing": missing}
 
 
 def write_artifact(path, config: dict, tensors: dict[str, tuple[Tensor, Grid]], codecs=CODECS, given=None) -> dict:
     """Stores tensors {name: (weights, grid)} and a JSON-able config; returns a report (given: see encode_all):
 
-    codec, codec_bytes per codec (payload), codec_estimated, codec_missing, bytes (the file), entropy_bytes (the sum of
+    codec, codec_bytes per codec (payload), codec_missing, bytes (the file), entropy_bytes (the sum of
     the tensors' empirical entropies plus scales). The same input makes the same file.
     """
     table, encoded = encode_all(tensors, given)
@@ -3667,7 +3477,7 @@ class Evaluator:
         return [Score(nll / self.targets, nll / math.log(2) / max(self.bytes, 1)) for nll in total.tolist()]
 
     def _hidden(self, ids: Tensor, states: list | None = None) -> tuple[Tensor, list]:
-        h, _, states = self.forward(self.runtime.to_device(ids), self.runtime.dtype, states)
+        h, states = self.forward(self.runtime.to_device(ids), self.runtime.dtype, states)
         return h, states
 
     def _nll(self, h: Tensor, targets: Tensor, temperatures: Sequence[float] = (1.0,)) -> Tensor:
@@ -3805,7 +3615,8 @@ def linear_probe(h: Tensor, targets: Tensor, lengths: Tensor, vocab_size: int, s
             adam.zero_grad()
             token_loss_fused(h[batch], weight, bias, targets[batch])[0].backward()
             adam.step()
-    nll = token_nll_fused(h[cut:], weight.detach(), bias.detach(), targets[cut:]).double().sum()
+    nll = sum(F.cross_entropy(F.linear(part, weight.detach(), bias.detach()), ids, reduction="none").double().sum()
+              for part, ids in zip(h[cut:].split(1024), targets[cut:].split(1024)))
     return float(nll / math.log(2) / lengths[cut:].sum().clamp(min=1))
 
 
@@ -3875,11 +3686,11 @@ class Trainer:
         self.losses = compiled(self._losses, c.compile_mode)
         self.forward = compiled(self.model, c.compile_mode) if runtime.cuda else self.model
 
-    def _losses(self, x: Tensor, y: Tensor, positions: Tensor, directions: Tensor, weights: Tensor, states,
-                active: Active) -> tuple[Tensor, Tensor, list]:
+    def _losses(self, x: Tensor, y: Tensor, positions: Tensor, weights: Tensor, states, active: Active
+                ) -> tuple[Tensor, Tensor, list]:
         """Total loss, its parts [ce, jepa, anti] (3,) without gradient, and the mixers' states; one graph."""
         c = self.config
-        h, x0, states = self.model(x, self.runtime.dtype, states)
+        h, states = self.model(x, self.runtime.dtype, states)
         ce = jepa = anti = seen = h.new_zeros((), dtype=torch.float32)
         if active.ce:
             features = self.model.features(h).flatten(0, 1)
@@ -3889,11 +3700,9 @@ class Trainer:
         if active.jepa or active.anti or cov:
             z = self.jepa.project(h)
         if active.jepa:
-            jepa = latent_rollout(self.jepa, z, x0, c.jepa_steps, c.jepa_target, c.jepa_chunk, c.jepa_loss,
-                                  c.detach_targets)
+            jepa = latent_rollout(self.jepa, z, c.jepa_steps, c.jepa_loss, c.detach_targets)
         if active.anti and c.anticollapse == "sigreg":
-            anti = sigreg(z[:, positions], directions, c.sigreg_knots, c.sigreg_axis, c.sigreg_scale,
-                          self.runtime.average if c.sigreg_sync else None, self.runtime.world if c.sigreg_sync else 1)
+            anti = sigreg(z[:, positions], self.directions, c.sigreg_knots, c.sigreg_axis)
         elif active.anti:
             anti = covariance_term(z)
         total = weights[0] * ce + weights[1] * jepa + weights[2] * anti
@@ -3907,10 +3716,7 @@ class Trainer:
         x, y = self.batches(self.position, micro)
         length = x.size(1)
         positions = torch.randint(length, (min(64, length),), generator=drawn(c.seed, 2, step, micro))
-        directions = self.directions
-        if c.sigreg_resample:
-            directions = to(unit_directions(c.num_proj, c.latent, drawn(c.seed, 3, step)))
-        return to(x), to(y), to(positions), directions
+        return to(x), to(y), to(positions)
 
     def accumulate(self, step: int, at: LossWeights, keep: bool = True) -> Tensor:
         """Gradients of this rank's micro-batches, summed over ranks; returns the sum of the parts [ce, jepa, anti].
@@ -3931,7 +3737,6 @@ class Trainer:
         """One optimizer step: grid, batches, losses, gradients, update. Returns [ce, jepa, anti, norm] of this rank."""
         c, before = self.config, dict(self.states)
         self.weights.load(qat=qat_on(at.fraction, c.qat_fraction))
-        self.batches.rows, self.batches.seq_len = self.shape(at.fraction)
         parts = self.accumulate(at.step, loss_weights(at.fraction, c))
         momentum = muon_momentum(at.step, c.muon_momentum_warmup_start, c.muon_momentum, c.muon_momentum_warmup_steps)
         scale = lr_scale(at, c.warmdown, c.warmdown_fraction, c.warmdown_iters, c.min_lr)
@@ -3947,13 +3752,6 @@ class Trainer:
         self.tokens += c.micro_batches * self.batches.rows * self.batches.seq_len
         return torch.cat((parts, norm.view(1)))
 
-    def shape(self, p: float) -> tuple[int, int]:
-        """Rows and tokens per row of a micro-batch at progress p."""
-        c = self.config
-        length = grown(p, c.seq_len_start, c.train_seq_len, c.seq_len_full)
-        return grown(p, c.batch_tokens_start, c.train_batch_tokens, c.batch_tokens_full) // c.micro_batches // length, \
-            length
-
     def warm_up(self) -> None:
         """Ghost steps at base LR, without QAT and clip; then weights, data and randomness go back, moments stay.
 
@@ -3961,7 +3759,6 @@ class Trainer:
         c = self.config
         masters = [group.master.clone() for group in self.weights.groups]
         position, states, rng = self.position, dict(self.states), torch.get_rng_state()
-        self.batches.rows, self.batches.seq_len = self.shape(0.0)
         for step in range(c.warmup_steps):
             self.weights.load()
             self.accumulate(step, loss_weights(0.0, c))
@@ -3976,44 +3773,24 @@ class Trainer:
         self.optimizer.reset_after_warmup(c.warmup_rollback == "all")
 
     def prepare(self, resumed: bool) -> None:
-        """Ghost warm-up, or on resume only the compilation; a batch that does not fit is refused with one that does."""
+        """Ghost warm-up, or on resume only the compilation."""
         try:
             self.run_phases() if resumed else self.warm_up()
-            return
         except torch.OutOfMemoryError:
-            pass  # outside the handler, so that its frames no longer hold tensors
-        c, rows = self.config, self.config.micro_rows // 2
-        while rows and not self.fits(rows):
-            rows //= 2
-        fits = f"MICRO_BATCHES={c.micro_batches * c.micro_rows // rows}" if rows else "a smaller model or TRAIN_SEQ_LEN"
-        raise UserError(f"out of GPU memory with micro-batches of {c.micro_rows} rows of {c.train_seq_len}; the "
-                        f"largest that fits has {rows} rows ({rows * c.train_seq_len} tokens): take {fits}")
-
-    def fits(self, rows: int) -> bool:
-        """Whether forward and backward of a micro-batch of so many rows fit the device."""
-        self.runtime.free_memory()
-        self.batches.rows, self.weights.last_micro = rows, False
-        try:
-            self.losses = self._losses
-            weights = self.runtime.to_device(torch.ones(3))
-            active = Active(True, self.config.jepa_on, self.jepa is not None)
-            self.losses(*self.step_inputs(0, self.mine[0]), weights, None, active)[0].backward()
-            return True
-        except torch.OutOfMemoryError:
-            return False
+            c = self.config
+            raise UserError(f"out of GPU memory with micro-batches of {c.micro_rows} rows of {c.train_seq_len} tokens; "
+                            f"raise MICRO_BATCHES={c.micro_batches}, or take a smaller model") from None
 
     def run_phases(self) -> None:
-        """Forward and backward once for every combination of active terms and batch shape, changing nothing."""
+        """Forward and backward once for every combination of active terms, changing nothing."""
         if self.config.compile_mode == "off":
             return
         self.weights.load()
         seen = set()
         for p in np.linspace(0, 1, 1001).tolist():
-            at, shape = loss_weights(p, self.config), self.shape(p)
-            case = at.active, shape
-            if case not in seen:
-                seen.add(case)
-                self.batches.rows, self.batches.seq_len = shape
+            at = loss_weights(p, self.config)
+            if at.active not in seen:
+                seen.add(at.active)
                 self.accumulate(0, at, keep=False)
                 self.weights.zero_grad()
 
@@ -4030,7 +3807,7 @@ def compiled(function: Callable, mode: str) -> Callable:
     """torch.compile as one graph with static shapes, or the function itself."""
     if mode == "off":
         return function
-    torch._dynamo.config.recompile_limit = 64  # one graph per phase and batch shape, all made before the run
+    torch._dynamo.config.recompile_limit = 64  # one graph per phase, all made before the run
     if mode == "aot_eager":
         return torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager")
     return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
@@ -4136,7 +3913,6 @@ class Run:
         validation = load_validation(config)
         stream = TokenStream(find_shards(config.data_path, "train"), config.vocab_size)
         self.trainer = Trainer(config, runtime, stream)  # faults of data and settings show before any file is made
-        self.trainer.model.mark = self.vocabulary.mark if config.carry_reset else None
         self.signals = Signals()
         path, self.checkpoints = open_run(config, runtime)
         self.notes: list[str] = []
@@ -4437,7 +4213,7 @@ class Run:
         to = self.runtime.to_device
         with torch.no_grad():
             x, y = to(tokens[:-1].view(-1, c.train_seq_len)), to(tokens[1:])
-            h, x0, _ = trainer.model(x, self.runtime.dtype)
+            h, _ = trainer.model(x, self.runtime.dtype)
             found = dict(h_effective_rank=effective_rank(h), h_within_share=within_share(h),
                          h_lag1_autocorrelation=lag1_autocorrelation(h))
             if trainer.jepa is None:
@@ -4448,19 +4224,19 @@ class Run:
                           z_lag1_autocorrelation=lag1_autocorrelation(z), sigreg=float(value),
                           sigreg_over_null=float(value) / sigreg_null(len(z), c.sigreg_knots))
             if c.jepa_on:
-                pairs = rollout(trainer.jepa, z, x0, c.jepa_steps, c.jepa_target, c.jepa_chunk)
+                pairs = rollout(trainer.jepa, z, c.jepa_steps)
                 found |= {f"predictability_{k}": predictability(*pair) for k, pair in enumerate(pairs, 1)}
         at = loss_weights(0.5 if c.loss_schedule == "staged" else 0.0, dataclasses.replace(c, sigreg_schedule=False))
         model, jepa = trainer.model, trainer.jepa
         terms = {"ce": lambda h: token_loss_fused(model.features(h).flatten(0, 1), model.head(), model.vocab_bias, y,
                                                   softcap=c.logit_softcap, softcap_type=c.softcap_type)[0]}
         if at.jepa:
-            terms["jepa"] = lambda h: at.jepa * latent_rollout(jepa, jepa.project(h), x0, c.jepa_steps, c.jepa_target,
-                                                               c.jepa_chunk, c.jepa_loss, c.detach_targets)
+            terms["jepa"] = lambda h: at.jepa * latent_rollout(jepa, jepa.project(h), c.jepa_steps, c.jepa_loss,
+                                                               c.detach_targets)
         if at.anti:
             terms["anti"] = lambda h: at.anti * (
                 covariance_term(jepa.project(h)) if c.anticollapse == "covariance" else sigreg(
-                    jepa.project(h)[:, positions], trainer.directions, c.sigreg_knots, c.sigreg_axis, c.sigreg_scale))
+                    jepa.project(h)[:, positions], trainer.directions, c.sigreg_knots, c.sigreg_axis))
         return found | gradient_shares(h, terms)
 
     @torch.no_grad()
@@ -4474,10 +4250,10 @@ class Run:
         cosine, error, count = 0.0, 0.0, 0
         for row in range(0, rows, evaluator.rows):
             x = tokens[row * c.train_seq_len:min(row + evaluator.rows, rows) * c.train_seq_len]
-            h, x0, _ = model(self.runtime.to_device(x.view(-1, c.train_seq_len)), self.runtime.dtype)
+            h, _ = model(self.runtime.to_device(x.view(-1, c.train_seq_len)), self.runtime.dtype)
             kept.append(h.flatten(0, 1))
             if c.jepa_on:
-                guess, goal = next(rollout(trainer.jepa, trainer.jepa.project(h), x0, 1, c.jepa_target, c.jepa_chunk))
+                guess, goal = next(rollout(trainer.jepa, trainer.jepa.project(h), 1))
                 cosine += float(F.cosine_similarity(guess.float(), goal.float(), dim=-1).sum())
                 error += float((guess.float() - goal.float()).square().mean(-1).sum())
                 count += guess.size(0) * guess.size(1)
@@ -4597,8 +4373,7 @@ def config_of_artifact(c: Config, stored: Any) -> Config:
         raise UserError(f"ARTIFACT={c.artifact}: its header names other knobs than this script has")
     values = {name.lower(): parse_knob(name, knobs[name], format_knob(value)) for name, value in model.items()}
     training = dict(train_batch_tokens=c.micro_batches * values["train_seq_len"], loss_schedule="joint", ce_weight=1.0,
-                    jepa_weight=0.0, jepa_steps=0, sigreg_lambda=0.0, jepa_cov=0.0, carry_state=False,
-                    seq_len_start=0, batch_tokens_start=0)
+                    jepa_weight=0.0, jepa_steps=0, sigreg_lambda=0.0, jepa_cov=0.0, carry_state=False)
     return dataclasses.replace(c, **values, **training).validate()
 
 
@@ -4625,7 +4400,6 @@ def open_artifact(c: Config, runtime: Runtime) -> tuple[Config, LanguageModel, V
     header, tensors, _ = read_artifact(c.artifact, check)
     (own, model), tensors = built[0], whole_tensors(tensors, c.artifact)
     vocabulary = Vocabulary.unpack(header.get("vocabulary"), own.vocab_size)
-    model.mark = vocabulary.mark if own.carry_reset else None
     matrices = {name for name, role, _ in named_roles(model) if role in (*MATRICES, EMBEDDING, HEAD)}
     for name in tensors:
         module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
@@ -4705,13 +4479,13 @@ def generate(model: LanguageModel, prompt: list[int], count: int, runtime: Runti
              stop: int) -> Iterator[int]:
     """Ids after `prompt` (never empty), at most `count`, until `stop`: prefill by the chunked scan, then one step of
     the recurrence per token, constant in time and memory for Mamba-2 blocks."""
-    h, _, states = model(torch.tensor([prompt], device=runtime.device), runtime.dtype)
+    h, states = model(torch.tensor([prompt], device=runtime.device), runtime.dtype)
     for _ in range(count):
         token = choose(model.logits(h[0, -1]))
         if token == stop:
             return
         yield token
-        h, _, states = model(torch.tensor([[token]], device=runtime.device), runtime.dtype, states, step=True)
+        h, states = model(torch.tensor([[token]], device=runtime.device), runtime.dtype, states, step=True)
 
 
 def sample(c: Config) -> None:
@@ -4738,614 +4512,6 @@ def sample(c: Config) -> None:
             for token in generate(model, [vocabulary.mark, *body], c.sample_tokens, runtime, choose, vocabulary.mark):
                 print(decoder.feed(token), end="", flush=True)
             print(decoder.feed(-1, last=True), flush=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# submission: runs of one configuration as a folder in the challenge's form, checked the way a stranger would
-# ---------------------------------------------------------------------------------------------------------------
-
-TRACK_SECONDS = 600  # of the 10-minute track: for training, and again for evaluation
-# A resumed run may change these, yet runs that differ in them are not repetitions of one experiment.
-RESULT_KNOBS = frozenset("ITERATIONS MAX_WALLCLOCK_SECONDS DATA_PATH TOKENIZER_PATH VAL_MAX_TOKENS SSD_KERNEL "
-                         "SSD_CHUNK COMPILE_MODE SLIDING_EVAL_STRIDE TEMP_SCALING TEMP_CALIB ROUNDING "
-                         "ROUNDING_TOKENS".split())
-# What a check of the artifact takes from the run, so that batches have the shapes, and sums the order, of the run.
-EVAL_KNOBS = ("VAL_MAX_TOKENS VAL_BATCH_SIZE MICRO_BATCHES SLIDING_BATCH_SIZE EVAL_STATE TEMP_CALIB DTYPE SSD_KERNEL "
-              "SSD_CHUNK COMPILE_MODE").split()
-SCORES = dict(carried="state carried through, one pass", sliding="sliding window", tempered="temperature-scaled",
-              roundtrip="round trip")  # the first that a run has is the one it is known by
-# What the check's process may see of this one's environment: no knob, no rank, no PYTHONPATH.
-PLAIN_ENVIRONMENT = ("PATH HOME USER LANG TMPDIR LD_LIBRARY_PATH CUDA_HOME CUDA_VISIBLE_DEVICES OMP_NUM_THREADS "
-                     "TRITON_CACHE_DIR TORCHINDUCTOR_CACHE_DIR").split()
-
-
-class RunRecord(NamedTuple):
-    """What a run folder tells; config and result are empty where the run has not come that far."""
-    path: Path
-    config: dict[str, Any]
-    result: dict[str, Any]
-    metrics: list[dict]
-
-    seed = property(lambda self: self.config.get("SEED"))
-
-    def number(self, name: str) -> float | None:
-        """A value of the result; None where it is missing or no finite number."""
-        value = self.result.get(name)
-        return value if isinstance(value, (int, float)) and math.isfinite(value) else None
-
-    def score(self, kind: str) -> float | None:
-        """BPB of a kind of SCORES."""
-        return self.number(f"{kind}_val_bpb")
-
-    @property
-    def kind(self) -> str | None:
-        return next((kind for kind in SCORES if self.score(kind) is not None), None)
-
-
-def read_run(path: Path) -> RunRecord:
-    """A run folder in any state: not begun, going on, failed, finished."""
-    def read(name: str) -> dict:
-        try:
-            found = json.loads((path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
-    metrics = [line for line in read_metrics(path / "metrics.jsonl") if isinstance(line, dict)]
-    return RunRecord(path, read("config.json"), read("result.json"), metrics)
-
-
-def find_runs(patterns: str, knob: str) -> list[RunRecord]:
-    """Run folders that the space-separated names and globs mean, in that order, each once; UserError if none."""
-    found: dict[Path, RunRecord] = {}
-    for pattern in patterns.split() or [""]:
-        folders = [Path(name) for name in sorted(glob.glob(pattern)) if os.path.isdir(name)]
-        if not folders:
-            raise UserError(f"{knob}={pattern}: no such folder; give run folders or globs such as \"runs/a* runs/b*\"")
-        for path in folders:
-            found.setdefault(path.resolve(), read_run(path))
-    return list(found.values())
-
-
-def configuration(config: dict[str, Any]) -> dict[str, Any]:
-    """The knobs that make a run's experiment, whatever its seed, folder and logging. One that an older script did
-    not have counts as its default; data count by the name of their folder, wherever it lies."""
-    knobs = Config.knobs()
-    values = {name: config.get(name, f.default) for name, f in knobs.items()
-              if name != "SEED" and (not f.metadata["free"] or name in RESULT_KNOBS)}
-    values |= {name: value for name, value in config.items() if name not in knobs}
-    return values | {name: Path(values[name]).name for name in ("DATA_PATH", "TOKENIZER_PATH")}
-
-
-def logged_script(log: bytes) -> tuple[str | None, bytes]:
-    """(sha256 that the log states, script text before that). A run begun anew has both twice: the last counts."""
-    stated = list(re.finditer(rb"^script: (\d+) bytes, sha256 ([0-9a-f]{64})$", log, re.M))
-    if not stated:
-        return None, b""
-    end = stated[-1].start() - 1
-    return stated[-1][2].decode(), log[max(end - int(stated[-1][1]), 0):end]
-
-
-def run_faults(run: RunRecord, track: str) -> Iterator[str]:
-    """Reasons, a line each, why this run cannot be submitted on the track."""
-    where, result, code = run.path, run.result, source_text().encode()
-    if not result or not run.config:
-        yield f"{where}: unfinished, it has no {'result' if run.config else 'config'}.json; let the run end first"
-        return
-    if run.score("roundtrip") is None:
-        yield f"{where}: no round trip: result.json lacks roundtrip_val_bpb, the score of the artifact; train again"
-    artifact = where / "model.jepa"
-    if not artifact.is_file():
-        yield f"{where}: model.jepa is missing; a submission needs the artifact that was scored"
-    elif file_hash(artifact) != result.get("artifact_sha256"):
-        yield (f"{where}: model.jepa is not the artifact whose BPB result.json states (other sha256); restore "
-               "that file or train again")
-    if artifact.is_file() and (total := artifact.stat().st_size + len(code)) > SIZE_LIMIT:
-        yield (f"{where}: {total:,} bytes (artifact + code), over the {SIZE_LIMIT:,} allowed; store fewer bits "
-               "(QUANT_BITS, FP_STORAGE) or train a smaller model")
-    log = (where / "log.txt").read_bytes() if (where / "log.txt").is_file() else b""
-    stated, text = logged_script(log)
-    here, held = hashlib.sha256(code).hexdigest(), hashlib.sha256(text).hexdigest()
-    if not stated:
-        yield f"{where}: log.txt does not say which script ran; a submission needs the run's own log"
-    elif {stated, held, result.get("script_sha256")} != {here}:
-        yield (f"{where}: the script changed since the run: sha256 {here[:12]} here, log.txt states {stated[:12]} "
-               f"and holds {held[:12]}, result.json states {str(result.get('script_sha256'))[:12]}; submit with the "
-               "script that ran")
-    for name, what in (("train_seconds", "training"), ("eval_seconds", "evaluation")):
-        seconds = run.number(name)
-        if track == "10min" and (seconds is None or seconds > TRACK_SECONDS):
-            took = "an unknown time" if seconds is None else f"{seconds:.2f} s"
-            yield f"{where}: {what} took {took}, TRACK=10min allows {TRACK_SECONDS} s; take TRACK=unlimited"
-
-
-def submission_faults(c: Config, runs: Sequence[RunRecord]) -> list[str]:
-    """All reasons, a line each, why these runs make no submission."""
-    faults = [f"{name}: missing; a submission names its author: AUTHOR=\"Full Name\" GITHUB_ID=account"
-              for name in ("AUTHOR", "GITHUB_ID") if not getattr(c, name.lower()).strip()]
-    faults += [fault for run in runs for fault in run_faults(run, c.track)]
-    begun = [run for run in runs if run.config]
-    for run in begun[1:]:
-        if lines := differences(configuration(begun[0].config), configuration(run.config)):
-            faults.append(f"{run.path}: another configuration than {begun[0].path}: {'; '.join(lines)}")
-    for seed in sorted({run.seed for run in begun}, key=str):
-        if len(same := [str(run.path) for run in begun if run.seed == seed]) > 1:
-            faults.append(f"RUN: seed {seed} stands there {len(same)} times ({', '.join(same)}); once is right")
-    if len({run.kind for run in runs if run.kind}) > 1:
-        ways = ", ".join(f"{run.path}: {run.kind}" for run in runs if run.kind)
-        faults.append(f"RUN: scored in different ways ({ways}); one submission needs the same evaluation knobs")
-    return faults
-
-
-def deviation(values: Sequence[float]) -> float | None:
-    """Sample standard deviation (n - 1); None of a single value."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else None
-
-
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text, the first the heading, as a GitHub table with numbers to the right."""
-    cell = lambda text: text.replace("|", "\\|")
-    lines = ["| " + " | ".join(map(cell, row)) + " |" for row in rows]
-    return "\n".join([lines[0], "|---|" + "---:|" * (len(rows[0]) - 1), *lines[1:]])
-
-
-def run_script(config: dict[str, Any]) -> str:
-    return "run_bytejepa.sh" if config["MIXER"] == "attention" else f"run_jepa_{config['TOKENIZER']}.sh"
-
-
-def submission_facts(c: Config, runs: Sequence[RunRecord]) -> dict[str, Any]:
-    """submission.json. Scores are means over seeds; bytes and wallclock are the largest of any seed."""
-    config, kind, code = runs[0].config, runs[0].kind, len(source_text().encode())
-    size = f"{config['NUM_LAYERS']}x{config['MODEL_DIM']}"
-    system = "transformer" if config["MIXER"] == "attention" else "Mamba-2"
-    seeds = {}
-    for run in runs:
-        kept = ("temperature", "sliding_stride", "steps", "ms_per_step", "train_seconds", "eval_seconds")
-        stored = (run.path / "model.jepa").stat().st_size
-        seeds[str(run.seed)] = dict(
-            val_loss=run.result[f"{kind}_val_loss"], val_bpb=run.score(kind),
-            **{f"{name}_val_bpb": run.score(name) for name in SCORES}, **{name: run.result.get(name) for name in kept},
-            artifact_bytes=stored, bytes_total=stored + code)
-    column = lambda name: [entry[name] for entry in seeds.values()]
-    return dict(
-        author=c.author, github_id=c.github_id, name=c.submission_name or f"JEPA {system} {size} {config['TOKENIZER']}",
-        blurb=c.blurb or f"{system} language model ({size}) with latent prediction beside the cross-entropy, trained "
-                         "on its own storage grid.",
-        date=f"{datetime.now():%Y-%m-%d}", track=c.track, val_loss=float(np.mean(column("val_loss"))),
-        val_bpb=float(np.mean(column("val_bpb"))), val_bpb_std=deviation(column("val_bpb")), scoring=SCORES[kind],
-        bytes_total=max(column("bytes_total")), bytes_code=code, seeds=[run.seed for run in runs], seed_results=seeds,
-        hardware=", ".join(sorted({f"{run.result['world_size']} x {run.result['device']}" for run in runs})),
-        steps=round(np.mean(column("steps"))), wallclock=max(column("train_seconds")))
-
-
-def shell_lines(knobs: dict[str, str]) -> str:
-    """Indented lines of a few NAME=value each, joined as the shell joins them; empty values are left out."""
-    words = [f"{name}={value}" for name, value in knobs.items() if value]
-    return " \\\n".join("    " + " ".join(words[i:i + 5]) for i in range(0, len(words), 5))
-
-
-def score_rows(facts: dict[str, Any], runs: Sequence[RunRecord]) -> list[list[str]]:
-    """Table of the runs: every score that all of them have, times, bytes; then mean and deviation."""
-    kinds = [kind for kind in reversed(SCORES) if all(run.score(kind) is not None for run in runs)]
-    rows = [["seed", *(f"{SCORES[kind]} BPB" for kind in kinds), "steps", "ms/step", "training s", "evaluation s",
-             "bytes"]]
-    for run, e in zip(runs, facts["seed_results"].values()):
-        rows.append([str(run.seed), *(f"{run.score(kind):.6f}" for kind in kinds), f"{e['steps']:,}",
-                     f"{e['ms_per_step']:.1f}", f"{e['train_seconds']:.1f}", f"{e['eval_seconds']:.1f}",
-                     f"{e['bytes_total']:,}"])
-    columns = [[run.score(kind) for run in runs] for kind in kinds]
-    rows.append(["mean", *(f"{np.mean(column):.6f}" for column in columns), *[""] * 5])
-    if len(runs) > 1:
-        rows.append(["std", *(f"{deviation(column):.6f}" for column in columns), *[""] * 5])
-    return rows
-
-
-def reproduction_knobs(config: dict[str, Any]) -> dict[str, str]:
-    """What differs from the defaults, with data and tokenizer where set-up puts them."""
-    defaults = {name: f.default for name, f in Config.knobs().items()}
-    settings = configuration(config) | {name: config[name] for name in ("SLIDING_EVAL", "EVAL_STATE")}
-    settings = {name: format_knob(value) for name, value in settings.items() if value != defaults.get(name)}
-    settings["DATA_PATH"] = f"data/datasets/{Path(config['DATA_PATH']).name}"
-    if settings.pop("TOKENIZER_PATH", ""):
-        settings["TOKENIZER_PATH"] = f"data/tokenizers/{Path(config['TOKENIZER_PATH']).name}"
-    return settings
-
-
-def submission_readme(facts: dict[str, Any], runs: Sequence[RunRecord], best: RunRecord) -> str:
-    """README.md of the folder: results, configuration, reproduction, contents, compliance."""
-    config, result, script = best.config, best.result, run_script(best.config)
-    found, first, knobs = result.get("temperature"), config["VAL_MAX_TOKENS"], reproduction_knobs(config)
-    data = Path(knobs["DATA_PATH"]).name
-    launch = "python" if result["world_size"] == 1 else f"torchrun --standalone --nproc_per_node={result['world_size']}"
-    check = shell_lines(dict(DATA_PATH=knobs["DATA_PATH"]) | evaluation_knobs(best))
-    temperature = "No temperature is applied." if found is None else "The temperature was set by hand before scoring." \
-        if config.get("TEMP_CALIB") else \
-        f"The temperature ({found:g} for seed {best.seed}) was chosen on training tokens."
-    limit = "no limit applies" if facts["track"] == "unlimited" else f"the track allows {TRACK_SECONDS} s for each"
-    if facts["track"] == "10min" and not re.match(r"8 x .*H100[^,]*$", facts["hardware"]):
-        limit += ", on 8 x H100, which these runs did not use"
-    longest = max(e["eval_seconds"] for e in facts["seed_results"].values())
-    mixers = {"mamba2": "Mamba-2", "attention": "attention"}.get(config["MIXER"], f"mixed ({config['MIXER']})")
-    return f"""# {facts['name']}
-
-{facts['blurb']}
-
-**{facts['val_bpb']:.6f} bits per byte** ({facts['scoring']}; seeds: {len(runs)}), {facts['bytes_total']:,} bytes.
-Track {facts['track']}; {facts['author']} (@{facts['github_id']}), {facts['date']}.
-
-## Results
-
-{markdown_table(score_rows(facts, runs))}
-
-Every score is of the weights read back from the written artifact, on
-{f'the first {first:,} tokens (not the whole) of' if first else 'the whole of'} the validation set in {data}.
-
-## Configuration
-
-{config['NUM_LAYERS']} {mixers} blocks of width {config['MODEL_DIM']}, {config['VOCAB_SIZE']:,} token ids,
-{result['eval_params']:,} stored parameters and {result['train_only_params']:,} that serve in training only.
-{config['TRAIN_BATCH_TOKENS']:,} tokens per step in rows of {config['TRAIN_SEQ_LEN']:,}; matrices are stored
-in {config['QUANT_BITS']} bits. What differs from the defaults stands in the command below, everything in the logs.
-
-## How to reproduce
-
-`bash setup_jepa.sh` installs the environment and the data. Then, in this folder:
-
-    for seed in {' '.join(map(str, facts['seeds']))}; do {launch} train_jepa.py SEED=$seed RUN_ID=seed$seed \\
-{shell_lines(knobs)}; done
-
-`bash {script}` starts the same script with the published settings of its kind. The artifact alone is scored by
-
-    {launch} train_jepa.py MODE=eval ARTIFACT=model.jepa \\
-{check}
-
-## What is included
-
-`train_jepa.py` as run (sha256 {result['script_sha256']}),
-`model.jepa` of the best seed, {best.seed}, the full log of each seed (`train_seed*.log`), `submission.json`,
-`requirements.txt`, `{script}` and the `setup_jepa.sh` that it needs. Counted against {SIZE_LIMIT:,} bytes:
-`model.jepa` and `train_jepa.py` ({facts['bytes_code']:,} bytes).
-
-## Compliance
-
-- No validation data in training: it reads fineweb_train_*.bin only; scoring reads fineweb_val_*.bin.
-- {temperature}
-- One pass: each score goes over the validation set once and predicts every token once, from tokens before it; no
-  weight changes meanwhile.
-- Training took at most {facts['wallclock']:.1f} s, evaluation {longest:.1f} s, on {facts['hardware']}; {limit}.
-- A copy of this folder, elsewhere and alone, gave the scores of seed {best.seed} to 1e-6 by MODE=eval.
-"""
-
-
-def evaluation_knobs(run: RunRecord) -> dict[str, str]:
-    """What MODE=eval must be told to repeat the run's scores: read from its result where that says it."""
-    result, known = run.result, {name: format_knob(run.config[name]) for name in EVAL_KNOBS if name in run.config}
-    return known | dict(
-        DEVICE=result.get("machine", {}).get("device_type", "auto"),
-        SLIDING_EVAL=str(int(run.score("sliding") is not None)),
-        SLIDING_EVAL_STRIDE=str(result.get("sliding_stride") or 1),
-        TEMP_SCALING=str(int(result.get("temperature") is not None)))
-
-
-def verify_as_stranger(folder: Path, run: RunRecord, data_path: Path) -> dict[str, Any]:
-    """Run MODE=eval in a copy of `folder` with a clean environment; UserError unless it repeats the run's scores."""
-    ranks = run.result["world_size"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    knobs = dict(MODE="eval", ARTIFACT="model.jepa", DATA_PATH=data_path) | evaluation_knobs(run)
-    environment = {name: os.environ[name] for name in PLAIN_ENVIRONMENT if name in os.environ}
-    with tempfile.TemporaryDirectory(prefix="submission-") as elsewhere:
-        copy = shutil.copytree(folder, Path(elsewhere) / "copy")
-        command = [sys.executable, *launcher, "train_jepa.py", *(f"{name}={value}" for name, value in knobs.items())]
-        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
-    said = [line for line in done.stderr.splitlines() if line.strip()]
-    if done.returncode:
-        said = [line for line in said if line.startswith("train_jepa.py:")] or said or ["it said nothing"]
-        raise UserError(f"not submitted: MODE=eval in a copy of the folder ended with {done.returncode}: {said[-1]}")
-    try:
-        scores = json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
-    except (IndexError, ValueError):
-        raise UserError("not submitted: MODE=eval in a copy of the folder did not end with scores as JSON") from None
-    wrong = []
-    for name in (*(f"{kind}_val_bpb" for kind in reversed(SCORES)), "temperature"):
-        stated, got = run.result.get(name), scores.get(name)
-        if stated is not None and not (isinstance(got, (int, float)) and abs(got - stated) <= 1e-6):
-            wrong.append(f"{name} {got} instead of {stated}")
-    if wrong:
-        raise UserError(f"not submitted: the artifact of {run.path}, evaluated alone, gives {'; '.join(wrong)}")
-    return scores
-
-
-def submit(c: Config) -> dict[str, Any]:
-    """MODE=submit: write the submission folder of the runs in RUN and check it from a copy. All or nothing: the folder
-    is made under another name and gets its own only when a stranger's evaluation has repeated the scores."""
-    runs = find_runs(c.run, "RUN")
-    if faults := submission_faults(c, runs):
-        raise UserError("\n".join(faults))
-    runs.sort(key=lambda run: run.seed)
-    best = min(runs, key=lambda run: run.score(run.kind))
-    facts, root = submission_facts(c, runs), Path(__file__).resolve().parent
-    out = Path(c.out or Path("submissions") / (re.sub(r"[^\w.-]+", "-", facts["name"]).strip("-.") or "submission"))
-    if out.exists() and not (c.overwrite and (out / "submission.json").exists()):
-        raise UserError(f"OUT={out}: exists already; choose another folder, or OVERWRITE=1 over an earlier submission")
-    data_path = Path(c.data_path if "DATA_PATH" in c.sources else best.config["DATA_PATH"]).resolve()
-    if not data_path.is_dir():
-        raise UserError(f"DATA_PATH={data_path}: no such folder; checking the submission needs the data of the run")
-    aside = [root / name for name in ("requirements.txt", run_script(best.config), "setup_jepa.sh")]
-    if missing := [path.name for path in aside if not path.is_file()]:
-        raise UserError(f"{', '.join(missing)}: not found beside train_jepa.py; a submission includes it")
-    making = out.resolve().with_name(f".{out.resolve().name}.{os.getpid()}.tmp")
-    try:
-        making.mkdir(parents=True)
-        for path in aside:
-            shutil.copy(path, making)
-        for run in runs:
-            shutil.copyfile(run.path / "log.txt", making / f"train_seed{run.seed}.log")
-        shutil.copyfile(best.path / "model.jepa", making / "model.jepa")
-        write_atomically(making / "train_jepa.py", source_text().encode())
-        write_atomically(making / "submission.json", (json.dumps(facts, indent=2) + "\n").encode())
-        write_atomically(making / "README.md", submission_readme(facts, runs, best).encode())
-        print(f"checking a copy of the folder by MODE=eval (seed {best.seed})", file=sys.stderr, flush=True)
-        verified = verify_as_stranger(making, best, data_path)
-        if out.exists():
-            shutil.rmtree(out)
-        making.rename(out)
-    except OSError as error:
-        raise UserError(f"OUT={out}: cannot be written ({error.strerror})") from error
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
-    print(f"submission: {out}  val_bpb:{facts['val_bpb']:.6f}  {facts['bytes_total']:,} bytes, verified in a copy")
-    return dict(out=str(out), files=sorted(path.name for path in out.iterdir()), verified=verified, **facts)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# comparison: runs by configuration, paired by seed
-# ---------------------------------------------------------------------------------------------------------------
-
-PAIRED = ("roundtrip_val_bpb", "sliding_val_bpb", "carried_val_bpb")     # of result.json, compared by seed
-COLUMNS = dict(zip(PAIRED, ("round trip BPB", "sliding BPB", "carried BPB")), total_bytes="bytes",
-               ms_per_step="ms/step")
-COLUMN_FORMATS = dict(total_bytes=",.0f", ms_per_step=".1f")  # where five decimals are not it
-
-
-def t_tail(t: float, freedom: int) -> float:
-    """P(|T| > |t|) of Student's t with n = freedom: the regularized incomplete beta function I_x(n/2, 1/2) at
-    x = n/(n + t^2), by its continued fraction (DLMF 8.17.22) in Lentz's forward evaluation."""
-    a, b, x, y = freedom / 2, 0.5, freedom / (freedom + t * t), t * t / (freedom + t * t)  # y is 1 - x, uncancelled
-    if swapped := x > (a + 1) / (a + b + 2):  # converges fast on the other side: I_x(a, b) = 1 - I_y(b, a)
-        a, b, x, y = b, a, y, x
-    if x == 0:  # t infinite, or 0
-        return float(swapped)
-    front = math.exp(a * math.log(x) + b * math.log(y) + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)) / a
-    value, num, den = 1.0, 1.0, 0.0  # 1 + d1/(1 + d2/(1 + ...))
-    for k in range(1, 500):
-        m = k // 2
-        d = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)) if k % 2 else \
-            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        den = 1 / (1 + d * den or 1e-300)
-        num = 1 + d / num or 1e-300
-        value *= num * den
-        if abs(num * den - 1) < 1e-15:
-            break
-    return 1 - front / value if swapped else front / value
-
-
-def t_quantile(freedom: int, outside: float = 0.05) -> float:
-    """t with P(|T| > t) = outside, by bisection."""
-    low, high = 0.0, 1.0
-    while t_tail(high, freedom) > outside:
-        high *= 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_tail(middle, freedom) > outside else (low, middle)
-    return high
-
-
-def paired(deltas: Sequence[float]) -> dict[str, Any]:
-    """Mean difference, its 95% confidence interval and the p-value of the paired t-test. None where they do not exist:
-    fewer than two pairs, and p where every difference is 0."""
-    n, mean, spread = len(deltas), float(np.mean(deltas)), deviation(deltas)
-    if spread is None:
-        return dict(n=n, difference=mean, std=None, low=None, high=None, p=None, deltas=list(deltas))
-    error = spread / math.sqrt(n)
-    p = t_tail(mean / error, n - 1) if error else 0.0 if mean else None
-    half = t_quantile(n - 1) * error
-    return dict(n=n, difference=mean, std=spread, low=mean - half, high=mean + half, p=p, deltas=list(deltas))
-
-
-class RunGroup(NamedTuple):
-    """Runs of one configuration: `done` have a result with a finite BPB, `open` do not (yet)."""
-    name: str
-    done: list[RunRecord]
-    open: list[RunRecord]
-
-    def values(self, column: str) -> list[tuple[Any, float]]:
-        """(seed, value) of every finished run that has the column."""
-        return [(run.seed, run.number(column)) for run in self.done if run.number(column) is not None]
-
-    def by_seed(self, column: str) -> dict[Any, float]:
-        """Value per seed; the mean where a seed was run more than once."""
-        found = self.values(column)
-        return {seed: float(np.mean([value for other, value in found if other == seed])) for seed, _ in found}
-
-    def summary(self) -> dict[str, Any]:
-        facts: dict[str, Any] = dict(name=self.name, n=len(self.done), unfinished=len(self.open),
-                                     seeds=[run.seed for run in self.done + self.open],
-                                     runs=[str(run.path) for run in self.done + self.open])
-        for column in COLUMNS:
-            values = [value for _, value in self.values(column)]
-            facts[column] = dict(mean=float(np.mean(values)) if values else None, std=deviation(values), n=len(values))
-        return facts
-
-
-def group_runs(runs: Sequence[RunRecord]) -> tuple[list[RunGroup], dict[str, list]]:
-    """Groups in order of first appearance, and the values of the knobs that differ between them. The first is named
-    by all of these, the others by those in which they differ from the first."""
-    members: dict[str, list[RunRecord]] = {}
-    for run in runs:
-        members.setdefault(json.dumps(configuration(run.config), sort_keys=True), []).append(run)
-    configs = [configuration(group[0].config) for group in members.values()]
-    varied = {name: [config.get(name) for config in configs] for name in dict.fromkeys(n for c in configs for n in c)}
-    varied = {name: values for name, values in varied.items() if any(value != values[0] for value in values)}
-    groups = []
-    for i, group in enumerate(members.values()):
-        words = [f"{knob}={values[i]:g}" if isinstance(values[i], float) else f"{knob}={format_knob(values[i])}"
-                 for knob, values in varied.items() if not i or values[i] != values[0]]
-        name = ", ".join(words) if len(words) <= 3 else f"{i + 1}: {group[0].path.name}" + " etc." * (len(group) > 1)
-        done = [run for run in group if run.score("roundtrip") is not None]
-        groups.append(RunGroup(name or "all runs", done, [run for run in group if run not in done]))
-    return groups, varied
-
-
-def run_state(run: RunRecord) -> dict[str, Any]:
-    """Where a run without a result stands: last step and validation, and a sentence that says it."""
-    steps = [line["step"] for line in run.metrics if isinstance(line.get("step"), int)]
-    checks = [line for line in run.metrics if line.get("kind") == "validation" and line.get("val_bpb") is not None]
-    times = [path.stat().st_mtime for path in (run.path / "log.txt", run.path / "metrics.jsonl") if path.exists()]
-    step, check = max(steps, default=0), checks[-1] if checks else {}
-    text = "finished without a finite round-trip BPB" if run.result else f"no result; step {step:,}" + (
-        f" of at most {run.config['ITERATIONS']:,}" if "ITERATIONS" in run.config else "")
-    text += f"; last validation {check['val_bpb']:.4f} BPB at step {check['step']:,}" if check else "; never validated"
-    text += f"; last written {(time.time() - max(times)) / 60:,.0f} min ago" if times else ""
-    return dict(step=step, val_bpb=check.get("val_bpb"), val_step=check.get("step"), text=text)
-
-
-def compare(c: Config) -> dict[str, Any]:
-    """MODE=compare: table, paired tests, and compare.md, .csv and .png in OUT. The first configuration is the baseline;
-    runs without a result are told of and drawn, but not averaged."""
-    runs = find_runs(c.runs, "RUNS")
-    begun = [run for run in runs if run.config]
-    if not begun:
-        raise UserError(f"RUNS={c.runs}: no run there has begun (no config.json in any of the {len(runs)} folders)")
-    groups, varied = group_runs(begun)
-    summaries, base, tests = [group.summary() for group in groups], groups[0], []
-    for group in groups[1:]:
-        for column in PAIRED:
-            ours, theirs = group.by_seed(column), base.by_seed(column)
-            if seeds := sorted(set(ours) & set(theirs), key=str):
-                tests.append(dict(name=group.name, baseline=base.name, column=column, seeds=seeds)
-                             | paired([ours[seed] - theirs[seed] for seed in seeds]))
-    states = {str(run.path): run_state(run) for run in runs if not run.config or run.score("roundtrip") is None}
-    text = compare_text(groups, summaries, varied, tests, states)
-    out = Path(c.out or "compare")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_csv(out / "compare.csv", summaries, tests)
-        plot_comparison(out / "compare.png", groups, tests)
-    except OSError as error:
-        raise UserError(f"OUT={out}: cannot be written ({error.strerror})") from error
-    write_atomically(out / "compare.md", text.encode())
-    print(text)
-    return dict(out=str(out), groups=summaries, knobs=varied, paired=tests, unfinished=states)
-
-
-def compare_text(groups: Sequence[RunGroup], summaries: Sequence[dict], varied: dict[str, list], tests: Sequence[dict],
-                 states: dict[str, dict]) -> str:
-    """The comparison as Markdown."""
-    number = lambda value, form="+.5f": "–" if value is None else f"{value:{form}}"
-
-    def cell(found: dict, column: str) -> str:
-        form = COLUMN_FORMATS.get(column, ".5f")
-        return number(found["mean"], form) + (f" ± {found['std']:{form}}" if found["std"] is not None else "")
-
-    parts = ["# Comparison\n\nMean ± standard deviation over finished runs"
-             + "; the first row is the baseline" * (len(groups) > 1) + ".\n"]
-    shown = [column for column in COLUMNS if column == PAIRED[0] or any(facts[column]["n"] for facts in summaries)]
-    parts.append(markdown_table([["configuration", *map(COLUMNS.get, shown), "n", "unfinished", "seeds"]] + [
-        [facts["name"], *(cell(facts[column], column) for column in shown), str(facts["n"]), str(facts["unfinished"]),
-         ", ".join(map(str, facts["seeds"]))] for facts in summaries]))
-    if varied:
-        parts += ["\n## Knobs that differ\n", markdown_table([["knob", *(group.name for group in groups)]] + [
-            [name, *("–" if value is None else format_knob(value) for value in values)]
-            for name, values in varied.items()])]
-    if tests:
-        parts += [f"\n## Paired by seed, against {groups[0].name}\n", markdown_table(
-            [["configuration", "score", "pairs", "difference", "95% interval", "p"]] + [
-                [test["name"], COLUMNS[test["column"]], str(test["n"]), number(test["difference"]),
-                 "–" if test["low"] is None else f"{number(test['low'])} to {number(test['high'])}",
-                 number(test["p"], ".2g")] for test in tests]),
-            "\nBelow 0 is better than the baseline. Interval and p: Student's t on the differences of equal seeds. "
-            "Reviewers of the challenge took less than 0.005 BPB for noise and more than 0.01 for real."]
-    notes = [f"{group.name}: no finished seed in common with the baseline, so no test" for group in groups[1:]
-             if group.name not in {test["name"] for test in tests}]
-    notes += [f"{group.name}: a seed was run more than once; the pairs take its mean" for group in groups
-              if len({run.seed for run in group.done}) < len(group.done)]
-    done = [run.result for group in groups for run in group.done]
-    machines = sorted({f"{result.get('world_size', 1)} x {result.get('device')}" for result in done})
-    notes += [f"different machines ({', '.join(machines)}): compare ms/step with care"] if len(machines) > 1 else []
-    versions = len({result.get("script_sha256") for result in done})
-    notes += [f"the runs were made by {versions} versions of train_jepa.py"] if versions > 1 else []
-    parts += ["\n## Runs without a result\n"] * bool(states) + [f"- {path}: {s['text']}" for path, s in states.items()]
-    parts += ["\n## Notes\n"] * bool(notes) + [f"- {note}" for note in notes]
-    return "\n".join(parts) + "\n"
-
-
-def write_csv(path: Path, summaries: Sequence[dict], tests: Sequence[dict]) -> None:
-    """A row per configuration: mean, std and n of each column, then its paired difference to the first one."""
-    parts, rows = ("n", "difference", "low", "high", "p"), []
-    for facts in summaries:
-        row = dict(configuration=facts["name"], n=facts["n"], unfinished=facts["unfinished"])
-        row |= {f"{column}_{part}": facts[column][part] for column in COLUMNS for part in ("mean", "std", "n")}
-        found = {test["column"]: test for test in tests if test["name"] == facts["name"]}
-        row |= {f"{column}_paired_{part}": found.get(column, {}).get(part)
-                for column in PAIRED for part in parts}
-        rows.append(row)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def plot_comparison(path: Path, groups: Sequence[RunGroup], tests: Sequence[dict]) -> None:
-    """Validation curves on the left, paired differences with intervals on the right. Without matplotlib: none."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return
-    found = {test["name"]: test for test in tests if test["column"] != PAIRED[2]}  # sliding BPB where there is one
-    shown = list(found.values())[::-1]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, max(4.8, 1.6 + 0.75 * len(shown))), layout="constrained",
-                                         width_ratios=(3, 2))
-    palette = plt.get_cmap("tab10") if len(groups) <= 10 else plt.get_cmap("turbo", len(groups))
-    colors, late = {group.name: palette(i) for i, group in enumerate(groups)}, []
-    for group in groups:
-        first = "baseline, " * (group is groups[0] and len(groups) > 1)
-        dashed = f"; dashed: {len(group.open)} unfinished" * bool(group.open)
-        left.plot([], [], color=colors[group.name], label=f"{group.name} ({first}n={len(group.done)}{dashed})")
-        for run in group.done + group.open:
-            points = [(m["step"], m["val_bpb"]) for m in run.metrics if m.get("kind") == "validation"
-                      and isinstance(m.get("val_bpb"), (int, float)) and math.isfinite(m["val_bpb"])]
-            points = points[1:] if len(points) > 2 else points  # the untrained model would flatten the rest
-            late += [value for _, value in points[len(points) // 5:]]
-            if points:
-                style = dict(linestyle="-" if run in group.done else "--", marker="o" if len(points) < 25 else None)
-                left.plot(*zip(*points), color=colors[group.name], linewidth=1, alpha=0.85, markersize=3, **style)
-    if late:
-        margin = 0.05 * (max(late) - min(late)) or 0.01
-        left.set_ylim(min(late) - margin, max(late) + margin)
-    left.set(xlabel="step", ylabel="bits per byte", title="Validation BPB before storage, a line per seed")
-    left.legend(frameon=False, fontsize=9)
-    for row, test in enumerate(shown):
-        color, mean = colors[test["name"]], test["difference"]
-        reach = None if test["low"] is None else [[mean - test["low"]], [test["high"] - mean]]
-        right.plot(test["deltas"], [row] * test["n"], "|", color=color, markersize=11, alpha=0.7)
-        right.errorbar(mean, row, xerr=reach, color=color, marker="o", capsize=4, linewidth=1.6)
-        text = f"{test['name']}\n{mean:+.4f} {COLUMNS[test['column']]}, {test['n']} pair" + "s" * (test["n"] > 1)
-        right.annotate(text + ("" if test["p"] is None else f", p = {test['p']:.2g}"), (0.02, row), (0, 9), fontsize=9,
-                       xycoords=("axes fraction", "data"), textcoords="offset points", va="bottom",
-                       bbox=dict(facecolor="white", edgecolor="none", alpha=0.8, pad=1))
-    if shown:
-        right.axvline(0, color="0.5", linewidth=1)
-        right.set(ylim=(-0.5, len(shown)), xlabel="bits per byte minus the baseline's (below 0: better)",
-                  title="Paired differences: mean, 95% interval, | each seed")
-    else:
-        right.text(0.5, 0.5, "no seed finished in two configurations", ha="center", transform=right.transAxes)
-    right.set_yticks([])
-    right.locator_params(axis="x", nbins=6)
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -5609,11 +4775,7 @@ def run_mode(config: Config) -> dict | None:
             return bench(config, runtime)
     if config.mode == "eval":
         return evaluate_alone(config)
-    if config.mode == "sample":
-        return sample(config)
-    if int(os.environ.get("RANK", 0)):  # what is left is one process's work
-        return None
-    return submit(config) if config.mode == "submit" else compare(config)
+    return sample(config)
 
 
 if __name__ == "__main__":
