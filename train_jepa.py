@@ -156,7 +156,6 @@ class Config:
     jepa_weight: float = knob(1.0, "weight of the latent prediction", low=0)
     jepa_steps: int = knob(1, "horizons of the latent rollout (0 = off)", low=0)
     jepa_dim: int = knob(0, "width of the latent (0 = MODEL_DIM)", low=0)
-    jepa_loss: str = knob("mse", "distance of prediction and target", choices=("mse", "smooth_l1"))
     jepa_anneal: float = knob(0.0, "fraction of the run at which JEPA_WEIGHT has fallen to 0 (0 = never)",
                               low=0, high=1)
     detach_targets: bool = knob(False, "1 = no gradient into the targets")
@@ -2158,13 +2157,25 @@ class NormedMLP(nn.Module):
         return self.out(F.gelu(F.layer_norm(hidden, self.gain.shape, self.gain.to(x.dtype), self.shift.to(x.dtype))))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # losses: tensors in, scalars out
-# ---------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
+
+TERMS = ("ce", "jepa", "anti", "cov")  # order of loss weights, log columns and gradient shares
+
+
+class Active(NamedTuple):
+    """Which terms a step computes: a term of weight 0 costs nothing. Static for the compiler, one graph each."""
+    ce: bool
+    jepa: bool
+    anti: bool
+    cov: bool
+
 
 @functools.cache
 def sigreg_knots(count: int) -> tuple[tuple[float, ...], ...]:
-    """Knots t on [0.2, 4], the characteristic function exp(-t^2/2) there, and trapezoid weights times it."""
+    """Knots t on [0.2, 4], the characteristic function exp(-t^2/2) there, and trapezoid weights
+    times that function."""
     step = 3.8 / (count - 1)
     knots = [0.2 + step * i for i in range(count)]
     target = [math.exp(-t * t / 2) for t in knots]
@@ -2173,26 +2184,28 @@ def sigreg_knots(count: int) -> tuple[tuple[float, ...], ...]:
 
 
 def sigreg_null(samples: int, knots: int = 17) -> float:
-    """Expected SIGReg of `samples` standard normal values: the integral of (1 - phi^2) w, over samples."""
+    """Expected SIGReg of standard normal samples: the integral of (1 - phi^2) w over their number."""
     _, target, weights = sigreg_knots(knots)
     return sum(w * (1 - phi * phi) for phi, w in zip(target, weights)) / samples
 
 
 def sigreg(z: Tensor, directions: Tensor, knots: int = 17, axis: str = "batch") -> Tensor:
-    """Distance of the latents from an isotropic Gaussian, seen along unit directions (SIGReg, LeJEPA 2025, eq. 7).
+    """Distance of latents from an isotropic Gaussian along unit directions (SIGReg; LeJEPA, eq. 7,
+    https://arxiv.org/abs/2511.08544).
 
-    z (B,S,L) at S sampled positions, directions (M,L). Per direction the empirical characteristic function, its
-    mean over the batch ("batch", system A), over positions ("time") or over both, is compared with exp(-t^2/2);
-    then the mean over what was not pooled."""
+    z (B,S,L) at S sampled positions, directions (M,L). Per direction the empirical characteristic
+    function is compared with exp(-t^2/2). Its mean is taken over the batch ("batch", system A), over
+    the positions ("time") or over both; the result is the mean over the rest."""
     points, target, weights = (z.new_tensor(v, dtype=torch.float32) for v in sigreg_knots(knots))
-    seen = F.linear(z.float(), directions).unsqueeze(-1) * points               # (B,S,M,knots)
+    phase = F.linear(z.float(), directions).unsqueeze(-1) * points         # (B,S,M,knots)
     pooled = {"batch": (0,), "time": (1,), "both": (0, 1)}[axis]
-    real, imaginary = seen.cos().mean(pooled), seen.sin().mean(pooled)
+    real, imaginary = phase.cos().mean(pooled), phase.sin().mean(pooled)
     return (((real - target).square() + imaginary.square()) * weights).sum(-1).mean()
 
 
 def covariance_term(z: Tensor) -> Tensor:
-    """System B's anti-collapse: mean relu(1 - std) + 0.04 * sum of squared off-diagonal covariances / D (VICReg)."""
+    """mean relu(1 - std) + 0.04 * sum of squared off-diagonal covariances / L over all positions of
+    z (..., L): the anti-collapse term of system B (VICReg, https://arxiv.org/abs/2105.04906)."""
     flat = z.float().flatten(0, -2)
     flat = flat - flat.mean(0)
     variance = flat.square().sum(0) / (len(flat) - 1)
@@ -2202,36 +2215,61 @@ def covariance_term(z: Tensor) -> Tensor:
 
 
 def rollout(jepa: JepaHead, z: Tensor, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(prediction, target) for each horizon k = 1..steps; z (B,T,L). Prediction k starts from prediction k-1 (from z
-    at first) and meets z shifted by k."""
-    guess = z
+    """(prediction, target) for each horizon k = 1..steps; z (B,T,L).
+
+    Prediction k starts from prediction k-1 (from z at first); its target is z shifted by k."""
+    prediction = z
     for k in range(1, steps + 1):
         target = z[:, k:]
-        guess = jepa.predict(guess[:, :target.size(1)])
-        yield guess, target
+        prediction = jepa.predict(prediction[:, :target.size(1)])
+        yield prediction, target
 
 
-def latent_rollout(jepa: JepaHead, z: Tensor, steps: int, kind: str, detach: bool) -> Tensor:
-    """Mean over horizons of the distance (mse or smooth_l1) between prediction and target, in fp32."""
-    distance = F.mse_loss if kind == "mse" else F.smooth_l1_loss
-    return torch.stack([distance(guess.float(), (target.detach() if detach else target).float())
-                        for guess, target in rollout(jepa, z, steps)]).mean()
+def jepa_loss(jepa: JepaHead, z: Tensor, steps: int, detach: bool) -> Tensor:
+    """Mean over horizons of the MSE between prediction and target, in fp32."""
+    return torch.stack([F.mse_loss(prediction.float(), (target.detach() if detach else target).float())
+                        for prediction, target in rollout(jepa, z, steps)]).mean()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# schedules: pure functions of one progress number p in [0, 1] (and, for the momentum, of the step)
-# ---------------------------------------------------------------------------------------------------------------
+def loss_terms(c: Config, model: LanguageModel, jepa: JepaHead | None, h: Tensor, targets: Tensor,
+               positions: Tensor, directions: Tensor, active: Active) -> dict[str, Tensor]:
+    """The active TERMS of hidden states h (B,T,D), unweighted scalars, and "nll" (nats per token).
+
+    targets (B,T) ids; positions (S,) and directions (M,L) are SIGReg's. "ce" includes the z-loss;
+    "nll" is the cross-entropy without it and without gradient, for the log."""
+    terms = {}
+    if active.ce:
+        terms["ce"], terms["nll"] = token_loss_fused(
+            model.features(h).flatten(0, 1), model.head(), model.vocab_bias, targets.flatten(),
+            softcap=c.logit_softcap, softcap_type=c.softcap_type, z_loss=c.z_loss)
+    if active.jepa or active.anti or active.cov:
+        z = jepa.project(h)
+    if active.jepa:
+        terms["jepa"] = jepa_loss(jepa, z, c.jepa_steps, c.detach_targets)
+    if active.anti and c.anticollapse == "sigreg":
+        terms["anti"] = sigreg(z[:, positions], directions, c.sigreg_knots, c.sigreg_axis)
+    elif active.anti:
+        terms["anti"] = covariance_term(z)
+    if active.cov:
+        terms["cov"] = covariance_term(z)
+    return terms
+
+
+# ---------------------------------------------------------------------------------------------------
+# schedules: pure functions of the progress p in [0, 1] (and, for the momentum, of the step)
+# ---------------------------------------------------------------------------------------------------
 
 class Progress(NamedTuple):
-    """Where a run stands: steps done, fraction done (of the wall clock under a cap, else of the steps), steps left."""
+    """Where a run stands: steps done, fraction done, steps left. The fraction is that of the wall
+    clock under a cap, else that of the steps."""
     step: int
     fraction: float
     steps_left: float
 
 
 def measure_progress(step: int, iterations: int, elapsed: float, cap: float) -> Progress:
-    """The one number that all schedules read, from rank 0's clock. Whichever limit is nearer ends the run; the clock
-    ends it (fraction 1) two mean steps before the cap, so that the last step still lies within."""
+    """The progress that all schedules read, from rank 0's clock. The nearer limit ends the run; the
+    clock ends it (fraction 1) two mean steps before the cap, so that the last step lies within."""
     by_steps = step / iterations
     if not cap:
         return Progress(step, by_steps, iterations - step)
@@ -2241,49 +2279,52 @@ def measure_progress(step: int, iterations: int, elapsed: float, cap: float) -> 
     return Progress(step, min(fraction, 1.0), max(steps_left, 0.0))
 
 
-def lr_scale(at: Progress, warmdown: str, fraction: float, iters: int, floor: float = 0.0) -> float:
-    """1, then linear to `floor` over the last `fraction` of the run, or over its last `iters` steps."""
-    left = (1 - at.fraction) / fraction if warmdown == "fraction" and fraction else \
-        at.steps_left / iters if warmdown == "iters" and iters else 1.0
-    return floor + (1 - floor) * min(max(left, 0.0), 1.0)
+def lr_scale(progress: Progress, c: Config) -> float:
+    """Learning rate over its base: 1, then linear to MIN_LR over the last WARMDOWN_FRACTION of the
+    run or its last WARMDOWN_ITERS steps."""
+    left = 1.0
+    if c.warmdown == "fraction" and c.warmdown_fraction:
+        left = (1 - progress.fraction) / c.warmdown_fraction
+    elif c.warmdown == "iters" and c.warmdown_iters:
+        left = progress.steps_left / c.warmdown_iters
+    return c.min_lr + (1 - c.min_lr) * min(max(left, 0.0), 1.0)
 
 
-def muon_momentum(step: int, start: float, final: float, steps: int) -> float:
-    """Linear from `start` to `final` over the first `steps` steps."""
+def muon_momentum(step: int, c: Config) -> float:
+    """Linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM over the first steps."""
+    start, final, steps = c.muon_momentum_warmup_start, c.muon_momentum, c.muon_momentum_warmup_steps
     return start + (final - start) * min(step / steps, 1.0) if steps else final
 
 
-class Active(NamedTuple):
-    """Which terms a step computes: a term of weight 0 costs nothing. Static for the compiler, one graph each."""
-    ce: bool
-    jepa: bool
-    anti: bool
-
-
 class LossWeights(NamedTuple):
-    """Weights of the terms at one moment, and the stage's name for the log."""
+    """Weights of TERMS at one moment, and the stage's name for the log."""
     ce: float
     jepa: float
     anti: float
+    cov: float
     stage: str
 
-    active = property(lambda at: Active(at.ce > 0, at.jepa > 0, at.anti > 0))
+    @property
+    def active(self) -> Active:
+        return Active(*(weight > 0 for weight in self[:len(TERMS)]))
 
 
 def loss_weights(p: float, c: Config) -> LossWeights:
-    """Joint: constant (with the optional ramp and anneal). Staged: pure JEPA, linear bridge, pure CE (system B)."""
+    """Joint: constant, with the optional ramp and anneal. Staged: pure JEPA, linear bridge, pure CE
+    (system B)."""
     jepa = c.jepa_weight if c.jepa_on else 0.0
     if c.jepa_anneal:
         jepa *= max(0.0, 1 - p / c.jepa_anneal)
     if c.loss_schedule == "joint":
         ramp = min(p / 0.3, 1.0) if c.sigreg_schedule else 1.0
-        return LossWeights(c.ce_weight, jepa, c.sigreg_lambda * ramp, "joint")
+        return LossWeights(c.ce_weight, jepa, c.sigreg_lambda * ramp, c.jepa_cov, "joint")
     if p < c.jepa_pure_frac:
-        return LossWeights(0.0, jepa, c.sigreg_weight, "jepa")
+        return LossWeights(0.0, jepa, c.sigreg_weight, c.jepa_cov, "jepa")
     if p >= c.ce_pure_frac:
-        return LossWeights(c.ce_weight, 0.0, 0.0, "ce")
+        return LossWeights(c.ce_weight, 0.0, 0.0, 0.0, "ce")
     bridge = (p - c.jepa_pure_frac) / (c.ce_pure_frac - c.jepa_pure_frac)
-    return LossWeights(c.ce_weight * bridge, jepa * (1 - bridge), c.sigreg_weight * (1 - bridge), "bridge")
+    latent = 1 - bridge
+    return LossWeights(c.ce_weight * bridge, jepa * latent, c.sigreg_weight * latent, c.jepa_cov * latent, "bridge")
 
 
 def qat_on(p: float, fraction: float) -> bool:
@@ -2292,7 +2333,7 @@ def qat_on(p: float, fraction: float) -> bool:
 
 
 def averaging_on(p: float, start: float) -> bool:
-    """Whether weight averaging has begun (start 1 = never)."""
+    """Whether the EMA of the weights has begun (start 1 = never)."""
     return start < 1 and p >= start
 
 
@@ -3448,9 +3489,9 @@ def differences(old: dict[str, Any], new: dict[str, Any], but: Iterable[str] = (
             for name in sorted((set(old) | set(new)).difference(but)) if old.get(name) != new.get(name)]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# evaluation: bits per byte, standard, sliding, tempered, carried; diagnostics of the latent
-# ---------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
+# evaluation: bits per byte in several passes; statistics of the latent
+# ---------------------------------------------------------------------------------------------------
 
 class Score(NamedTuple):
     """Mean negative log-likelihood per token (nats) and bits per byte."""
@@ -3459,151 +3500,219 @@ class Score(NamedTuple):
 
 
 class Evaluator:
-    """Scores one model on one set of tokens (n,) int64. Every token but the first is a target exactly once."""
+    """Scores one model on tokens (n,) int64. Every token but the first is a target exactly once."""
 
-    def __init__(self, model: LanguageModel, tokens: Tensor, vocabulary: Vocabulary, seq_len: int, batch_tokens: int,
-                 runtime: Runtime, forward: Callable | None = None):
-        self.model, self.tokens, self.vocabulary, self.runtime = model, tokens, vocabulary, runtime
-        self.seq_len, self.forward = seq_len, forward or model
-        self.rows = max(1, batch_tokens // seq_len)
+    def __init__(self, model: LanguageModel, tokens: Tensor, vocabulary: Vocabulary, seq_len: int,
+                 batch_tokens: int, runtime: Runtime, forward: Callable | None = None):
+        self.model, self.tokens, self.vocabulary = model, tokens, vocabulary
+        self.runtime, self.forward = runtime, forward or model
+        self.seq_len, self.rows = seq_len, max(1, batch_tokens // seq_len)
         self.targets = len(tokens) - 1
         self.bytes = int(vocabulary.target_bytes(tokens[:-1], tokens[1:]).sum())
 
-    def _finish(self, total: Tensor) -> list[Score]:
-        """Sums of NLL (K,) fp64 of this rank -> scores of all ranks."""
-        total = total.to("cpu")
-        if self.runtime.world > 1:
-            dist.all_reduce(total, group=self.runtime.control)
-        return [Score(nll / self.targets, nll / math.log(2) / max(self.bytes, 1)) for nll in total.tolist()]
+    def on(self, tokens: Tensor) -> Evaluator:
+        """The same evaluation of other tokens."""
+        return Evaluator(self.model, tokens, self.vocabulary, self.seq_len, self.rows * self.seq_len,
+                         self.runtime, self.forward)
+
+    def _scores(self, total: Tensor) -> list[Score]:
+        """Sums of NLL (K,) fp64 of this rank -> scores over all ranks."""
+        total = self.runtime.sum_host(total.to("cpu"))
+        return [Score(nll / self.targets, nll / math.log(2) / max(self.bytes, 1))
+                for nll in total.tolist()]
+
+    def _zeros(self, count: int) -> Tensor:
+        return torch.zeros(count, dtype=torch.float64, device=self.runtime.device)
 
     def _hidden(self, ids: Tensor, states: list | None = None) -> tuple[Tensor, list]:
-        h, states = self.forward(self.runtime.to_device(ids), self.runtime.dtype, states)
-        return h, states
+        return self.forward(self.runtime.to_device(ids), self.runtime.dtype, states)
 
-    def _nll(self, h: Tensor, targets: Tensor, temperatures: Sequence[float] = (1.0,)) -> Tensor:
-        """Sum of the NLL at each temperature (K,) fp64; h (...,D), targets (...). The V-wide logits come in pieces."""
+    def _nll(self, h: Tensor, targets: Tensor, temperatures: Sequence[float]) -> Tensor:
+        """Sum of the NLL at each temperature (K,) fp64; h (...,D), targets (...). Logits are made in
+        pieces, because they are V wide."""
         h, targets = h.reshape(-1, h.size(-1)), self.runtime.to_device(targets.reshape(-1))
         piece = max(1, (1 << (25 if h.is_cuda else 22)) // self.vocabulary.base_bytes.numel())
-        total = torch.zeros(len(temperatures), dtype=torch.float64, device=h.device)
-        for part, wanted in zip(h.split(piece), targets.split(piece)):
+        total = self._zeros(len(temperatures))
+        for part, ids in zip(h.split(piece), targets.split(piece)):
             logits = self.model.logits(part)
             for index, temperature in enumerate(temperatures):
                 scaled = logits if temperature == 1 else logits / temperature
-                total[index] += F.cross_entropy(scaled, wanted, reduction="none").double().sum()
+                total[index] += F.cross_entropy(scaled, ids, reduction="none").double().sum()
         return total
 
     @torch.no_grad()
     def standard(self, temperatures: Sequence[float] = (1.0,), label: str = "validation") -> list[Score]:
-        """Rows of seq_len tokens side by side, each from an empty context; one score per temperature."""
+        """Rows of seq_len tokens, each from an empty context; one score per temperature."""
         rows, T, rank, world = self.targets // self.seq_len, self.seq_len, self.runtime.rank, self.runtime.world
         first, last = rows * rank // world, rows * (rank + 1) // world
-        total = torch.zeros(len(temperatures), dtype=torch.float64, device=self.runtime.device)
+        total = self._zeros(len(temperatures))
         for row in progress_bar(range(first, last, self.rows), label, self.runtime.main):
             span = self.tokens[row * T:min(row + self.rows, last) * T + 1]
             h, _ = self._hidden(span[:-1].view(-1, T))
             total += self._nll(h, span[1:], temperatures)
-        return self._finish(total)
+        return self._scores(total)
 
     @torch.no_grad()
-    def sliding(self, stride: int, batch: int, temperature: float = 1.0, label: str = "sliding") -> Score:
-        """Windows of seq_len every `stride` tokens: the first scores all its tokens, later ones their last `stride`.
-
-        When the last whole window ends before the text does, one more ends with it and scores what is left. So each
+    def sliding(self, stride: int, batch: int, temperature: float = 1.0) -> Score:
+        """Windows of seq_len every `stride` tokens. The first window scores all its tokens, later ones
+        score their last `stride`, and one more window ends with the text if the others do not: each
         token is scored once, with the longest context that the windows offer."""
         T, n, rank, world = self.seq_len, self.targets, self.runtime.rank, self.runtime.world
-        windows = self.tokens[:-1].unfold(0, T, stride)                             # (W,T), a view
-        targets = self.tokens[1:].unfold(0, T, stride)[:, T - stride:]              # (W,stride), a view
-        count, left = len(windows) - 1, (n - T) % stride
-        total = torch.zeros(1, dtype=torch.float64, device=self.runtime.device)
+        windows = self.tokens[:-1].unfold(0, T, stride)                       # (W,T), a view
+        targets = self.tokens[1:].unfold(0, T, stride)[:, T - stride:]        # (W,stride), a view
+        count, rest = len(windows) - 1, (n - T) % stride
+        total = self._zeros(1)
         if rank == 0:
-            total += self._nll(self._hidden(self.tokens[:T].view(1, T))[0], self.tokens[1:T + 1], [temperature])
-            if left:
-                h = self._hidden(self.tokens[n - T:n].view(1, T))[0][:, T - left:]
-                total += self._nll(h, self.tokens[n + 1 - left:], [temperature])
+            h, _ = self._hidden(self.tokens[:T].view(1, T))
+            total += self._nll(h, self.tokens[1:T + 1], [temperature])
+            if rest:
+                h, _ = self._hidden(self.tokens[n - T:n].view(1, T))
+                total += self._nll(h[:, T - rest:], self.tokens[n + 1 - rest:], [temperature])
         first, last = 1 + count * rank // world, 1 + count * (rank + 1) // world
-        scored, bar = 0, progress_bar(range(first, last, batch), label, self.runtime.main)
-        for index in bar:
+        for index in progress_bar(range(first, last, batch), "sliding", self.runtime.main):
             part = slice(index, min(index + batch, last))
             h, _ = self._hidden(windows[part])
             total += self._nll(h[:, T - stride:], targets[part], [temperature])
-            scored += part.stop - part.start
-            if hasattr(bar, "set_postfix_str"):  # a terminal: show the figure so far
-                share = scored * stride + (T + left if rank == 0 else 0)
-                bar.set_postfix_str(f"bpb {float(total) / math.log(2) / share * n / max(self.bytes, 1):.4f}")
-        return self._finish(total)[0]
+        return self._scores(total)[0]
 
     @torch.no_grad()
-    def carried(self, temperature: float = 1.0, label: str = "carried") -> Score:
-        """One pass, the recurrent state carried from piece to piece: each token is scored with all of its past.
-
-        Sequential by nature, so rank 0 does it alone, in pieces as long as the batch allows."""
-        total = torch.zeros(1, dtype=torch.float64, device=self.runtime.device)
+    def carried(self, temperatures: Sequence[float] = (1.0,), label: str = "carried") -> list[Score]:
+        """One pass with the recurrent state carried from piece to piece: each token is scored with its
+        whole past. The pass is sequential, so rank 0 does it alone, in pieces of a batch."""
+        total = self._zeros(len(temperatures))
         if self.runtime.rank == 0:
             states, piece = None, self.rows * self.seq_len
             for start in progress_bar(range(0, self.targets, piece), label):
                 stop = min(start + piece, self.targets)
                 h, states = self._hidden(self.tokens[start:stop].unsqueeze(0), states)
-                total += self._nll(h, self.tokens[start + 1:stop + 1], [temperature])
-        return self._finish(total)[0]
-
-    def best_temperature(self) -> float:
-        """Temperature of the lowest NLL on these tokens: a coarse grid, then +-0.06 in steps of 0.02."""
-        coarse = [0.5, 0.7, 0.85, 0.95, 1.0, 1.1, 1.3, 1.5, 2.0]
-        losses = [score.loss for score in self.standard(coarse, "temperature")]
-        best = coarse[losses.index(min(losses))]
-        fine = [round(best + 0.02 * i, 4) for i in range(-3, 4)]
-        losses = [score.loss for score in self.standard(fine, "temperature")]
-        return fine[losses.index(min(losses))]
+                total += self._nll(h, self.tokens[start + 1:stop + 1], temperatures)
+        return self._scores(total)
 
 
-# Diagnostics of the latent: one function each, tensors in, numbers out.
+def best_temperature(score: Callable[[Sequence[float]], list[Score]]) -> float:
+    """Temperature of the lowest loss: a coarse list first, then +-0.06 around its best in steps of
+    0.02. `score` maps temperatures to scores."""
+    def best_of(temperatures: list[float]) -> float:
+        losses = [result.loss for result in score(temperatures)]
+        return temperatures[losses.index(min(losses))]
+
+    best = best_of([0.5, 0.7, 0.85, 0.95, 1.0, 1.1, 1.3, 1.5, 2.0])
+    return best_of([round(best + 0.02 * i, 4) for i in range(-3, 4)])
+
+
+class EvalPass(NamedTuple):
+    """A way to score the stored model. result.json, the log, the tables of tools/ and README read it.
+
+    `score` maps (evaluator, configuration, temperature) to a Score."""
+    name: str    # result.json: <name>_val_loss, <name>_val_bpb
+    label: str
+    asked: Callable[[Config], bool]
+    score: Callable[[Evaluator, Config, float], Score]
+    carries: bool = False    # its temperature is chosen with carried states
+
+
+PASSES = (
+    EvalPass("roundtrip", "round trip", lambda c: True,
+             lambda e, c, t: e.standard(label="round trip")[0]),
+    EvalPass("tempered", "temperature-scaled", lambda c: c.temp_scaling,
+             lambda e, c, t: e.standard([t], "tempered")[0]),
+    EvalPass("sliding", "sliding window", lambda c: c.sliding_eval,
+             lambda e, c, t: e.sliding(c.sliding_eval_stride, c.sliding_batch_size, t)),
+    EvalPass("carried", "state carried through, one pass", lambda c: c.eval_state == "carry",
+             lambda e, c, t: e.carried([t])[0], carries=True),
+)
+
+
+def final_scores(evaluator: Evaluator, c: Config, calibration: Tensor | None,
+                 log: Callable[[str], None]) -> dict[str, Any]:
+    """Scores of PASSES for the weights read from the artifact, as result.json and MODE=eval report
+    them. `calibration`: training tokens that the temperature is chosen on (None: temperature 1)."""
+    result: dict[str, Any] = dict(temperature=None, sliding_stride=None)
+    if c.temp_scaling and not c.temp_calib and calibration is None:
+        log("temperature: 1 (no unseen training tokens to choose one on)")
+
+    @functools.cache
+    def temperature(carries: bool) -> float:
+        if not c.temp_scaling or not c.temp_calib and calibration is None:
+            return 1.0
+        chooser = None if c.temp_calib else evaluator.on(calibration)
+        return c.temp_calib or best_temperature(chooser.carried if carries else chooser.standard)
+
+    for row in PASSES:
+        result[f"{row.name}_val_bpb"] = None
+        if not row.asked(c):
+            continue
+        t = 1.0 if row.name == "roundtrip" else temperature(row.carries)
+        if row.name != "tempered" or t != 1:    # else the round trip's score stands
+            score = row.score(evaluator, c, t)
+        result |= {f"{row.name}_val_loss": score.loss, f"{row.name}_val_bpb": score.bpb}
+        how = "" if row.name == "roundtrip" else f" temperature:{t:g}"
+        if row.name == "sliding":
+            result["sliding_stride"] = c.sliding_eval_stride
+            how = f" stride:{c.sliding_eval_stride}" + how
+        log(f"{row.name}{how} val_loss:{score.loss:.6f} val_bpb:{score.bpb:.6f}")
+    if c.temp_scaling:
+        result["temperature"] = temperature(False)
+        if c.eval_state == "carry":
+            result["carried_temperature"] = temperature(True)
+    return result
+
+
+# Statistics of the latent: tensors in, numbers out. Values that are not finite give nan.
 
 def effective_rank(x: Tensor) -> float:
-    """exp of the entropy of the covariance's normalized eigenvalues (Roy & Vetterli 2007); x (...,L), from 1 to L."""
+    """exp of the entropy of the covariance's normalized eigenvalues, from 1 to L; x (...,L). Roy &
+    Vetterli 2007, https://ieeexplore.ieee.org/document/7098875."""
     flat = x.float().flatten(0, -2)
-    values = torch.linalg.eigvalsh(torch.cov(flat.T).double().reshape(x.size(-1), -1)).clamp(min=0)
+    covariance = torch.cov(flat.T).double().reshape(x.size(-1), -1)
+    if not bool(covariance.isfinite().all()):
+        return math.nan
+    values = torch.linalg.eigvalsh(covariance).clamp(min=0)
     share = values / values.sum().clamp(min=1e-30)
     return float(torch.exp(-(share * share.clamp(min=1e-30).log()).sum()))
 
 
 def within_share(x: Tensor) -> float:
-    """Share of the variance that lies within sequences: 0 when each row is constant, near 1 when rows are alike.
-    x (B,T,L)."""
+    """Share of the variance of x (B,T,L) that lies within sequences: 0 where each sequence is
+    constant, near 1 where sequences are alike."""
     x = x.double()
-    return float((x - x.mean(1, keepdim=True)).square().mean() / (x - x.mean((0, 1))).square().mean().clamp(min=1e-30))
+    within = (x - x.mean(1, keepdim=True)).square().mean()
+    return float(within / (x - x.mean((0, 1))).square().mean().clamp(min=1e-30))
 
 
 def lag1_autocorrelation(x: Tensor) -> float:
-    """sum (x_t - m)(x_{t+1} - m) / sqrt(sum (x_t - m)^2 sum (x_{t+1} - m)^2), m the mean of all; x (B,T,L)."""
+    """Correlation of neighbouring positions of x (B,T,L): sum (x_t - m)(x_{t+1} - m) over
+    sqrt(sum (x_t - m)^2 sum (x_{t+1} - m)^2), m the mean of all."""
     x = x.double() - x.double().mean((0, 1))
     a, b = x[:, :-1], x[:, 1:]
     return float((a * b).sum() / (a.square().sum() * b.square().sum()).sqrt().clamp(min=1e-30))
 
 
-def predictability(guess: Tensor, target: Tensor) -> float:
-    """1 - MSE / variance of the target: 1 perfect, 0 no better than its mean. (B,S,L) each."""
+def predictability(prediction: Tensor, target: Tensor) -> float:
+    """1 - MSE / variance of the target, each (B,S,L): 1 perfect, 0 no better than the mean."""
     target = target.double()
     variance = (target - target.mean((0, 1))).square().mean().clamp(min=1e-30)
-    return float(1 - (guess.double() - target).square().mean() / variance)
+    return float(1 - (prediction.double() - target).square().mean() / variance)
 
 
-def gradient_shares(h: Tensor, terms: dict[str, Callable[[Tensor], Tensor]]) -> dict[str, float]:
-    """Norm of each weighted term's gradient in h relative to CE's, and its cosine with it. terms: name -> loss of h."""
-    leaf = h.detach().requires_grad_()
-    with torch.enable_grad():
-        grads = {name: torch.autograd.grad(term(leaf), leaf)[0].double().flatten() for name, term in terms.items()}
-    reference = grads["ce"].norm().clamp(min=1e-30)
-    found = {}
+def gradient_shares(leaf: Tensor, terms: dict[str, Tensor]) -> dict[str, float]:
+    """Norm of each weighted term's gradient in `leaf` relative to that of "ce", and its cosine with
+    it. terms: name -> weighted loss, a function of leaf."""
+    grads = {name: torch.autograd.grad(loss, leaf, retain_graph=True)[0].double().flatten()
+             for name, loss in terms.items()}
+    ce = grads.pop("ce")
+    reference, shares = ce.norm().clamp(min=1e-30), {}
     for name, grad in grads.items():
-        if name != "ce":
-            found[f"{name}_grad_ratio"] = float(grad.norm() / reference)
-            found[f"{name}_grad_cosine"] = float(grad @ grads["ce"] / (grad.norm().clamp(min=1e-30) * reference))
-    return found
+        shares[f"{name}_grad_ratio"] = float(grad.norm() / reference)
+        shares[f"{name}_grad_cosine"] = float(grad @ ce / (grad.norm().clamp(min=1e-30) * reference))
+    return shares
 
 
-def linear_probe(h: Tensor, targets: Tensor, lengths: Tensor, vocab_size: int, steps: int, seed: int) -> float:
-    """Bits per byte of a linear classifier on frozen h (n,D): trained on the first 80% of the positions with `steps`
-    steps of Adam (1e-3, batch 4096), scored on the last 20%. targets (n,) ids, lengths (n,) their bytes."""
+def linear_probe(h: Tensor, targets: Tensor, lengths: Tensor, vocab_size: int, steps: int,
+                 seed: int) -> float:
+    """Bits per byte of a linear classifier on frozen h (n,D). Trained on the first 80% of the
+    positions with `steps` steps of Adam (1e-3, batch 4096), scored on the last 20%. targets (n,) ids,
+    lengths (n,) their bytes."""
     cut = int(0.8 * len(h))
     h, generator = h.float(), torch.Generator().manual_seed(seed)
     with torch.enable_grad():
@@ -3615,23 +3724,26 @@ def linear_probe(h: Tensor, targets: Tensor, lengths: Tensor, vocab_size: int, s
             adam.zero_grad()
             token_loss_fused(h[batch], weight, bias, targets[batch])[0].backward()
             adam.step()
-    nll = sum(F.cross_entropy(F.linear(part, weight.detach(), bias.detach()), ids, reduction="none").double().sum()
-              for part, ids in zip(h[cut:].split(1024), targets[cut:].split(1024)))
+    nll = 0.0
+    with torch.no_grad():
+        for part, ids in zip(h[cut:].split(1024), targets[cut:].split(1024)):
+            nll += float(F.cross_entropy(F.linear(part, weight, bias), ids, reduction="sum"))
     return float(nll / math.log(2) / lengths[cut:].sum().clamp(min=1))
 
 
 @torch.no_grad()
-def input_moments(model: nn.Module, batches: Sequence[Tensor], forward: Callable[[Tensor], Any]) -> dict[str, Tensor]:
+def input_moments(model: nn.Module, batches: Sequence[Tensor],
+                  forward: Callable[[Tensor], Any]) -> dict[str, Tensor]:
     """Mean of x x^T (C,C) in fp64 over the inputs x of every Linear layer, by the layer's name."""
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
-    def note(name: str, _: nn.Module, inputs: tuple) -> None:
+    def add(name: str, _: nn.Module, inputs: tuple) -> None:
         x = inputs[0].detach().reshape(-1, inputs[0].size(-1)).float()
         sums[name] = sums.get(name, 0) + (x.T @ x).double()
         counts[name] = counts.get(name, 0) + len(x)
 
-    hooks = [layer.register_forward_pre_hook(functools.partial(note, name))
+    hooks = [layer.register_forward_pre_hook(functools.partial(add, name))
              for name, layer in model.named_modules() if isinstance(layer, Linear)]
     try:
         for batch in batches:
@@ -3642,24 +3754,31 @@ def input_moments(model: nn.Module, batches: Sequence[Tensor], forward: Callable
     return {name: total / counts[name] for name, total in sums.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# training: build, warm up, one step, the loop
-# ---------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
+# training: build, warm up, one step, the loop, the end of a run
+# ---------------------------------------------------------------------------------------------------
 
 def build_models(c: Config, kernels: Kernels | None = None) -> tuple[LanguageModel, JepaHead | None]:
-    """The stored model and the training-only head (None when every latent term is off), initialized from SEED."""
+    """The stored model and the training-only head (None when every latent term is off), both
+    initialized from SEED."""
     torch.manual_seed(c.seed)
     model = LanguageModel(c, kernels)
     return model, JepaHead(c) if c.latent_on else None
 
 
-def drawn(*key: int) -> torch.Generator:
-    """A generator that depends on the key alone, on every rank and after every resume."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+def keyed_generator(*key: int) -> torch.Generator:
+    """A random generator that depends on the key alone: equal on every rank and after a resume."""
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> 1))
 
 
-def unit_directions(count: int, width: int, generator: torch.Generator) -> Tensor:
-    return F.normalize(torch.randn(count, width, generator=generator), dim=-1)
+def compiled(function: Callable, mode: str) -> Callable:
+    """torch.compile as one graph with static shapes, or the function itself."""
+    if mode == "off":
+        return function
+    torch._dynamo.config.recompile_limit = 64  # one graph per combination of terms
+    how = dict(backend="aot_eager") if mode == "aot_eager" else dict(mode=mode)
+    return torch.compile(function, fullgraph=True, dynamic=False, **how)
 
 
 class Trainer:
@@ -3671,91 +3790,92 @@ class Trainer:
         self.kernels, self.note = choose_kernels(c, runtime)
         self.model, self.jepa = build_models(c, self.kernels)
         self.plan = storage_plan(self.model, c)
-        self.directions = unit_directions(c.num_proj, c.latent, drawn(c.seed, 1)).to(runtime.device)
+        directions = torch.randn(c.num_proj, c.latent, generator=keyed_generator(c.seed, 1))
+        self.directions = F.normalize(directions, dim=-1).to(runtime.device)
         self.model.to(runtime.device)
         if self.jepa is not None:
             self.jepa.to(runtime.device)
         self.weights = Weights(self.model, self.jepa, self.plan, c, runtime)
         self.optimizer = Optimizer(self.weights, c)
-        self.batches = Batches(stream, c.micro_batches, c.micro_rows, c.train_seq_len, lanes=c.in_lanes)
-        self.mine = range(runtime.rank * c.micro_batches // runtime.world,
-                          (runtime.rank + 1) * c.micro_batches // runtime.world)
-        # CARRY_STATE: the mixers' states of each micro-batch
-        self.states = {micro: self.empty_states() if c.carry_state else None for micro in self.mine}
-        self.position = self.tokens = 0  # in the stream; trained on so far
+        self.batches = Batches(stream, c.micro_batches, c.micro_rows, c.train_seq_len, c.in_lanes)
+        share = c.micro_batches // runtime.world
+        self.micros = range(runtime.rank * share, (runtime.rank + 1) * share)  # those of this rank
+        # CARRY_STATE: the mixers' states of each micro-batch, zeros at the start
+        self.states = {micro: self.empty_states() if c.carry_state else None for micro in self.micros}
+        self.position = self.tokens = 0  # position in the stream; tokens trained on so far
         self.losses = compiled(self._losses, c.compile_mode)
         self.forward = compiled(self.model, c.compile_mode) if runtime.cuda else self.model
 
-    def _losses(self, x: Tensor, y: Tensor, positions: Tensor, weights: Tensor, states, active: Active
-                ) -> tuple[Tensor, Tensor, list]:
-        """Total loss, its parts [ce, jepa, anti] (3,) without gradient, and the mixers' states; one graph."""
-        c = self.config
+    def empty_states(self) -> list[tuple[Tensor, ...]]:
+        """States before the first token. Not None: the first step then has the graph of all others."""
+        return self.model.empty_states(self.config.micro_rows, self.runtime.dtype, self.runtime.device)
+
+    def _losses(self, x: Tensor, y: Tensor, positions: Tensor, weights: Tensor, states,
+                active: Active) -> tuple[Tensor, Tensor, list | None]:
+        """Weighted sum of TERMS, the terms without gradient (cross-entropy without z-loss), and the
+        mixers' states under CARRY_STATE; one graph."""
         h, states = self.model(x, self.runtime.dtype, states)
-        ce = jepa = anti = seen = h.new_zeros((), dtype=torch.float32)
-        if active.ce:
-            features = self.model.features(h).flatten(0, 1)
-            ce, seen = token_loss_fused(features, self.model.head(), self.model.vocab_bias, y.flatten(),
-                                        softcap=c.logit_softcap, softcap_type=c.softcap_type, z_loss=c.z_loss)
-        cov = c.jepa_cov > 0 and (active.jepa or c.loss_schedule == "joint")
-        if active.jepa or active.anti or cov:
-            z = self.jepa.project(h)
-        if active.jepa:
-            jepa = latent_rollout(self.jepa, z, c.jepa_steps, c.jepa_loss, c.detach_targets)
-        if active.anti and c.anticollapse == "sigreg":
-            anti = sigreg(z[:, positions], self.directions, c.sigreg_knots, c.sigreg_axis)
-        elif active.anti:
-            anti = covariance_term(z)
-        total = weights[0] * ce + weights[1] * jepa + weights[2] * anti
-        if cov:
-            total = total + c.jepa_cov * covariance_term(z)
-        return total, torch.stack((seen, jepa.detach(), anti.detach())), states if c.carry_state else None
+        terms = loss_terms(self.config, self.model, self.jepa, h, y, positions, self.directions, active)
+        zero = h.new_zeros((), dtype=torch.float32)
+        total = zero
+        for weight, name in zip(weights, TERMS):
+            if name in terms:
+                total = total + weight * terms[name]
+        shown = terms | ({"ce": terms["nll"]} if "ce" in terms else {})
+        parts = torch.stack([shown.get(name, zero).detach() for name in TERMS])
+        if not self.config.carry_state:
+            return total, parts, None
+        return total, parts, [tuple(t.detach() for t in state) for state in states]
 
-    def step_inputs(self, step: int, micro: int) -> tuple:
-        """Tensors of one micro-batch on the device; what is random follows from (seed, step, micro-batch)."""
-        c, to = self.config, self.runtime.to_device
+    def step_inputs(self, step: int, micro: int) -> tuple[Tensor, Tensor, Tensor]:
+        """x, y (rows,T) and SIGReg's positions of one micro-batch, on the device; randomness follows
+        from (seed, step, micro-batch)."""
         x, y = self.batches(self.position, micro)
-        length = x.size(1)
-        positions = torch.randint(length, (min(64, length),), generator=drawn(c.seed, 2, step, micro))
-        return to(x), to(y), to(positions)
+        generator = keyed_generator(self.config.seed, 2, step, micro)
+        positions = torch.randint(x.size(1), (min(64, x.size(1)),), generator=generator)
+        return tuple(map(self.runtime.to_device, (x, y, positions)))
 
-    def accumulate(self, step: int, at: LossWeights, keep: bool = True) -> Tensor:
-        """Gradients of this rank's micro-batches, summed over ranks; returns the sum of the parts [ce, jepa, anti].
-        With keep=False the carried states stay as they are."""
-        c, parts = self.config, torch.zeros(3, device=self.runtime.device)
-        weights = self.runtime.to_device(torch.tensor(at[:3]))
-        for micro in self.mine:
-            loss, seen, states = self.losses(*self.step_inputs(step, micro), weights, self.states[micro], at.active)
-            self.weights.begin_micro(last=micro == self.mine[-1])
+    def accumulate(self, step: int, weights: LossWeights, keep_states: bool = True) -> Tensor:
+        """Gradients of this rank's micro-batches, summed over ranks; returns this rank's share of the
+        mean of TERMS."""
+        c, parts = self.config, torch.zeros(len(TERMS), device=self.runtime.device)
+        numbers = self.runtime.to_device(torch.tensor(weights[:len(TERMS)]))
+        for micro in self.micros:
+            inputs = self.step_inputs(step, micro)
+            loss, terms, states = self.losses(*inputs, numbers, self.states[micro], weights.active)
+            self.weights.begin_micro(last=micro == self.micros[-1])
             (loss / c.micro_batches).backward()
-            parts += seen / c.micro_batches
-            if c.carry_state and keep:
-                self.states[micro] = [MambaState(*(t.detach().contiguous() for t in state)) for state in states]
+            parts += terms / c.micro_batches
+            if c.carry_state and keep_states:  # clone: a CUDA graph overwrites its outputs at the next replay
+                self.states[micro] = [tuple(t.clone() for t in state) for state in states]
         self.weights.finish_gradients()
         return parts
 
-    def train_step(self, at: Progress) -> Tensor:
-        """One optimizer step: grid, batches, losses, gradients, update. Returns [ce, jepa, anti, norm] of this rank."""
-        c, before = self.config, dict(self.states)
-        self.weights.load(qat=qat_on(at.fraction, c.qat_fraction))
-        parts = self.accumulate(at.step, loss_weights(at.fraction, c))
-        momentum = muon_momentum(at.step, c.muon_momentum_warmup_start, c.muon_momentum, c.muon_momentum_warmup_steps)
-        scale = lr_scale(at, c.warmdown, c.warmdown_fraction, c.warmdown_iters, c.min_lr)
-        norm, ok = self.optimizer.step(scale, momentum)
-        if averaging_on(at.fraction, c.swa_start):
+    def train_step(self, progress: Progress) -> Tensor:
+        """One optimizer step: storage grid, batches, losses, gradients, update. Returns this rank's
+        share of TERMS, then the gradient norm."""
+        c, states_before = self.config, dict(self.states)
+        self.weights.load(qat=qat_on(progress.fraction, c.qat_fraction))
+        parts = self.accumulate(progress.step, loss_weights(progress.fraction, c))
+        norm, ok = self.optimizer.step(lr_scale(progress, c), muon_momentum(progress.step, c))
+        if averaging_on(progress.fraction, c.swa_start):
             self.weights.average(c.swa_decay, ok)
-        if c.carry_state:  # a skipped step may have left NaN in the states
-            for micro, states in self.states.items():
-                self.states[micro] = [MambaState(*(torch.where(ok > 0, n, o) for n, o in zip(new, old)))
-                                      for new, old in zip(states, before[micro])]
+        if c.carry_state:
+            self.restore_if_skipped(states_before, ok)
         self.weights.zero_grad()
         self.position += self.batches.values_per_step()
-        self.tokens += c.micro_batches * self.batches.rows * self.batches.seq_len
+        self.tokens += c.train_batch_tokens
         return torch.cat((parts, norm.view(1)))
 
-    def warm_up(self) -> None:
-        """Ghost steps at base LR, without QAT and clip; then weights, data and randomness go back, moments stay.
+    def restore_if_skipped(self, before: dict[int, list], ok: Tensor) -> None:
+        """Take the states from before a step that was skipped, because they may hold NaN."""
+        for micro, states in self.states.items():
+            self.states[micro] = [tuple(torch.where(ok > 0, new, old) for new, old in zip(*pair))
+                                  for pair in zip(states, before[micro])]
 
-        Also runs every combination of terms once that the schedule will ask for, so that nothing compiles later."""
+    def warm_up(self) -> None:
+        """Ghost steps at the base rates, without QAT and clip. Weights, data position and randomness
+        are then rolled back; the optimizer's moments stay."""
         c = self.config
         masters = [group.master.clone() for group in self.weights.groups]
         position, states, rng = self.position, dict(self.states), torch.get_rng_state()
@@ -3772,49 +3892,33 @@ class Trainer:
         torch.set_rng_state(rng)
         self.optimizer.reset_after_warmup(c.warmup_rollback == "all")
 
+    def run_phases(self) -> None:
+        """Compile ahead: forward and backward once for every combination of terms that the schedule
+        will ask for. Changes nothing."""
+        if self.config.compile_mode == "off":
+            return
+        self.weights.load()
+        phases = {}
+        for p in np.linspace(0, 1, 1001).tolist():
+            weights = loss_weights(p, self.config)
+            phases.setdefault(weights.active, weights)
+        for weights in phases.values():
+            self.accumulate(0, weights, keep_states=False)
+            self.weights.zero_grad()
+
     def prepare(self, resumed: bool) -> None:
-        """Ghost warm-up, or on resume only the compilation."""
+        """Ghost warm-up; on resume only the compilation."""
         try:
             self.run_phases() if resumed else self.warm_up()
         except torch.OutOfMemoryError:
             c = self.config
-            raise UserError(f"out of GPU memory with micro-batches of {c.micro_rows} rows of {c.train_seq_len} tokens; "
-                            f"raise MICRO_BATCHES={c.micro_batches}, or take a smaller model") from None
-
-    def run_phases(self) -> None:
-        """Forward and backward once for every combination of active terms, changing nothing."""
-        if self.config.compile_mode == "off":
-            return
-        self.weights.load()
-        seen = set()
-        for p in np.linspace(0, 1, 1001).tolist():
-            at = loss_weights(p, self.config)
-            if at.active not in seen:
-                seen.add(at.active)
-                self.accumulate(0, at, keep=False)
-                self.weights.zero_grad()
-
-    def empty_states(self) -> list[MambaState]:
-        """States of rows that begin: zeros, so that the first step has the graph of all others."""
-        c, device = self.config, self.runtime.device
-        zeros = functools.partial(torch.zeros, c.micro_rows, device=device)
-        conv = zeros(c.d_conv - 1, c.d_inner + 2 * c.d_state, dtype=self.runtime.dtype)
-        ssm = zeros(c.d_inner // HEADDIM, HEADDIM, c.d_state)
-        return [MambaState(conv.clone(), ssm.clone()) for _ in range(c.num_layers)]
-
-
-def compiled(function: Callable, mode: str) -> Callable:
-    """torch.compile as one graph with static shapes, or the function itself."""
-    if mode == "off":
-        return function
-    torch._dynamo.config.recompile_limit = 64  # one graph per phase, all made before the run
-    if mode == "aot_eager":
-        return torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager")
-    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+            raise UserError(
+                f"out of GPU memory with micro-batches of {c.micro_rows} x {c.train_seq_len} tokens; "
+                f"raise MICRO_BATCHES={c.micro_batches} or take a smaller model") from None
 
 
 class RunStopped(Exception):
-    """A run that ended before its end, on purpose: `code` is the exit code, the text says how to go on."""
+    """A run that ended early on purpose: `code` is the exit code, the message says how to go on."""
 
     def __init__(self, message: str, code: int):
         super().__init__(message)
@@ -3826,9 +3930,13 @@ class Signals:
 
     def __init__(self):
         self.caught = 0
-        with contextlib.suppress(ValueError):  # not in the main thread (a test): leave signals alone
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self._catch)
+        self._handle({signal.SIGTERM: self._catch, signal.SIGINT: self._catch})
+
+    @staticmethod
+    def _handle(handlers: dict) -> None:
+        with contextlib.suppress(ValueError):  # outside the main thread (a test) signals stay as they are
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
     def _catch(self, number: int, frame) -> None:
         if self.caught and number == signal.SIGINT:
@@ -3836,56 +3944,54 @@ class Signals:
         self.caught = number
 
     def release(self) -> None:
-        """From here on signals act at once (the final evaluation can be repeated from the last checkpoint)."""
-        with contextlib.suppress(ValueError):
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        """From here on signals act at once: the final evaluation can be repeated from a checkpoint."""
+        self._handle({signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler})
 
 
 class Stopwatch:
-    """Training seconds: runs while training does, stands while validating, goes on after a resume."""
+    """Training seconds: stands still while validating, goes on after a resume."""
 
     def __init__(self, seconds: float = 0.0):
         self.before, self.started = seconds, None
+
+    def start(self) -> None:
+        self.started = now()
 
     def seconds(self) -> float:
         return self.before + (now() - self.started if self.started is not None else 0.0)
 
     @contextlib.contextmanager
     def paused(self, runtime: Runtime) -> Iterator[None]:
-        """Stand still inside the block; the GPU's queue is waited for on both sides."""
+        """Stand still inside the block; both ends wait for the GPU's queue."""
         runtime.synchronize()
         self.before, self.started = self.seconds(), None
         yield
         runtime.synchronize()
-        self.started = now()
+        self.start()
 
 
 def default_run_id(c: Config) -> str:
-    mixers = {"mamba2": "mamba2", "attention": "bytejepa"}.get(c.mixer, "hybrid")
+    kind = {"mamba2": "mamba2", "attention": "bytejepa"}.get(c.mixer, "hybrid")
     begun = datetime.now()
     if "TORCHELASTIC_RESTART_COUNT" in os.environ:  # the same name again when torchrun restarts its ranks
         with contextlib.suppress(OSError):
             begun = datetime.fromtimestamp(os.stat(f"/proc/{os.getppid()}").st_ctime)
-    return f"{mixers}-{c.tokenizer}-{c.num_layers}x{c.model_dim}-seed{c.seed}-{begun:%Y%m%d-%H%M%S}"
+    return f"{kind}-{c.tokenizer}-{c.num_layers}x{c.model_dim}-seed{c.seed}-{begun:%Y%m%d-%H%M%S}"
 
 
 RUN_FILES = ("log.txt", "metrics.jsonl", "config.json", "model.jepa", "result.json", "curves.png")
 
 
-def open_run(c: Config, runtime: Runtime) -> tuple[Path, Checkpoints, Path | None]:
-    """The run's folder, its checkpoints, and whether there is one to go on from. Rank 0 decides for all.
-
-    A finished run is refused unless OVERWRITE=1; an unfinished one resumes from its newest valid checkpoint."""
-    def decide() -> tuple[str, bool]:
+def open_run(c: Config, runtime: Runtime) -> tuple[Path, Checkpoints]:
+    """The run's folder and its checkpoints; rank 0 decides for all ranks. A finished run is refused
+    unless OVERWRITE=1, which removes it."""
+    def decide() -> str:
         run_id = c.run_id or default_run_id(c)
         path = Path(c.runs_dir) / run_id
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # then OVERWRITE has had its turn
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun
         if c.overwrite and not restarted:
-            for name in RUN_FILES:
-                (path / name).unlink(missing_ok=True)
-            for old in checkpoints_of(c, path).paths():
-                old.unlink()
+            for old in [path / name for name in RUN_FILES] + checkpoints_of(c, path).paths():
+                old.unlink(missing_ok=True)
         elif (path / "result.json").exists():
             raise UserError(f"RUN_ID={run_id}: {path} holds a finished run; choose another RUN_ID, or OVERWRITE=1")
         try:
@@ -3899,71 +4005,76 @@ def open_run(c: Config, runtime: Runtime) -> tuple[Path, Checkpoints, Path | Non
 
 
 def checkpoints_of(c: Config, path: Path) -> Checkpoints:
-    """Inside the run's folder, or in a folder of the run's name under CHECKPOINT_DIR: never shared by runs."""
-    return Checkpoints(Path(c.checkpoint_dir) / path.name if c.checkpoint_dir else path / "checkpoints",
-                       c.checkpoint_keep)
+    """Inside the run's folder, or in a folder of its name under CHECKPOINT_DIR: runs never share one."""
+    folder = Path(c.checkpoint_dir) / path.name if c.checkpoint_dir else path / "checkpoints"
+    return Checkpoints(folder, c.checkpoint_keep)
 
 
 class Run:
-    """One training run from the first line of its log to result.json."""
+    """One training run, from the first line of its log to result.json."""
 
     def __init__(self, config: Config, runtime: Runtime):
+        """Read the data and build the trainer: faults of data and settings show before a file is made."""
         self.config, self.runtime = config, runtime
         self.vocabulary = load_vocabulary(config)
         validation = load_validation(config)
         stream = TokenStream(find_shards(config.data_path, "train"), config.vocab_size)
-        self.trainer = Trainer(config, runtime, stream)  # faults of data and settings show before any file is made
-        self.signals = Signals()
-        path, self.checkpoints = open_run(config, runtime)
-        self.notes: list[str] = []
-        saved = self.load_checkpoint(path)
-        self.step, self.clock = 0, Stopwatch()
-        self.folder = RunFolder(path, runtime.main, saved["journals"] if saved else {"metrics.jsonl": 0})
-        self.log = self.folder.log
-        for note in self.notes:
-            self.log(note)
-        self.evaluator = Evaluator(self.trainer.model, validation, self.vocabulary, config.train_seq_len,
-                                   max(1, config.val_batch_size // config.micro_batches), runtime, self.trainer.forward)
-        self.stage, self.score, self.validated = "", None, -1  # validated: the last step with a validation
-        if saved:
-            self.step, self.clock, self.stage = saved["step"], Stopwatch(saved["seconds"]), saved["stage"]
-            self.validated, self.score = saved["validated"], Score(*saved["score"]) if saved["score"] else None
-            self.log(f"resumed at step {self.step} after {saved['seconds']:.1f} s of training")
-            for line in differences(saved["config"], config.named()):
-                self.log(f"changed since the checkpoint: {line}")
-            self.folder.write_json("config.json", config.named())
-            self.trainer.prepare(resumed=True)
-        else:
-            self.open_log()
-            self.trainer.prepare(resumed=False)
+        self.trainer = Trainer(config, runtime, stream)
+        self.evaluator = Evaluator(
+            self.trainer.model, validation, self.vocabulary, config.train_seq_len,
+            max(1, config.val_batch_size // config.micro_batches), runtime, self.trainer.forward)
+        self.step, self.clock, self.stage = 0, Stopwatch(), ""
+        self.score, self.validated = None, -1  # of the last validation: its score and its step
+        self.folder = None
 
-    def open_log(self) -> None:
-        """The log's head: source, versions, hardware, configuration."""
-        c, source = self.config, source_text()
-        self.folder.write_json("config.json", c.named())
+    def open(self) -> None:
+        """Open the run's folder, go on from its newest checkpoint if it has one, and warm up."""
+        self.signals = Signals()
+        path, self.checkpoints = open_run(self.config, self.runtime)
+        notes: list[str] = []
+        saved = self.load_checkpoint(path, notes.append)
+        journals = saved["journals"] if saved else {"metrics.jsonl": 0}
+        self.folder = RunFolder(path, self.runtime.main, journals)
+        self.log = self.folder.log
+        for note in notes:
+            self.log(note)
+        if saved:
+            self.log(f"resumed at step {self.step} after {self.clock.seconds():.1f} s of training")
+            for line in differences(saved["config"], self.config.named()):
+                self.log(f"changed since the checkpoint: {line}")
+        else:
+            self.log_head()
+        self.folder.write_json("config.json", self.config.named())
+        self.trainer.prepare(resumed=saved is not None)
+
+    def log_head(self) -> None:
+        """Source, versions, hardware and configuration."""
+        c, trainer, evaluator = self.config, self.trainer, self.evaluator
+        source = source_text()
         self.log(source, console=False)
         digest = hashlib.sha256(source.encode()).hexdigest()
         self.log(f"script: {len(source.encode())} bytes, sha256 {digest}", console=False)
         self.log("\n" + c.render() + "\n", console=False)
         facts = self.runtime.describe()
         self.log("machine: " + ", ".join(f"{name} {value}" for name, value in facts.items()))
-        stored, extra = count_parameters(self.trainer.model), count_parameters(self.trainer.jepa)
+        stored, extra = count_parameters(trainer.model), count_parameters(trainer.jepa)
         self.log(f"run: {self.folder.path}  parameters: {stored:,} stored + {extra:,} training-only")
-        self.log(f"data: {len(self.trainer.stream):,} training tokens, {self.evaluator.targets:,} validation tokens = "
-                 f"{self.evaluator.bytes:,} bytes; documents begin with token {self.vocabulary.mark} (0 bytes)")
-        if self.trainer.note:
-            self.log(self.trainer.note)
-        self.log(f"scan: {self.trainer.kernels.name}; compile: {c.compile_mode}; step: {c.train_batch_tokens:,} tokens "
-                 f"in {c.micro_batches} micro-batches on {self.runtime.world} rank(s)")
+        self.log(f"data: {len(trainer.stream):,} training tokens, {evaluator.targets:,} validation tokens = "
+                 f"{evaluator.bytes:,} bytes; documents begin with token {self.vocabulary.mark} (0 bytes)")
+        if trainer.note:
+            self.log(trainer.note)
+        self.log(f"scan: {trainer.kernels.name}; compile: {c.compile_mode}; step: {c.train_batch_tokens:,} "
+                 f"tokens in {c.micro_batches} micro-batches on {self.runtime.world} rank(s)")
 
     def train(self) -> None:
         """The loop: agree on the clock, validate when due, step, log, save."""
         c, trainer, runtime, clock = self.config, self.trainer, self.runtime, self.clock
-        clock.started = now()
+        clock.start()
         while True:
-            elapsed, caught = runtime.agree(clock.seconds() if runtime.main else -math.inf, self.signals.caught)
-            at = measure_progress(self.step, c.iterations, elapsed, c.max_wallclock_seconds)
-            finished = at.fraction >= 1
+            seconds = clock.seconds() if runtime.main else -math.inf
+            elapsed, caught = runtime.agree(seconds, self.signals.caught)
+            progress = measure_progress(self.step, c.iterations, elapsed, c.max_wallclock_seconds)
+            finished = progress.fraction >= 1
             due = finished or c.val_loss_every and self.step % c.val_loss_every == 0
             if due and self.step != self.validated:
                 with clock.paused(runtime):
@@ -3972,12 +4083,12 @@ class Run:
                 break
             if caught:
                 self.stop(int(caught))
-            self.announce_stage(at.fraction)
-            parts = trainer.train_step(at)
+            self.announce_stage(progress.fraction)
+            parts = trainer.train_step(progress)
             self.step += 1
             if self.step % c.train_log_every == 0 or self.step <= 10:
-                self.log_step(at, parts)
-            self.guard(at, force=self.step % max(c.train_log_every, c.nonfinite_limit) == 0)
+                self.log_step(progress, parts)
+            self.guard(progress, force=self.step % max(c.train_log_every, c.nonfinite_limit) == 0)
             if c.checkpoint_every and self.step % c.checkpoint_every == 0:
                 self.save(clock.seconds())
         if c.checkpoint_every:
@@ -3991,78 +4102,81 @@ class Run:
             self.log(f"stage: {stage} begins at step {self.step} (progress {p:.3f})")
         self.stage = stage
 
-    def log_step(self, at: Progress, parts: Tensor) -> None:
-        """step:… line and metrics of the step just done; the only place of the loop that waits for the device."""
-        c, total = self.config, parts[:3].clone()
+    def term_names(self) -> list[str]:
+        """Names of TERMS in the log: the anti-collapse term goes by its kind."""
+        return [self.config.anticollapse if name == "anti" else name for name in TERMS]
+
+    def log_step(self, progress: Progress, parts: Tensor) -> None:
+        """The step:... line and metrics of the step just done. Only here does the loop wait for the
+        device."""
+        c, total = self.config, parts[:-1].clone()
         self.runtime.sum_(total)
-        (ce, jepa, anti), norm = total.tolist(), float(parts[3])
-        seconds = self.runtime.from_main(self.clock.seconds())
-        scale = lr_scale(at, c.warmdown, c.warmdown_fraction, c.warmdown_iters, c.min_lr)
-        w = loss_weights(at.fraction, c)
-        shown = [f"{name}:{value:.4f}" for name, value, on in (("ce", ce, w.ce), (("jepa"), jepa, w.jepa),
-                                                              (c.anticollapse, anti, w.anti)) if on]
-        self.log(f"step:{self.step}/{c.iterations} {' '.join(shown)} grad_norm:{norm:.3f} lr_scale:{scale:.3f} "
-                 f"time:{seconds:.1f}s step_avg:{1e3 * seconds / self.step:.1f}ms "
+        values, norm = total.tolist(), float(parts[-1])
+        seconds, scale = self.runtime.from_main(self.clock.seconds()), lr_scale(progress, c)
+        active = loss_weights(progress.fraction, c).active
+        shown = [f"{name}:{value:.4f}" for name, value, on in zip(self.term_names(), values, active) if on]
+        self.log(f"step:{self.step}/{c.iterations} {' '.join(shown)} grad_norm:{norm:.3f} "
+                 f"lr_scale:{scale:.3f} time:{seconds:.1f}s step_avg:{1e3 * seconds / self.step:.1f}ms "
                  f"tok/s:{self.trainer.tokens / max(seconds, 1e-9):.0f}")
-        self.folder.metric(kind="train", step=self.step, progress=at.fraction, ce=ce if w.ce else None,
-                           jepa=jepa if w.jepa else None, anti=anti if w.anti else None, grad_norm=norm, lr_scale=scale,
-                           seconds=seconds, skipped=int(self.trainer.optimizer.skipped))
+        terms = {name: value if on else None for name, value, on in zip(TERMS, values, active)}
+        self.folder.metric(kind="train", step=self.step, progress=progress.fraction, **terms, grad_norm=norm,
+                           lr_scale=scale, seconds=seconds, skipped=int(self.trainer.optimizer.skipped))
 
     def validate(self, elapsed: float) -> Score:
-        """Standard score of the masters, or of their average where averaging has begun."""
+        """Standard score of the masters, or of their EMA where it has begun."""
         self.trainer.weights.load("average")
         score = self.evaluator.standard()[0]
-        self.log(f"step:{self.step}/{self.config.iterations} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
-                 f"train_time:{elapsed:.1f}s")
+        self.log(f"step:{self.step}/{self.config.iterations} val_loss:{score.loss:.4f} "
+                 f"val_bpb:{score.bpb:.4f} train_time:{elapsed:.1f}s")
         latent = self.latent_report() if self.config.diagnostics else {}
-        self.folder.metric(kind="validation", step=self.step, val_loss=score.loss, val_bpb=score.bpb, seconds=elapsed,
-                           **latent)
+        self.folder.metric(kind="validation", step=self.step, val_loss=score.loss, val_bpb=score.bpb,
+                           seconds=elapsed, **latent)
         self.score, self.validated = score, self.step
         return score
 
-    def guard(self, at: Progress, force: bool) -> None:
-        """Stop after too many non-finite steps in a row, naming the term and the layer."""
-        optimizer = self.trainer.optimizer
-        if self.runtime.cuda and not force or optimizer.skipped_in_row < self.config.nonfinite_limit:
+    def guard(self, progress: Progress, force: bool) -> None:
+        """Stop after NONFINITE_LIMIT non-finite steps in a row; name the terms and the layers."""
+        optimizer, trainer, c = self.trainer.optimizer, self.trainer, self.config
+        if self.runtime.cuda and not force or optimizer.skipped_in_row < c.nonfinite_limit:
             return
-        trainer, used = self.trainer, self.trainer.batches.values_per_step()
-        trainer.weights.load(qat=qat_on(at.fraction, self.config.qat_fraction))
-        trainer.position -= used  # the failing batch once more
-        parts = trainer.accumulate(at.step, loss_weights(at.fraction, self.config), keep=False)
+        used = trainer.batches.values_per_step()
+        trainer.weights.load(qat=qat_on(progress.fraction, c.qat_fraction))
+        trainer.position -= used  # run the failing batch once more
+        parts = trainer.accumulate(progress.step, loss_weights(progress.fraction, c), keep_states=False)
         trainer.position += used
         self.runtime.sum_(parts)
-        names = [name for name, value in zip(("ce", "jepa", self.config.anticollapse), parts.tolist())
-                 if not math.isfinite(value)]
-        layers = [name for group in self.trainer.weights.groups for name, grad in zip(group.names, group.grad)
-                  if group.touched and not bool(torch.isfinite(grad).all())]
-        self.trainer.weights.zero_grad()
+        terms = [name for name, value in zip(self.term_names(), parts.tolist()) if not math.isfinite(value)]
+        layers = [name for group in trainer.weights.groups if group.touched
+                  for name, grad in zip(group.names, group.grad) if not bool(torch.isfinite(grad).all())]
+        trainer.weights.zero_grad()
         self.save(self.clock.seconds())
         self.checkpoints.wait()
         raise RunStopped(
             f"stopped at step {self.step}: {int(optimizer.skipped_in_row)} steps in a row had a non-finite gradient; "
-            f"terms: {', '.join(names) or 'all finite'}; layers: {', '.join(layers[:4]) or 'none'}; "
+            f"terms: {', '.join(terms) or 'all finite'}; layers: {', '.join(layers[:4]) or 'none'}; "
             "the weights before them are saved; lower MATRIX_LR or SCALAR_LR", 1)
 
     def stop(self, number: int) -> None:
-        """A signal asked for the end: save and leave with 128 + its number."""
+        """End on a signal: save and leave with 128 + its number."""
         self.save(self.clock.seconds())
         self.checkpoints.wait()
         raise RunStopped(f"stopped by {signal.Signals(number).name} after step {self.step}; the same command with "
                          f"RUN_ID={self.folder.path.name} goes on from there", 128 + number)
 
     def save(self, seconds: float) -> None:
-        """Hand a snapshot to the writer."""
-        trainer = self.trainer
+        """Hand a snapshot to the checkpoint writer."""
+        trainer, weights = self.trainer, self.trainer.weights
         carried = self.gather_states()
         if not self.runtime.main:
             return
-        meta = dict(step=self.step, seconds=seconds, position=trainer.position, tokens=trainer.tokens, stage=self.stage,
-                    journals=self.folder.sizes(), fixed=self.config.fixed(), config=self.config.named(),
-                    averaged=trainer.weights.groups[0].average is not None, validated=self.validated, score=self.score)
-        tensors = {f"master/{name}": t for name, t in trainer.weights.tensors().items()}
-        if meta["averaged"]:
-            tensors |= {f"average/{name}": t for name, t in trainer.weights.tensors("average").items()}
-        tensors |= {f"optimizer/{name}": t for name, t in trainer.optimizer.state().items()}
+        averaged = weights.groups[0].average is not None
+        meta = dict(step=self.step, seconds=seconds, position=trainer.position, tokens=trainer.tokens,
+                    stage=self.stage, journals=self.folder.sizes(), fixed=self.config.fixed(),
+                    config=self.config.named(), averaged=averaged, validated=self.validated, score=self.score)
+        parts = {"master": weights.tensors(), "optimizer": trainer.optimizer.state()}
+        if averaged:
+            parts["average"] = weights.tensors("average")
+        tensors = {f"{part}/{name}": t for part, named in parts.items() for name, t in named.items()}
         tensors |= {"directions": trainer.directions, "rng": torch.get_rng_state()} | carried
         self.checkpoints.save(self.step, meta, tensors)
 
@@ -4070,36 +4184,31 @@ class Run:
         """CARRY_STATE: the mixers' states of all micro-batches, from all ranks, by name."""
         if not self.config.carry_state:
             return {}
-        mine = {f"state/{micro}/{layer}/{kind}": getattr(state, kind) for micro, states in self.trainer.states.items()
-                for layer, state in enumerate(states) for kind in ("conv", "ssm")}
-        everywhere = {}
-        for part in self.runtime.collect({name: tensor.cpu() for name, tensor in mine.items()}):
-            everywhere |= part
-        return everywhere
+        own = {f"state/{micro}/{layer}/{index}": tensor.cpu()
+               for micro, states in self.trainer.states.items()
+               for layer, state in enumerate(states) for index, tensor in enumerate(state)}
+        return {name: tensor for part in self.runtime.collect(own) for name, tensor in part.items()}
 
-    def load_checkpoint(self, path: Path) -> dict | None:
-        """Put the newest valid checkpoint into the trainer and return its meta; refuse one of another model or data."""
-        found = self.checkpoints.newest(self.notes.append)
-        if found is None:
+    def load_checkpoint(self, path: Path, note: Callable[[str], None]) -> dict | None:
+        """Restore the newest valid checkpoint and return its meta data; refuse one of another model or
+        data."""
+        newest = self.checkpoints.newest(note)
+        if newest is None:
             return None
         try:
-            return self.restore(path, *found)
+            self.restore(path, *newest)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise UserError(f"{self.checkpoints.folder}: the newest checkpoint is not one of this run "
                             f"({type(error).__name__}: {str(error)[:80]}); move it away") from error
+        return newest[0]
 
-    def restore(self, path: Path, meta: dict, tensors: dict[str, Tensor]) -> dict:
-        """The checkpoint's contents into the trainer; a foreign one raises one of the errors that the caller names."""
-        whole = lambda value: type(value) is int and value >= 0
-        if not (whole(meta["step"]) and whole(meta["position"]) and whole(meta["tokens"])
-                and isinstance(meta["stage"], str) and type(meta["seconds"]) in (int, float) and meta["seconds"] >= 0
-                and isinstance(meta["averaged"], bool) and isinstance(meta["config"], dict)
-                and all(map(whole, meta["journals"].values()))
-                and type(meta["validated"]) is int and (meta["score"] is None or Score(*meta["score"]))):
-            raise ValueError("its meta data")
+    def restore(self, path: Path, meta: dict, tensors: dict[str, Tensor]) -> None:
+        """A checkpoint's contents into run and trainer; a foreign one raises an error that the caller
+        names."""
+        check_checkpoint_meta(meta)
         old, new = meta["fixed"], self.config.fixed()
-        trained_on_grid = old["QAT_FRACTION"] or new["QAT_FRACTION"]  # else any grid will do
-        if lines := differences(old, new, but=() if trained_on_grid else GRID_KNOBS):
+        any_grid = not old["QAT_FRACTION"] and not new["QAT_FRACTION"]  # training has not used the grid
+        if lines := differences(old, new, but=Config.tagged("grid") if any_grid else ()):
             raise UserError(f"RUN_ID={path.name}: its checkpoint was made with other settings; undo these, or start "
                             "another RUN_ID:\n" + "\n".join("  " + line for line in lines))
         trainer, device = self.trainer, self.runtime.device
@@ -4110,45 +4219,41 @@ class Run:
                 if meta["averaged"]:
                     group.average = stacked(part("average/"), group).to(device)
         trainer.optimizer.load_state(part("optimizer/"))
-        trainer.directions.copy_(like(tensors, "directions", trainer.directions))
-        trainer.position, trainer.tokens = meta["position"], meta["tokens"]
+        trainer.directions.copy_(checked_tensor(tensors, "directions", trainer.directions))
         torch.set_rng_state(tensors["rng"])
-        if self.config.carry_state:
-            for micro in trainer.mine:
-                trainer.states[micro] = [
-                    MambaState(*(like(tensors, f"state/{micro}/{layer}/{kind}", getattr(empty, kind)).to(device)
-                                 for kind in ("conv", "ssm"))) for layer, empty in enumerate(trainer.empty_states())]
-        return meta
+        for micro in trainer.micros if self.config.carry_state else ():
+            trainer.states[micro] = [
+                tuple(checked_tensor(tensors, f"state/{micro}/{layer}/{index}", empty).to(device)
+                      for index, empty in enumerate(state)) for layer, state in enumerate(trainer.empty_states())]
+        trainer.position, trainer.tokens = meta["position"], meta["tokens"]
+        self.step, self.clock, self.stage = meta["step"], Stopwatch(meta["seconds"]), meta["stage"]
+        self.validated = meta["validated"]
+        if meta["score"]:  # null stands for a number that was not finite
+            self.score = Score(*(math.nan if value is None else value for value in meta["score"]))
 
     def finish(self) -> dict[str, Any]:
-        """After the last step: diagnostics, artifact, reload, every score from the reloaded file, result.json."""
+        """After the last step: diagnostics, artifact, reload, all scores of the reloaded file,
+        result.json."""
         c, trainer, runtime, started = self.config, self.trainer, self.runtime, now()
-        train_seconds, val = self.clock.seconds(), self.score
         facts: dict[str, Any] = {}
         if trainer.weights.groups[0].average is not None:
             trainer.weights.load("master")
             facts["last_val_bpb"] = self.evaluator.standard()[0].bpb
-            self.log(f"last weights: val_bpb:{facts['last_val_bpb']:.6f}; averaged weights: val_bpb:{val.bpb:.6f}")
+            self.log(f"last weights: val_bpb:{facts['last_val_bpb']:.6f}; "
+                     f"averaged weights: val_bpb:{self.score.bpb:.6f}")
         trainer.weights.load("average")
         diagnostics = self.diagnose() if c.diagnostics else {}
         report = self.write_model()
         model_path = self.folder.path / "model.jepa"
         load_artifact_into(trainer.model, model_path)
-        fresh = None if self.unseen_position() is None else \
-            calibration_tokens(trainer.stream, trainer.position, c.train_seq_len)
-        scores = final_scores(self.evaluator, c, fresh, self.log)
-        code_bytes = len(source_text().encode())
-        total = report["bytes"] + code_bytes
-        fits = total <= SIZE_LIMIT
-        self.log(f"size: artifact {report['bytes']:,} ({report['codec']}) + code {code_bytes:,} = {total:,} bytes: "
-                 f"{'FITS' if fits else 'OVER'} {SIZE_LIMIT:,}")
+        unseen = self.unseen_position()
+        calibration = None if unseen is None else calibration_tokens(trainer.stream, unseen, c.train_seq_len)
+        scores = final_scores(self.evaluator, c, calibration, self.log)
+        seconds = self.clock.seconds()
         result = dict(
-            run_id=self.folder.path.name, steps=self.step, train_seconds=train_seconds,
-            ms_per_step=1e3 * train_seconds / max(self.step, 1),
-            tokens_per_second=trainer.tokens / max(train_seconds, 1e-9),
-            val_loss=val.loss, val_bpb=val.bpb, **facts, **scores,
-            artifact_bytes=report["bytes"], code_bytes=code_bytes, total_bytes=total, fits=fits,
-            codec=report["codec"], codec_bytes=report["codec_bytes"],
+            run_id=self.folder.path.name, steps=self.step, train_seconds=seconds,
+            ms_per_step=1e3 * seconds / max(self.step, 1), tokens_per_second=trainer.tokens / max(seconds, 1e-9),
+            val_loss=self.score.loss, val_bpb=self.score.bpb, **facts, **scores, **self.size_facts(report),
             artifact_sha256=file_hash(model_path), script_sha256=hashlib.sha256(source_text().encode()).hexdigest(),
             eval_params=count_parameters(trainer.model), train_only_params=count_parameters(trainer.jepa),
             world_size=runtime.world, seed=c.seed, device=runtime.describe()["device"],
@@ -4164,16 +4269,25 @@ class Run:
                  f"eval_time:{result['eval_seconds']:.1f}s")
         return result
 
+    def size_facts(self, report: dict[str, Any]) -> dict[str, Any]:
+        """Artifact and code against SIZE_LIMIT, logged and returned."""
+        code = len(source_text().encode())
+        total = report["bytes"] + code
+        self.log(f"size: artifact {report['bytes']:,} ({report['codec']}) + code {code:,} = {total:,} bytes: "
+                 f"{'FITS' if total <= SIZE_LIMIT else 'OVER'} {SIZE_LIMIT:,}")
+        return dict(artifact_bytes=report["bytes"], code_bytes=code, total_bytes=total, fits=total <= SIZE_LIMIT,
+                    codec=report["codec"], codec_bytes=report["codec_bytes"])
+
     def write_model(self) -> dict[str, Any]:
-        """Write model.jepa on rank 0 and hand its report to all."""
+        """Write model.jepa on rank 0; every rank gets its report."""
         c, trainer = self.config, self.trainer
-        kept = trainer.weights.tensors("average")
+        weights = trainer.weights.tensors("average")
         header = dict(model=c.model_config(), vocabulary=self.vocabulary.pack(), position=self.unseen_position())
 
         def write() -> dict:
-            tensors = artifact_tensors(((name, kept[name]) for name in trainer.plan), trainer.plan)
-            given = self.compensate(tensors) if c.rounding == "compensated" else None
-            return write_artifact(self.folder.path / "model.jepa", header, tensors, given=given)
+            tensors = artifact_tensors(((name, weights[name]) for name in trainer.plan), trainer.plan)
+            rounded = self.compensate(tensors) if c.rounding == "compensated" else None
+            return write_artifact(self.folder.path / "model.jepa", header, tensors, given=rounded)
 
         report = self.runtime.main_first(write)
         sizes = ", ".join(f"{name} {size:,}" for name, size in report["codec_bytes"].items())
@@ -4182,136 +4296,126 @@ class Run:
         return report
 
     def unseen_position(self) -> int | None:
-        """Where training tokens begin that the run has not seen; None when it has seen them all, for a temperature
-        chosen on those would be too low."""
-        trainer = self.trainer
-        return trainer.position if trainer.position + CALIBRATION < trainer.batches.span() else None
+        """Where unseen training tokens begin. None after a full epoch: calibrating on seen tokens
+        biases the temperature low."""
+        position = self.trainer.position
+        return position if position + CALIBRATION < self.trainer.batches.span() else None
 
     def compensate(self, tensors: dict[str, tuple[Tensor, Grid]]) -> dict[str, dict[str, Tensor]]:
-        """Arrays of the INT matrices, rounded by their effect on the layer's output over ROUNDING_TOKENS of training
-        text; the moments are those of the model on its plain grid, which is what the layers will see."""
+        """Arrays of the INT matrices, rounded by their effect on the layer's output over
+        ROUNDING_TOKENS of training text. The moments are those of the model on its plain grid, which
+        is close to what the layers will see."""
         c, trainer, started = self.config, self.trainer, now()
         trainer.weights.load("average", qat=True)
         text = calibration_tokens(trainer.stream, trainer.position, c.train_seq_len, c.rounding_tokens)
         moments = input_moments(trainer.model, text[:-1].view(-1, c.train_seq_len).split(self.evaluator.rows),
                                 lambda x: trainer.model(self.runtime.to_device(x), self.runtime.dtype))
-        given, gains = {}, []
+        arrays, shares = {}, []
         for name, (w, grid) in tensors.items():
             layer = name.partition("[")[0].removesuffix(".weight")
             if grid.kind in ("intn", "int8") and layer in moments:
-                given[name], gain = round_compensated(w, grid, moments[layer])
-                gains.append(gain)
+                arrays[name], share = round_compensated(w, grid, moments[layer])
+                shares.append(share)
         trainer.weights.load("average")
-        self.log(f"rounding: {len(given)} matrices compensated on {len(text) - 1:,} training tokens in "
-                 f"{now() - started:.1f}s; output error x{np.median(gains or [1]):.3f} of plain rounding's (median)")
-        return given
+        self.log(f"rounding: {len(arrays)} matrices compensated on {len(text) - 1:,} training tokens in "
+                 f"{now() - started:.1f}s; output error x{np.median(shares or [1]):.3f} of plain rounding's (median)")
+        return arrays
 
     def latent_report(self) -> dict[str, float]:
         """Statistics of h and z on one micro-batch of validation text, with the weights as loaded."""
-        c, trainer, rows = self.config, self.trainer, self.config.micro_rows
-        tokens = self.evaluator.tokens[:rows * c.train_seq_len + 1]
-        to = self.runtime.to_device
+        c, trainer, jepa = self.config, self.trainer, self.trainer.jepa
+        tokens = self.evaluator.tokens[:c.micro_rows * c.train_seq_len + 1]
+        x, y = (self.runtime.to_device(t.view(-1, c.train_seq_len)) for t in (tokens[:-1], tokens[1:]))
         with torch.no_grad():
-            x, y = to(tokens[:-1].view(-1, c.train_seq_len)), to(tokens[1:])
             h, _ = trainer.model(x, self.runtime.dtype)
-            found = dict(h_effective_rank=effective_rank(h), h_within_share=within_share(h),
-                         h_lag1_autocorrelation=lag1_autocorrelation(h))
-            if trainer.jepa is None:
-                return found
-            z, positions = trainer.jepa.project(h), torch.linspace(0, c.train_seq_len - 1, 64).long().unique()
-            value = sigreg(z[:, to(positions)], trainer.directions, c.sigreg_knots)
-            found |= dict(z_effective_rank=effective_rank(z), z_within_share=within_share(z), z_dim=z.size(-1),
-                          z_lag1_autocorrelation=lag1_autocorrelation(z), sigreg=float(value),
-                          sigreg_over_null=float(value) / sigreg_null(len(z), c.sigreg_knots))
+            report = latent_statistics("h", h)
+            if jepa is None:
+                return report
+            z = jepa.project(h)
+            positions = self.runtime.to_device(torch.linspace(0, c.train_seq_len - 1, 64).long().unique())
+            value = float(sigreg(z[:, positions], trainer.directions, c.sigreg_knots))
+            report |= latent_statistics("z", z) | dict(
+                z_dim=z.size(-1), sigreg=value, sigreg_over_null=value / sigreg_null(len(z), c.sigreg_knots))
             if c.jepa_on:
-                pairs = rollout(trainer.jepa, z, c.jepa_steps)
-                found |= {f"predictability_{k}": predictability(*pair) for k, pair in enumerate(pairs, 1)}
-        at = loss_weights(0.5 if c.loss_schedule == "staged" else 0.0, dataclasses.replace(c, sigreg_schedule=False))
-        model, jepa = trainer.model, trainer.jepa
-        terms = {"ce": lambda h: token_loss_fused(model.features(h).flatten(0, 1), model.head(), model.vocab_bias, y,
-                                                  softcap=c.logit_softcap, softcap_type=c.softcap_type)[0]}
-        if at.jepa:
-            terms["jepa"] = lambda h: at.jepa * latent_rollout(jepa, jepa.project(h), c.jepa_steps, c.jepa_loss,
-                                                               c.detach_targets)
-        if at.anti:
-            terms["anti"] = lambda h: at.anti * (
-                covariance_term(jepa.project(h)) if c.anticollapse == "covariance" else sigreg(
-                    jepa.project(h)[:, positions], trainer.directions, c.sigreg_knots, c.sigreg_axis))
-        return found | gradient_shares(h, terms)
+                pairs = rollout(jepa, z, c.jepa_steps)
+                report |= {f"predictability_{k}": predictability(*pair) for k, pair in enumerate(pairs, 1)}
+        weights = loss_weights(0.5 if c.loss_schedule == "staged" else 0.0,
+                               dataclasses.replace(c, sigreg_schedule=False))
+        leaf = h.detach().requires_grad_()
+        with torch.enable_grad():
+            terms = loss_terms(c, trainer.model, jepa, leaf, y, positions, trainer.directions,
+                               weights.active._replace(ce=True))
+            terms = {name: (1.0 if name == "ce" else weight) * terms[name]
+                     for name, weight in zip(TERMS, weights) if name in terms}
+            return report | gradient_shares(leaf, terms)
 
     @torch.no_grad()
     def diagnose(self) -> dict[str, Any]:
-        """On at most 50,000 validation tokens: latent statistics, cosine and MSE of the prediction, accuracy, probe."""
+        """On at most 50,000 validation tokens: statistics of the latent, cosine and MSE of the
+        prediction, accuracy, linear probe."""
         c, trainer, evaluator, model = self.config, self.trainer, self.evaluator, self.trainer.model
-        found: dict[str, Any] = self.latent_report()
+        report: dict[str, Any] = self.latent_report()
         rows = min(50_000, evaluator.targets) // c.train_seq_len or 1
         tokens = evaluator.tokens[:rows * c.train_seq_len + 1]
-        targets, kept, hits = tokens[1:].to(self.runtime.device), [], torch.zeros(3)
+        targets, hidden, hits = tokens[1:].to(self.runtime.device), [], torch.zeros(3)
         cosine, error, count = 0.0, 0.0, 0
-        for row in range(0, rows, evaluator.rows):
-            x = tokens[row * c.train_seq_len:min(row + evaluator.rows, rows) * c.train_seq_len]
-            h, _ = model(self.runtime.to_device(x.view(-1, c.train_seq_len)), self.runtime.dtype)
-            kept.append(h.flatten(0, 1))
+        for x in tokens[:-1].view(-1, c.train_seq_len).split(evaluator.rows):
+            h, _ = model(self.runtime.to_device(x), self.runtime.dtype)
+            hidden.append(h.flatten(0, 1))
             if c.jepa_on:
-                guess, goal = next(rollout(trainer.jepa, trainer.jepa.project(h), 1))
-                cosine += float(F.cosine_similarity(guess.float(), goal.float(), dim=-1).sum())
-                error += float((guess.float() - goal.float()).square().mean(-1).sum())
-                count += guess.size(0) * guess.size(1)
-        h = torch.cat(kept)
-        for part, wanted in zip(h.split(1024), targets.split(1024)):
-            rank = (model.logits(part).topk(min(10, c.vocab_size)).indices == wanted.unsqueeze(-1)).float().cpu()
-            hits += torch.stack([rank[:, :k].sum() for k in (1, 5, 10)])
-        found |= dict(zip(("top1_accuracy", "top5_accuracy", "top10_accuracy"), (hits / len(targets)).tolist()))
+                prediction, target = next(rollout(trainer.jepa, trainer.jepa.project(h), 1))
+                cosine += float(F.cosine_similarity(prediction.float(), target.float(), dim=-1).sum())
+                error += float((prediction.float() - target.float()).square().mean(-1).sum())
+                count += target.size(0) * target.size(1)
+        h = torch.cat(hidden)
+        for part, ids in zip(h.split(1024), targets.split(1024)):
+            right = model.logits(part).topk(min(10, c.vocab_size)).indices == ids.unsqueeze(-1)
+            hits += torch.stack([right.float().cpu()[:, :k].sum() for k in (1, 5, 10)])
+        report |= dict(zip(("top1_accuracy", "top5_accuracy", "top10_accuracy"), (hits / len(targets)).tolist()))
         if c.jepa_on:
-            found |= dict(jepa_cosine=cosine / count, jepa_mse=error / count)
+            report |= dict(jepa_cosine=cosine / count, jepa_mse=error / count)
         if c.probe_steps:
             lengths = self.vocabulary.target_bytes(tokens[:-1], tokens[1:]).to(self.runtime.device)
-            found["probe_bpb"] = linear_probe(h, targets, lengths, c.vocab_size, c.probe_steps, c.seed)
-        self.log("diagnostics " + " ".join(f"{name}:{value:.4g}" for name, value in found.items()))
-        return found
+            report["probe_bpb"] = linear_probe(h, targets, lengths, c.vocab_size, c.probe_steps, c.seed)
+        self.log("diagnostics " + " ".join(f"{name}:{value:.4g}" for name, value in report.items()))
+        return report
 
 
-def final_scores(evaluator: Evaluator, c: Config, calibration: Tensor | None, log: Callable) -> dict[str, Any]:
-    """Scores of the weights that were read from the artifact, as result.json and MODE=eval report them."""
-    found: dict[str, Any] = dict(temperature=None, tempered_val_bpb=None, sliding_val_bpb=None, sliding_stride=None)
+def check_checkpoint_meta(meta: dict) -> None:
+    """ValueError unless a checkpoint's numbers are such as a run writes."""
+    whole = lambda value: type(value) is int and value >= 0
+    numbers = [meta["step"], meta["position"], meta["tokens"], *meta["journals"].values()]
+    if not (all(map(whole, numbers)) and type(meta["validated"]) is int
+            and type(meta["seconds"]) in (int, float) and meta["seconds"] >= 0
+            and isinstance(meta["stage"], str) and isinstance(meta["averaged"], bool)
+            and isinstance(meta["config"], dict) and (meta["score"] is None or len(meta["score"]) == 2)):
+        raise ValueError("its meta data")
 
-    def note(kind: str, score: Score, how: str = "") -> None:
-        found.update({f"{kind}_val_loss": score.loss, f"{kind}_val_bpb": score.bpb})
-        log(f"{kind}{how} val_loss:{score.loss:.6f} val_bpb:{score.bpb:.6f}")
 
-    score, temperature = evaluator.standard(label="round trip")[0], 1.0
-    note("roundtrip", score)
-    if c.temp_scaling:
-        if c.temp_calib:
-            temperature = c.temp_calib
-        elif calibration is not None:
-            chooser = Evaluator(evaluator.model, calibration, evaluator.vocabulary, evaluator.seq_len,
-                                evaluator.rows * evaluator.seq_len, evaluator.runtime, evaluator.forward)
-            temperature = chooser.best_temperature()
-        else:
-            log("temperature: 1, for no unseen training tokens are at hand to choose one on")
-        score = score if temperature == 1 else evaluator.standard([temperature], "tempered")[0]
-        note("tempered", score, f" temperature:{temperature:g}")
-        found["temperature"] = temperature
-    if c.sliding_eval:
-        score = evaluator.sliding(c.sliding_eval_stride, c.sliding_batch_size, temperature)
-        note("sliding", score, f" stride:{c.sliding_eval_stride} temperature:{temperature:g}")
-        found["sliding_stride"] = c.sliding_eval_stride
-    if c.eval_state == "carry":
-        note("carried", evaluator.carried(temperature), f" temperature:{temperature:g}")
-    return found
+def latent_statistics(name: str, x: Tensor) -> dict[str, float]:
+    """Effective rank, share of variance within sequences and lag-1 autocorrelation of x (B,T,L)."""
+    return {f"{name}_effective_rank": effective_rank(x), f"{name}_within_share": within_share(x),
+            f"{name}_lag1_autocorrelation": lag1_autocorrelation(x)}
+
+
+CALIBRATION = 65_536  # training tokens that the temperature is chosen on
+
+
+def calibration_tokens(stream: TokenStream, position: int, seq_len: int, count: int = CALIBRATION) -> Tensor:
+    """The next `count` training tokens after the run, in whole rows, for temperature and rounding."""
+    return torch.from_numpy(stream.read(position, max(count // seq_len, 1) * seq_len + 1))
 
 
 @torch.no_grad()
-def load_artifact_into(model: LanguageModel, path: Path) -> dict:
-    """Read the file and put its tensors into the model; UserError unless names and shapes are exactly the model's."""
-    header, tensors, _ = read_artifact(path)
-    own, tensors = dict(model.named_parameters()), whole_tensors(tensors, path)
-    if set(own) != set(tensors) or any(own[name].shape != tensors[name].shape for name in own):
+def load_artifact_into(model: LanguageModel, path: Path) -> None:
+    """Read the file and put its tensors into the model; UserError unless names and shapes are exactly
+    the model's."""
+    _, parts, _ = read_artifact(path)
+    parameters, tensors = dict(model.named_parameters()), whole_tensors(parts, path)
+    if {name: p.shape for name, p in parameters.items()} != {name: t.shape for name, t in tensors.items()}:
         raise UserError(f"{path}: an artifact of another model (names or shapes differ from this configuration's)")
-    for name, parameter in own.items():
+    for name, parameter in parameters.items():
         parameter.copy_(tensors[name])
-    return header
 
 
 def count_parameters(module: nn.Module | None) -> int:
@@ -4332,7 +4436,8 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def plot_curves(folder: Path) -> None:
-    """curves.png: loss terms on the left, validation BPB on the right, over steps. Without matplotlib: none."""
+    """curves.png over steps: cross-entropy, the other loss terms (log scale), validation BPB. Without
+    matplotlib: none."""
     try:
         import matplotlib
         matplotlib.use("Agg")
@@ -4340,76 +4445,87 @@ def plot_curves(folder: Path) -> None:
     except ImportError:
         return
     lines = read_metrics(folder / "metrics.jsonl")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for name, label in (("ce", "cross-entropy (nats/token)"), ("jepa", "JEPA"), ("anti", "anti-collapse")):
-        points = [(m["step"], m[name]) for m in lines if m["kind"] == "train" and m.get(name) is not None]
-        if points:
-            left.plot(*zip(*points), label=label, marker="." if len(points) < 40 else None)
-    left.set(xlabel="step", ylabel="training loss", yscale="log", title="Loss terms")
-    left.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
-    points = [(m["step"], m["val_bpb"]) for m in lines if m["kind"] == "validation"]
+    series = lambda kind, name: [(m["step"], m[name]) for m in lines
+                                 if m["kind"] == kind and m.get(name) is not None]
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+    colors = {"ce": "#0072B2", "jepa": "#E69F00", "anti": "#009E73", "cov": "#CC79A7"}  # Okabe-Ito
+    for name, label in zip(TERMS, ("cross-entropy", "JEPA", "anti-collapse", "covariance")):
+        if points := series("train", name):
+            axes = left if name == "ce" else middle
+            axes.plot(*zip(*points), label=label, color=colors[name], marker="." if len(points) < 40 else None)
+    left.set(xlabel="step", ylabel="nats per token", title="Training cross-entropy")
+    middle.set(xlabel="step", ylabel="loss (log scale)", title="Latent terms, unweighted")
+    if middle.lines:
+        middle.set_yscale("log")
+        middle.legend(frameon=False)
+    points = series("validation", "val_bpb")
     points = points[1:] if len(points) > 2 else points  # the untrained model would flatten the rest
     if points:
-        right.plot(*zip(*points), marker="o", markersize=4, color="C3")
-    last = f": {points[-1][1]:.4f} at last" if points else ""
-    right.set(xlabel="step", ylabel="bits per byte", title=f"Validation BPB (before storage){last}")
-    for axes in (left, right):
+        right.plot(*zip(*points), marker="o", markersize=4, color="#D55E00")
+    last = f": {points[-1][1]:.4f} at the end" if points else ""
+    right.set(xlabel="step", ylabel="bits per byte", title=f"Validation BPB before storage{last}")
+    for axes in (left, middle, right):
         axes.grid(alpha=0.3)
     figure.suptitle(folder.name)
     figure.savefig(folder / "curves.png", dpi=120)
     plt.close(figure)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # evaluation alone and generation: from an artifact, on any machine
-# ---------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 
-def config_of_artifact(c: Config, stored: Any) -> Config:
-    """The user's knobs with the artifact's model knobs in their place; UserError when those make no model."""
-    if not isinstance(stored, dict) or not isinstance(stored.get("model"), dict):
-        raise UserError(f"ARTIFACT={c.artifact}: its header describes no model")
-    knobs, model = Config.knobs(), stored["model"]
-    if set(model) != set(MODEL_KNOBS):
-        raise UserError(f"ARTIFACT={c.artifact}: its header names other knobs than this script has")
+def config_of_artifact(c: Config, header: Any) -> Config:
+    """The user's knobs with the artifact's model knobs in their place; UserError if those make no
+    model."""
+    model = header.get("model") if isinstance(header, dict) else None
+    if not isinstance(model, dict) or set(model) != set(Config.tagged("model")):
+        raise UserError(f"ARTIFACT={c.artifact}: its header does not describe a model of this script")
+    knobs = Config.knobs()
     values = {name.lower(): parse_knob(name, knobs[name], format_knob(value)) for name, value in model.items()}
-    training = dict(train_batch_tokens=c.micro_batches * values["train_seq_len"], loss_schedule="joint", ce_weight=1.0,
-                    jepa_weight=0.0, jepa_steps=0, sigreg_lambda=0.0, jepa_cov=0.0, carry_state=False)
-    return dataclasses.replace(c, **values, **training).validate()
+    training_off = dict(train_batch_tokens=c.micro_batches * values["train_seq_len"], loss_schedule="joint",
+                        ce_weight=1.0, jepa_weight=0.0, sigreg_lambda=0.0, jepa_cov=0.0, carry_state=False)
+    return dataclasses.replace(c, **values, **training_off).validate()
+
+
+def meta_model(c: Config, shapes: dict[str, tuple], runtime: Runtime) -> LanguageModel:
+    """The model of a configuration on the meta device (no memory); UserError unless its parameters
+    have the names and shapes of the artifact's tensors."""
+    fault = UserError(f"{c.artifact}: its tensors are not those of the model that its header describes")
+    if c.num_layers > len(shapes):  # before so many blocks are made
+        raise fault
+    try:
+        with torch.device("meta"):
+            model = LanguageModel(c, choose_kernels(c, runtime)[0])
+            parts = whole_tensors({name: torch.empty(shape) for name, shape in shapes.items()}, c.artifact)
+    except (RuntimeError, ValueError, OverflowError):
+        raise fault from None
+    if {name: p.shape for name, p in model.named_parameters()} != {name: t.shape for name, t in parts.items()}:
+        raise fault
+    return model
 
 
 def open_artifact(c: Config, runtime: Runtime) -> tuple[Config, LanguageModel, Vocabulary, dict]:
-    """Read ARTIFACT strictly and build its model on this device: configuration, model, vocabulary, header."""
+    """Read ARTIFACT strictly and build its model on this device: configuration, model, vocabulary,
+    header. Nothing large is made or decoded before header and shapes agree."""
     if not c.artifact:
         raise UserError(f"ARTIFACT: MODE={c.mode} needs the path of a model.jepa")
-    built: list[tuple[Config, LanguageModel]] = []
-
-    def check(header: dict, shapes: dict[str, tuple]) -> None:  # before anything large is made or decoded
-        own = config_of_artifact(c, header)
-        try:
-            if own.num_layers > len(shapes):  # before a model of so many blocks is made
-                raise ValueError
-            with torch.device("meta"):
-                model = LanguageModel(own, choose_kernels(own, runtime)[0])
-                held = whole_tensors({name: torch.empty(shape) for name, shape in shapes.items()}, c.artifact)
-            if {name: p.shape for name, p in model.named_parameters()} != {name: t.shape for name, t in held.items()}:
-                raise ValueError
-        except (RuntimeError, ValueError, OverflowError):
-            raise UserError(f"{c.artifact}: its tensors are not those of the model that its header describes") from None
-        built.append((own, model))
-
-    header, tensors, _ = read_artifact(c.artifact, check)
-    (own, model), tensors = built[0], whole_tensors(tensors, c.artifact)
+    header, shapes = artifact_outline(c.artifact)
+    own = config_of_artifact(c, header)
+    model = meta_model(own, shapes, runtime)
+    tensors = whole_tensors(read_artifact(c.artifact)[1], c.artifact)
     vocabulary = Vocabulary.unpack(header.get("vocabulary"), own.vocab_size)
-    matrices = {name for name, role, _ in named_roles(model) if role in (*MATRICES, EMBEDDING, HEAD)}
-    for name in tensors:
-        module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        value = tensors[name].to(runtime.device, runtime.dtype if name in matrices else torch.float32)
-        setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+    for name, role, _ in named_roles(model):
+        dtype = runtime.dtype if role in (*MATRICES, EMBEDDING, HEAD) else torch.float32
+        value = tensors[name].to(runtime.device, dtype)
+        path, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
     return own, model, vocabulary, header
 
 
 def evaluate_alone(c: Config) -> dict[str, Any]:
-    """MODE=eval: the scores of an artifact on the validation shards at DATA_PATH; the same as the run that wrote it."""
+    """MODE=eval: scores of an artifact on the validation shards at DATA_PATH, equal to those of the run
+    that wrote it."""
     with Runtime(c) as runtime:
         own, model, vocabulary, header = open_artifact(c, runtime)
         started, position = now(), header.get("position")
@@ -4426,44 +4542,39 @@ def evaluate_alone(c: Config) -> dict[str, Any]:
                 calibration = calibration_tokens(stream, position, own.train_seq_len)
             except UserError as error:
                 log(f"no temperature search: {error}; TEMP_CALIB sets a temperature")
-        log(f"artifact: {c.artifact} ({os.path.getsize(c.artifact):,} bytes), {count_parameters(model):,} parameters; "
+        facts = dict(artifact=str(c.artifact), artifact_bytes=os.path.getsize(c.artifact),
+                     artifact_sha256=file_hash(c.artifact), eval_params=count_parameters(model),
+                     val_tokens=evaluator.targets, val_bytes=evaluator.bytes)
+        log(f"artifact: {c.artifact} ({facts['artifact_bytes']:,} bytes), {facts['eval_params']:,} parameters; "
             f"{evaluator.targets:,} validation tokens = {evaluator.bytes:,} bytes")
         scores = final_scores(evaluator, own, calibration, log)
-        return scores | dict(artifact=str(c.artifact), artifact_bytes=os.path.getsize(c.artifact),
-                             artifact_sha256=file_hash(c.artifact), eval_params=count_parameters(model),
-                             val_tokens=evaluator.targets, val_bytes=evaluator.bytes, eval_seconds=now() - started,
-                             world_size=runtime.world, device=runtime.describe()["device"])
+        return scores | facts | dict(eval_seconds=now() - started, world_size=runtime.world,
+                                     device=runtime.describe()["device"])
 
 
-CALIBRATION = 65_536  # tokens
-
-
-def calibration_tokens(stream: TokenStream, position: int, seq_len: int, count: int = CALIBRATION) -> Tensor:
-    """The next `count` training tokens after the run, in whole rows: what temperature and rounding are chosen on."""
-    return torch.from_numpy(stream.read(position, max(count // seq_len, 1) * seq_len + 1))
-
-
-def choose_token(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
-    """One id drawn from logits (V,): temperature (0 = the most likely), then top-k, then nucleus sampling."""
-    if temperature == 0:
+def choose_token(logits: Tensor, c: Config, generator: torch.Generator) -> int:
+    """An id drawn from logits (V,): TEMPERATURE (0 = the most likely id), then TOP_K, then TOP_P
+    (nucleus sampling, https://arxiv.org/abs/1904.09751)."""
+    if c.temperature == 0:
         return int(logits.argmax())
-    probability = torch.softmax(logits.float().cpu() / temperature, dim=-1)
+    probability = torch.softmax(logits.float().cpu() / c.temperature, dim=-1)
     ranked, ids = probability.sort(descending=True)
-    keep = len(ranked) if not top_k else min(top_k, len(ranked))
-    before = ranked.cumsum(0) - ranked  # mass of the likelier ones: the first is always kept
-    ranked = ranked * (torch.arange(len(ranked)) < keep) * (before < top_p)
-    return int(ids[torch.multinomial(ranked, 1, generator=generator)])
+    likelier = ranked.cumsum(0) - ranked  # probability of the likelier ids; the first id always stays
+    allowed = (torch.arange(len(ranked)) < (c.top_k or len(ranked))) & (likelier < c.top_p)
+    return int(ids[torch.multinomial(ranked * allowed, 1, generator=generator)])
 
 
 class TextDecoder:
-    """Ids to text as they come: whole UTF-8 characters only, a replacement mark for what is none."""
+    """Token ids to text as they come: whole UTF-8 characters, a replacement character for bytes that
+    make none."""
 
     def __init__(self, pieces=None):
         self.pieces, self.ids, self.shown = pieces, [], ""
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, token: int, last: bool = False) -> str:
-        """Text that `token` completes ("" while a character is open); with last=True also what is left over."""
+        """Text that `token` completes ("" within a character); last=True also gives what is left over
+        (then token -1 adds nothing)."""
         if self.pieces is None:
             return self.utf8.decode(bytes([token]) if token >= 0 else b"", final=last)
         self.ids += [token] if token >= 0 else []
@@ -4475,10 +4586,10 @@ class TextDecoder:
 
 
 @torch.no_grad()
-def generate(model: LanguageModel, prompt: list[int], count: int, runtime: Runtime, choose: Callable[[Tensor], int],
-             stop: int) -> Iterator[int]:
-    """Ids after `prompt` (never empty), at most `count`, until `stop`: prefill by the chunked scan, then one step of
-    the recurrence per token, constant in time and memory for Mamba-2 blocks."""
+def generate(model: LanguageModel, prompt: list[int], count: int, runtime: Runtime,
+             choose: Callable[[Tensor], int], stop: int) -> Iterator[int]:
+    """At most `count` ids after `prompt` (not empty), until `stop`. The chunked scan reads the prompt;
+    each id is then one step of the recurrence, constant in time and memory for Mamba-2 blocks."""
     h, states = model(torch.tensor([prompt], device=runtime.device), runtime.dtype)
     for _ in range(count):
         token = choose(model.logits(h[0, -1]))
@@ -4496,84 +4607,107 @@ def sample(c: Config) -> None:
         if pieces is not None and pieces.vocab_size() != own.vocab_size:
             raise UserError(f"TOKENIZER_PATH={c.tokenizer_path}: has {pieces.vocab_size()} pieces, the artifact "
                             f"{own.vocab_size}; take the tokenizer that it was trained with")
-        body = pieces.encode(c.prompt) if pieces else [byte for byte in c.prompt.encode() if byte != vocabulary.mark]
-        silent = vocabulary.boundary.clone()
-        silent[vocabulary.mark] = False  # the document's end may be drawn; padding, unknown and unused may not
+        body = pieces.encode(c.prompt) if pieces else [b for b in c.prompt.encode() if b != vocabulary.mark]
+        silent = vocabulary.boundary.clone()  # padding, unknown and unused ids are never drawn
+        silent[vocabulary.mark] = False       # the end of the document may be
         for index in range(c.num_samples):
             generator, decoder = torch.Generator().manual_seed(c.seed + index), TextDecoder(pieces)
-            choose = lambda logits, generator=generator: choose_token(
-                logits.cpu().masked_fill(silent, -math.inf), c.temperature, c.top_k, c.top_p, generator)
+            choose = functools.partial(choose_audible, silent=silent, c=c, generator=generator)
             if c.num_samples > 1:
                 print(f"--- sample {index + 1}")
             print(c.prompt, end="", flush=True)
-            if pieces is not None:
-                for token in body:
-                    decoder.feed(token)
+            for token in body if pieces is not None else ():
+                decoder.feed(token)
             for token in generate(model, [vocabulary.mark, *body], c.sample_tokens, runtime, choose, vocabulary.mark):
                 print(decoder.feed(token), end="", flush=True)
             print(decoder.feed(-1, last=True), flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+def choose_audible(logits: Tensor, silent: Tensor, c: Config, generator: torch.Generator) -> int:
+    """choose_token among the ids that stand for text or end the document."""
+    return choose_token(logits.cpu().masked_fill(silent, -math.inf), c, generator)
+
+
+# ---------------------------------------------------------------------------------------------------
 # describe, bench, main
-# ---------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 
 COMPONENTS = {"in_proj": r"mixer\.in_proj", "out_proj": r"mixer\.out_proj", "attention q, k, v": r"mixer\.[qkv]_proj",
               "MLP fc": r"mlp\.up", "MLP down": r"mlp\.down", "embedding": r"^token_embed|^lm_head_correction",
               "embedding projections": r"^embed_proj|^adapter", "head": r"^lm_head$",
-              "predictor": r"^jepa\.(fc|out|action)", "projections of the latent": r"^jepa\.", "scalars": ""}
+              "predictor": r"^jepa\.(fc|out)", "projections of the latent": r"^jepa\.", "scalars": ""}
 
 
 def component(name: str) -> str:
     return next(label for label, pattern in COMPONENTS.items() if re.search(pattern, name))
 
 
-def as_trained(c: Config, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, stand-in) for what the run of this configuration will make of the model's initial weights.
+class Drift(NamedTuple):
+    """How far training moves weights from their initial values: rates times powers of the sum of LR
+    scales. A fit to runs of 40 to 300 steps (RESULTS.md, Storage); only the shape of the
+    distributions matters for the predicted bytes."""
+    matrix: float = 1.25          # RMS of a Muon matrix per LR, times path ** matrix_path
+    matrix_path: float = 0.66     # above 0.5: momentum makes steps correlated
+    unit_spread: float = 0.33     # log-normal spread of MLP units behind a squaring activation
+    shared: float = 1.16          # common direction of a tied embedding's rows, per LR
+    shared_vocab: float = 0.15    # growth of that direction with the vocabulary
+    shared_path: float = 0.22
+    row: float = 0.16             # own movement of an embedding's row, per LR
+    row_vocab: float = 0.1
+    row_path: float = 0.55
+    row_spread: float = 0.4       # log-normal spread over rows, and below over columns
+    column_spread: float = 0.2
+    scalar_path: float = 0.4      # vectors: movement per LR
+    bias_shift: float = -2.5      # mean of vocab_bias: rare tokens all go down
 
-    Only the shape of the distributions counts. A matrix walks away from its uniform initial values by steps of RMS
-    lr / sqrt(columns), faster than independent steps would (momentum). AdamW's rows drift apart, and an embedding's
-    together: behind the softmax all of them share one direction. Activations that square make the units of an MLP
-    unlike. The constants and exponents are a fit to runs of 40 to 300 steps (RESULTS.md)."""
-    rate = 10.0 if c.device != "cpu" and torch.cuda.is_available() else 2.5   # steps a second, roughly
-    steps = max(1, min(c.iterations, int(rate * c.max_wallclock_seconds) or c.iterations))
-    scales = np.array([lr_scale(Progress(i, i / steps, steps - i), c.warmdown, c.warmdown_fraction, c.warmdown_iters,
-                                c.min_lr) for i in range(steps)])
-    draw = torch.Generator().manual_seed(0)
+
+def synthetic_weights(c: Config, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor): synthetic weights distributed like trained ones of this configuration."""
+    drift, draw = Drift(), torch.Generator().manual_seed(0)
+    gpu = c.profile == "gpu" or c.profile == "auto" and c.device != "cpu" and torch.cuda.is_available()
+    by_clock = int((10.0 if gpu else 2.5) * c.max_wallclock_seconds)  # at a rough number of steps a second
+    steps = max(1, min(c.iterations, by_clock or c.iterations))
+    scales = np.array([lr_scale(Progress(i, i / steps, steps - i), c) for i in range(steps)])
     normal = lambda *shape: torch.empty(shape).normal_(generator=draw)
 
     @functools.cache
-    def kept(lr: float, decay: float) -> tuple[float, float]:   # what weight decay leaves of the LR scales' sum, of w
+    def decayed(lr: float, decay: float) -> tuple[float, float]:
+        """What weight decay leaves of the sum of LR scales, and of the initial weights."""
         left = np.cumprod((1 - lr * decay * scales).clip(0)[::-1])[::-1]
         return float((scales * left).sum()), float(left[0])
+
     rates = base_rates(c)
     for name, role, w in named_roles(model):
         w, owner = w.detach(), owner_of(role, c)
         lr = rates[owner]
         if owner == "muon":
-            path, start = kept(lr, c.muon_wd)
-            walk = 1.25 * lr * path ** 0.66 * w.size(1) ** -0.5
-            units = (0.33 * normal(1, w.size(1))).exp() if name.endswith("mlp.down.weight") else 1.0
+            path, start = decayed(lr, c.muon_wd)
+            walk = drift.matrix * lr * path ** drift.matrix_path * w.size(1) ** -0.5
+            units = (drift.unit_spread * normal(1, w.size(1))).exp() if name.endswith("mlp.down.weight") else 1.0
             yield name, start * w + walk * units * normal(*w.shape)
         elif role in (EMBEDDING, HEAD, CORRECTION):
-            path, start = kept(lr, c.adam_wd)
-            tied = role == EMBEDDING and bool(c.tie_embeddings)
-            shared = tied * 1.16 * len(w) ** 0.15 * path ** 0.22 * normal(1, w.size(1))
-            own = (0.4 * normal(len(w), 1) + 0.2 * normal(1, w.size(1))).exp() * normal(*w.shape)
-            yield name, start * w + lr * (shared + 0.16 * len(w) ** 0.1 * path ** 0.55 * own)
+            path, start = decayed(lr, c.adam_wd)
+            shared = torch.zeros(())
+            direction = normal(1, w.size(1))
+            if role == EMBEDDING and c.tie_embeddings:
+                shared = drift.shared * len(w) ** drift.shared_vocab * path ** drift.shared_path * direction
+            spread = drift.row_spread * normal(len(w), 1) + drift.column_spread * normal(1, w.size(1))
+            own = drift.row * len(w) ** drift.row_vocab * path ** drift.row_path * spread.exp() * normal(*w.shape)
+            yield name, start * w + lr * (shared + own)
         else:
-            common = -2.5 if name == "vocab_bias" else 0.0      # rare tokens all go down
-            yield name, w + lr * scales.sum() ** 0.4 * (common + normal(*w.shape))
+            shift = drift.bias_shift if name == "vocab_bias" else 0.0
+            yield name, w + lr * scales.sum() ** drift.scalar_path * (shift + normal(*w.shape))
 
 
 def estimated_bytes(c: Config, model: nn.Module | None = None) -> int:
-    """Artifact bytes that a trained model of this configuration is expected to have; nothing is compressed."""
+    """Expected bytes of this configuration's trained artifact, from entropies."""
     model = model or build_models(c)[0]
-    return estimate_bytes(artifact_tensors(as_trained(c, model), storage_plan(model, c)))["bytes"]
+    return estimate_bytes(artifact_tensors(synthetic_weights(c, model), storage_plan(model, c)))["bytes"]
 
 
 def largest_fit(c: Config, name: str, step: int, budget: int) -> int | None:
-    """The largest value of a size knob, in steps, whose artifact fits `budget` bytes; None where none does."""
+    """The largest value of a size knob, in steps, whose artifact fits `budget` bytes; None if none
+    does."""
     fits = lambda value: value >= step and estimated_bytes(dataclasses.replace(c, **{name: value})) <= budget
     low, high = 0, step
     while fits(high):
@@ -4585,37 +4719,38 @@ def largest_fit(c: Config, name: str, step: int, budget: int) -> int | None:
 
 
 def describe(c: Config) -> dict[str, Any]:
-    """MODE=describe: knobs with their sources, parameters per component and storage type, estimated bytes."""
+    """MODE=describe: knobs with their sources, parameters by component and storage, expected bytes."""
     model, jepa = build_models(c)
-    plan = storage_plan(model, c)
+    plan, by_grid, rows = storage_plan(model, c), {}, {}
     print(c.render() + "\n")
-    rows: dict[tuple[str, str], list[int]] = {}
-    everything = [(name, p) for name, _, p in named_roles(model)]
-    everything += [(name, p) for name, _, p in named_roles(jepa, "jepa.")] if jepa is not None else []
-    for name, parameter in everything:
+    for name, _, parameter in named_roles(model) + (named_roles(jepa, "jepa.") if jepa is not None else []):
         rows.setdefault((component(name), plan.get(name, "not stored")), []).append(parameter.numel())
+        if name in plan:
+            by_grid[plan[name]] = by_grid.get(plan[name], 0) + parameter.numel()
     print(f"{'component':<28}{'storage':<14}{'tensors':>8}{'parameters':>14}")
+    by_component: dict[str, int] = {}
     for (label, grid), counts in sorted(rows.items(), key=lambda row: -sum(row[1])):
         print(f"{label:<28}{grid:<14}{len(counts):>8}{sum(counts):>14,}")
+        by_component[label] = by_component.get(label, 0) + sum(counts)
     stored, extra = count_parameters(model), count_parameters(jepa)
-    by_grid = {grid: sum(p.numel() for n, _, p in named_roles(model) if plan[n] == grid) for grid in set(plan.values())}
-    estimate = estimated_bytes(c, model)
-    code = len(source_text().encode())
-    fit = {}
-    if c.fit:
-        heads = math.lcm(c.num_heads * 2 if "a" in c.pattern else 1, HEADDIM // math.gcd(HEADDIM, c.expand))
-        fit = {name: largest_fit(c, name.lower(), step, SIZE_LIMIT - code)
-               for name, step in (("MODEL_DIM", heads), ("MLP_MULT", 1)) if name != "MLP_MULT" or c.mlp_mult}
-        print("\n" + "; ".join(f"the largest {name} that fits, all else as it is: {value or 'none'}"
-                               for name, value in fit.items()))
-    verdict = "FITS" if estimate + code <= SIZE_LIMIT else "OVER"
+    estimate, code = estimated_bytes(c, model), len(source_text().encode())
+    fit = describe_fit(c, SIZE_LIMIT - code) if c.fit else None
+    fits = estimate + code <= SIZE_LIMIT
     print(f"\nstored {stored:,} + training-only {extra:,} parameters; artifact about {estimate:,} bytes (entropy of "
-          f"weights as training leaves them) + code {code:,} bytes: {verdict} {SIZE_LIMIT:,}")
+          f"weights as training leaves them) + code {code:,} bytes: {'FITS' if fits else 'OVER'} {SIZE_LIMIT:,}")
     return dict(eval_params=stored, train_only_params=extra, estimated_artifact_bytes=estimate, code_bytes=code,
-                fits=estimate + code <= SIZE_LIMIT, parameters_by_storage=by_grid,
-                parameters_by_component={label: sum(sum(v) for (l, _), v in rows.items() if l == label)
-                                         for label in {l for l, _ in rows}},
-                tokens_per_step=c.train_batch_tokens, micro_batches=c.micro_batches, largest_fit=fit or None)
+                fits=fits, parameters_by_storage=by_grid, parameters_by_component=by_component,
+                tokens_per_step=c.train_batch_tokens, micro_batches=c.micro_batches, largest_fit=fit)
+
+
+def describe_fit(c: Config, budget: int) -> dict[str, int | None]:
+    """FIT=1: the largest MODEL_DIM and the largest MLP_MULT that fit, each with all else as it is."""
+    width = math.lcm(c.num_heads * 2 if "a" in c.pattern else 1, HEADDIM // math.gcd(HEADDIM, c.expand))
+    steps = {"MODEL_DIM": width} | ({"MLP_MULT": 1} if c.mlp_mult else {})
+    fit = {name: largest_fit(c, name.lower(), step, budget) for name, step in steps.items()}
+    print("\n" + "; ".join(f"the largest {name} that fits, all else as it is: {value or 'none'}"
+                           for name, value in fit.items()))
+    return fit
 
 
 class SyntheticStream:
@@ -4631,36 +4766,42 @@ class SyntheticStream:
         return np.random.default_rng(position).integers(0, self.vocab_size, count)
 
 
-def bench(c: Config, runtime: Runtime) -> dict[str, Any]:
-    """MODE=bench: median ms per step on random tokens, then the share of its parts; the last line is JSON.
+class PartClock:
+    """Milliseconds of named pieces of work, the device's queue included."""
 
-    Whole steps are timed first, undisturbed; then again with a wait between the parts, which gives the shares. On CUDA
-    a profile names the largest kernels. One H100 of the published runs: TRAIN_BATCH_TOKENS=65536 MICRO_BATCHES=1."""
-    trainer = Trainer(c, runtime, SyntheticStream(c.vocab_size))
-    trainer.run_phases()
-    steps, warm = min(c.iterations, 50 if runtime.cuda else 5), 10 if runtime.cuda else 1
-    at = Progress(0, 0.5, steps)
-    whole, parts = [], {}
+    def __init__(self, runtime: Runtime):
+        self.runtime, self.times = runtime, {}
 
-    def clocked(work: Callable, times: list[float]) -> Any:
-        runtime.synchronize()
+    def __call__(self, name: str, work: Callable) -> Any:
+        self.runtime.synchronize()
         started = now()
         value = work()
-        runtime.synchronize()
-        times.append(1e3 * (now() - started))
+        self.runtime.synchronize()
+        self.times.setdefault(name, []).append(1e3 * (now() - started))
         return value
 
+
+def bench(c: Config, runtime: Runtime) -> dict[str, Any]:
+    """MODE=bench: median ms per step on random tokens, then the share of its parts.
+
+    Whole steps are timed first; then again with a wait between the parts, which gives the shares. On
+    CUDA a profile names the largest kernels. The share of one H100 in the published runs:
+    TRAIN_BATCH_TOKENS=65536 MICRO_BATCHES=1."""
+    trainer, clock = Trainer(c, runtime, SyntheticStream(c.vocab_size)), PartClock(runtime)
+    trainer.run_phases()
+    steps, warm = min(c.iterations, 50 if runtime.cuda else 5), 10 if runtime.cuda else 1
+    progress = Progress(0, 0.5, steps)
     for step in range(-warm, steps):
-        clocked(lambda: trainer.train_step(at), whole)
+        clock("step", lambda: trainer.train_step(progress))
         if runtime.main:
-            print(f"step {step}: {whole[-1]:.1f} ms", file=sys.stderr)
-    peak = runtime.peak_memory()
-    for _ in range(max(1, min(steps, 10) // 2)):
-        timed_parts(trainer, at, clocked, parts)
-    each = lambda name: len(trainer.mine) if name in PER_MICRO else 1
-    per_part = {name: float(np.median(np.array(times).reshape(-1, each(name)).sum(1))) for name, times in parts.items()}
-    per_step, total = float(np.median(whole[warm:])), sum(per_part.values())
-    flops = flops_per_token(c) * c.train_batch_tokens
+            print(f"step {step}: {clock.times['step'][-1]:.1f} ms", file=sys.stderr)
+    peak, per_step = runtime.peak_memory(), float(np.median(clock.times.pop("step")[warm:]))
+    rounds = max(1, min(steps, 10) // 2)
+    for _ in range(rounds):
+        time_parts(trainer, progress, clock)
+    per_part = {name: float(np.median(np.array(times).reshape(rounds, -1).sum(1)))
+                for name, times in clock.times.items()}
+    total, flops = sum(per_part.values()), flops_per_token(c) * c.train_batch_tokens
     if runtime.main:
         print(f"{'part':<16}{'ms':>10}{'share':>8}")
         for name, ms in sorted(per_part.items(), key=lambda row: -row[1]):
@@ -4670,35 +4811,30 @@ def bench(c: Config, runtime: Runtime) -> dict[str, Any]:
                 shares={name: ms / total for name, ms in per_part.items()}, model_tflops=flops / per_step * 1e-9,
                 mfu_of_h100=flops / per_step * 1e-9 / 989 / runtime.world if runtime.cuda else None,
                 gemm_floor_ms_at_800_tflops=flops / 800e12 * 1e3 / runtime.world if runtime.cuda else None,
-                largest_kernels=largest_kernels(trainer, at) if runtime.cuda else None,
+                largest_kernels=largest_kernels(trainer, progress) if runtime.cuda else None,
                 scan=trainer.kernels.name, compile_mode=c.compile_mode, **runtime.describe())
 
 
-PER_MICRO = ("data", "forward", "backward")
-
-
-def timed_parts(trainer: Trainer, at: Progress, clocked: Callable, parts: dict[str, list[float]]) -> None:
+def time_parts(trainer: Trainer, progress: Progress, clock: PartClock) -> None:
     """The lines of Trainer.train_step, one by one under the clock."""
-    c = trainer.config
-    note = lambda name, work: clocked(work, parts.setdefault(name, []))
-    terms = loss_weights(at.fraction, c)
-    weights = trainer.runtime.to_device(torch.tensor(terms[:3]))
-    note("snap", lambda: trainer.weights.load(qat=qat_on(at.fraction, c.qat_fraction)))
-    for micro in trainer.mine:
-        inputs = note("data", functools.partial(trainer.step_inputs, at.step, micro))
-        trainer.weights.begin_micro(last=micro == trainer.mine[-1])
-        forward = functools.partial(trainer.losses, *inputs, weights, trainer.states[micro], terms.active)
-        loss = note("forward", forward)[0]
-        note("backward", (loss / c.micro_batches).backward)
-    note("gradient sums", trainer.weights.finish_gradients)
-    note("optimizer", lambda: trainer.optimizer.step(1.0, c.muon_momentum))
+    c, weights = trainer.config, loss_weights(progress.fraction, trainer.config)
+    numbers = trainer.runtime.to_device(torch.tensor(weights[:len(TERMS)]))
+    clock("snap", lambda: trainer.weights.load(qat=qat_on(progress.fraction, c.qat_fraction)))
+    for micro in trainer.micros:
+        inputs = clock("data", functools.partial(trainer.step_inputs, progress.step, micro))
+        trainer.weights.begin_micro(last=micro == trainer.micros[-1])
+        forward = functools.partial(trainer.losses, *inputs, numbers, trainer.states[micro], weights.active)
+        loss = clock("forward", forward)[0]
+        clock("backward", (loss / c.micro_batches).backward)
+    clock("gradient sums", trainer.weights.finish_gradients)
+    clock("optimizer", lambda: trainer.optimizer.step(1.0, c.muon_momentum))
     trainer.weights.zero_grad()
 
 
-def largest_kernels(trainer: Trainer, at: Progress) -> list[dict[str, Any]]:
+def largest_kernels(trainer: Trainer, progress: Progress) -> list[dict[str, Any]]:
     """The five kernels of one step that take the most GPU time, with their share of all."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        trainer.train_step(at)
+        trainer.train_step(progress)
         trainer.runtime.synchronize()
     rows = [(event.key, event.self_device_time_total) for event in profile.key_averages()]
     total = sum(time for _, time in rows) or 1
@@ -4707,47 +4843,62 @@ def largest_kernels(trainer: Trainer, at: Progress) -> list[dict[str, Any]]:
 
 
 def flops_per_token(c: Config) -> float:
-    """Multiply-adds times 2 of matrix products, forward and backward (3 x forward), per trained token."""
+    """Floating-point operations of matrix products per trained token, forward and backward (three
+    times the forward pass)."""
     model, jepa = build_models(dataclasses.replace(c, seed=0))
-    dense = sum(p.numel() for name, role, p in named_roles(model) if role in (*MATRICES, HEAD))
-    head = c.vocab_size * (c.embed if c.tie_embeddings else 0)
-    latent = 0
+    products = sum(p.numel() for _, role, p in named_roles(model) if role in (*MATRICES, HEAD))
+    products += c.vocab_size * c.embed if c.tie_embeddings else 0
     if c.jepa_on and jepa is not None:
-        sizes = {name: p.numel() for name, role, p in named_roles(jepa) if role in MATRICES}
-        again = sum(count for name, count in sizes.items() if "projector" not in name)
-        latent = sum(sizes.values()) + (c.jepa_steps - 1) * again
-    scan = c.pattern.count("m") * c.d_inner * (2 * c.d_state + c.ssd_chunk / 2 * 1.5)
-    attention = c.pattern.count("a") * c.model_dim * c.train_seq_len
-    return 6 * (dense + head + latent + scan + attention)
+        for name, role, p in named_roles(jepa):
+            if role in MATRICES:  # the projector runs once, the predictor once per horizon
+                products += p.numel() * (1 if "projector" in name else c.jepa_steps)
+    return 6 * (products + sum(MIXERS[letter].flops(c) for letter in c.pattern))
 
 
 def train(c: Config) -> dict[str, Any]:
+    """MODE=train. However the run ends once its log is open, the log's last line says it."""
     with Runtime(c) as runtime:
         run = Run(c, runtime)
         try:
+            run.open()
             run.train()
             return run.finish()
-        except (UserError, RunStopped) as end:
-            with contextlib.suppress(UserError):  # the disk may be full
-                run.log(f"ended: {end}", console=False)
+        except BaseException as end:
+            if run.folder is not None:
+                kind = "" if isinstance(end, (UserError, RunStopped)) else f"{type(end).__name__}: "
+                with contextlib.suppress(UserError):  # the disk may be full
+                    run.log(f"ended: {kind}{end}", console=False)
             raise
 
 
+def run_mode(config: Config) -> dict | None:
+    """Do what MODE asks for; returns the JSON report of describe, bench and eval."""
+    if config.mode == "train":
+        train(config.validate())
+        return None
+    if config.mode == "describe":
+        return describe(config.validate())
+    if config.mode == "bench":
+        with Runtime(config.validate()) as runtime:
+            return bench(config, runtime)
+    return evaluate_alone(config) if config.mode == "eval" else sample(config)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Dispatch on MODE. Exit codes: 0 done, 2 wrong input (one line each on stderr), 128+n stopped by signal n."""
+    """Dispatch on MODE. Exit codes: 0 done, 1 a run that diverged, 2 wrong input (a line each on
+    stderr), 128 + n stopped by signal n."""
     argv = sys.argv[1:] if argv is None else argv
     rank = int(os.environ.get("RANK", 0))
     try:
         if any(argument in ("-h", "--help") for argument in argv):
             print(help_text(), flush=True)
             return 0
-        config = Config.from_env(dict(os.environ), argv)
-        report = run_mode(config)
+        report = run_mode(Config.from_env(dict(os.environ), argv))
         if report is not None and rank == 0:
             print(json.dumps(report), flush=True)
         return 0
     except UserError as error:
-        if rank:  # a fault of all ranks is said once, by rank 0; one of this rank alone is said by it
+        if rank:  # rank 0 reports faults of all ranks first; torchrun then ends this one
             time.sleep(2)
         for line in str(error).splitlines():
             print(f"train_jepa.py: {line}", file=sys.stderr, flush=True)
@@ -4758,24 +4909,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stopped.code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of the output is gone, as after `| head`: nobody is left to be told
+    except BrokenPipeError:  # the output's reader is gone, as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-
-
-def run_mode(config: Config) -> dict | None:
-    """What MODE asks for; the JSON that a reporting mode ends with, or None."""
-    if config.mode == "train":
-        train(config.validate())
-        return None
-    if config.mode == "describe":
-        return describe(config.validate())
-    if config.mode == "bench":
-        with Runtime(config.validate()) as runtime:
-            return bench(config, runtime)
-    if config.mode == "eval":
-        return evaluate_alone(config)
-    return sample(config)
 
 
 if __name__ == "__main__":

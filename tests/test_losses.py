@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import train_jepa as tj
-from train_jepa import chunk_means, covariance_term, latent_rollout, sigreg, sigreg_null, token_loss_fused
+from train_jepa import covariance_term, jepa_loss, sigreg, sigreg_null, token_loss_fused
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -46,12 +46,6 @@ def test_sigreg_is_its_formula(axis, knots):
     assert sigreg(z, rays, knots, axis).item() == pytest.approx(naive_sigreg(z, rays, knots, axis), rel=2e-5)
 
 
-@pytest.mark.parametrize("axis, samples", [("batch", 5), ("time", 4), ("both", 20)])
-def test_sigreg_scale_multiplies_by_the_pooled_samples(axis, samples):
-    z, rays = normal(5, 4, 6), directions(7, 6)
-    assert sigreg(z, rays, 17, axis, True).item() == pytest.approx(samples * sigreg(z, rays, 17, axis).item(), rel=1e-6)
-
-
 @pytest.mark.parametrize("samples, level", [(64, 0.0164), (8, 0.131)])
 def test_sigregs_null_level_is_the_specified_one(samples, level):
     assert sigreg_null(samples) == pytest.approx(level, rel=0.005)  # the published figures have three digits
@@ -82,15 +76,6 @@ def test_sigregs_gradient_is_that_of_its_formula():
         step[index] = 1e-5
         slope = (naive_sigreg(z + step, rays, 17, "batch") - naive_sigreg(z - step, rays, 17, "batch")) / 2e-5
         assert found[index].item() == pytest.approx(slope, rel=1e-3, abs=1e-6)
-
-
-def test_sigreg_averages_the_characteristic_function_not_the_loss():
-    parts, rays = (normal(6, 4, 5), normal(6, 4, 5, seed=1)), directions(7, 5)
-    seen = []
-    for part in parts:
-        sigreg(part, rays, average=lambda t: seen.append(t) or t)
-    found = sigreg(parts[0], rays, average=lambda t: (seen[0] + seen[1]) / 2)
-    assert found.item() == pytest.approx(sigreg(torch.cat(parts), rays).item(), rel=1e-5)
 
 
 # -- covariance term ---------------------------------------------------------------------------------------------------
@@ -154,7 +139,7 @@ def naive_rollout(jepa, z, steps):
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_rollout_is_the_mean_over_horizons_of_chained_predictions(steps):
     jepa, z = head(), normal(2, 9, 64, dtype=torch.float64)
-    found = latent_rollout(jepa, z, z, steps, "latent", 8, "mse", False)
+    found = jepa_loss(jepa, z, steps, False)
     # the distance is taken in fp32
     assert found.item() == pytest.approx(naive_rollout(jepa, z, steps).item(), rel=1e-6)
 
@@ -167,34 +152,15 @@ def test_system_bs_predictor_is_norm_linear_gelu_linear_without_biases():
     guess = F.gelu(h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt() @ jepa.fc.weight.T) @ jepa.out.weight.T
     assert torch.allclose(jepa.predict(h), guess, rtol=1e-12)
     expected = (guess[:, :-1] - h[:, 1:]).square().mean()
-    assert latent_rollout(jepa, h, h, 1, "latent", 8, "mse", True).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert jepa_loss(jepa, h, 1, True).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("detach", [False, True])
 def test_detach_targets_stops_gradients_into_targets_only(detach):
     jepa, z = head(), normal(1, 2, 64, dtype=torch.float64).requires_grad_()
-    latent_rollout(jepa, z, z, 1, "latent", 8, "mse", detach).backward()
+    jepa_loss(jepa, z, 1, detach).backward()
     source, target = z.grad[:, 0], z.grad[:, 1]  # two positions, one horizon: the first predicts, the second is met
     assert source.abs().max() > 0 and bool(target.abs().max() > 0) != detach
-
-
-def test_smooth_l1_and_chunk_targets():
-    jepa, z, x0 = head(), normal(2, 12, 64, dtype=torch.float64), normal(2, 12, 64, seed=5, dtype=torch.float64)
-    for target, values in (("chunk", z), ("embedding", x0)):
-        for kind, distance in (("mse", F.mse_loss), ("smooth_l1", F.smooth_l1_loss)):
-            goals = torch.stack([values[:, t + 1:t + 5].mean(1) for t in range(12 - 4)], 1)
-            expected = distance(jepa.predict(z[:, :8]), goals)
-            found = latent_rollout(jepa, z, x0, 1, target, 4, kind, False)
-            assert found.item() == pytest.approx(expected.item(), rel=1e-5)
-
-
-def test_an_action_is_the_embedding_of_the_next_token():
-    jepa = head(JEPA_ACTION=1)
-    z, x0 = normal(1, 6, 64, dtype=torch.float64), normal(1, 6, 64, seed=5, dtype=torch.float64)
-    first = jepa.predict(z[:, :-1], x0[:, 1:])
-    second = jepa.predict(first[:, :-1], x0[:, 2:])
-    expected = (F.mse_loss(first, z[:, 1:]) + F.mse_loss(second, z[:, 2:])) / 2
-    assert latent_rollout(jepa, z, x0, 2, "latent", 8, "mse", False).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 PREDICTOR = {"fc.weight": (256, 64), "fc.bias": (256,), "out.weight": (64, 256), "out.bias": (64,)}
@@ -218,14 +184,6 @@ def test_the_mlp_projector_is_linear_layernorm_gelu_linear():
     hidden = (hidden - hidden.mean(-1, keepdim=True)) / (hidden.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
     expected = F.gelu(hidden * mlp.gain + mlp.shift) @ mlp.out.weight.T + mlp.out.bias
     assert torch.allclose(mlp(x), expected, rtol=1e-10)  # float64
-
-
-@pytest.mark.parametrize("chunk", [1, 3, 9])
-def test_chunk_means_average_what_follows(chunk):
-    values = normal(2, 10, 4)
-    expected = torch.stack([values[:, t + 1:t + 1 + chunk].mean(1) for t in range(10 - chunk)], 1)
-    found = chunk_means(values, chunk)
-    assert found.shape == (2, 10 - chunk, 4) and torch.allclose(found, expected, atol=1e-6)  # a few fp32 sums
 
 
 # -- token loss --------------------------------------------------------------------------------------------------------
@@ -273,3 +231,43 @@ def test_softcap_closed_forms():
     for kind in ("poly", "tanh"):
         found = tj.soft_cap(line, 15.0, kind)
         assert (found.diff() >= 0).all() and found.abs().max() <= 15 and torch.allclose(found, -found.flip(0))
+
+
+# -- all terms together ------------------------------------------------------------------------------------------------
+
+SMALL = dict(MODEL_DIM="64", NUM_LAYERS="2", EXPAND="1", D_STATE="16", MLP_MULT="1", VOCAB_SIZE="256", SSD_CHUNK="16",
+             TRAIN_SEQ_LEN="16", TRAIN_BATCH_TOKENS="32", MICRO_BATCHES="1", JEPA_COV="0.5", JEPA_STEPS="2")
+
+
+@pytest.mark.parametrize("anticollapse", ["sigreg", "covariance"])
+def test_loss_terms_are_the_single_functions_and_only_those_asked_for(anticollapse):
+    c = tj.Config.from_env(SMALL | {"ANTICOLLAPSE": anticollapse})
+    model, jepa = tj.build_models(c)
+    h, targets = normal(2, 16, 64), torch.arange(32).view(2, 16)
+    positions, rays = torch.tensor([1, 5, 5]), directions(4, 64)
+    every = tj.loss_terms(c, model, jepa, h, targets, positions, rays, tj.Active(True, True, True, True))
+    z = jepa.project(h)
+    anti = covariance_term(z) if anticollapse == "covariance" else sigreg(z[:, positions], rays)
+    nll = F.cross_entropy(model.logits(h).flatten(0, 1), targets.flatten())
+    z_loss = 1e-4 * model.logits(h).logsumexp(-1).square().mean()
+    expected = dict(ce=nll + z_loss, nll=nll, jepa=jepa_loss(jepa, z, 2, False), anti=anti, cov=covariance_term(z))
+    assert set(every) == set(expected)
+    for name, value in expected.items():
+        assert every[name].item() == pytest.approx(value.item(), rel=1e-5), name  # fp32 sums of 32 positions
+    for i, name in enumerate(tj.TERMS):
+        alone = tj.loss_terms(c, model, jepa, h, targets, positions, rays, tj.Active(*(i == k for k in range(4))))
+        assert set(alone) == {name} | ({"nll"} if name == "ce" else set())
+
+
+def test_every_step_weighs_the_covariance_term_logs_it_and_reports_its_gradient(tmp_path):
+    """JEPA_COV is a term like the others: in the total, in metrics.jsonl, in the log line, in the gradient shares."""
+    import json
+
+    import harness
+    cov = dict(JEPA_COV=0.5, DIAGNOSTICS=1, PROBE_STEPS=0, ITERATIONS=2, TRAIN_LOG_EVERY=1, VAL_LOSS_EVERY=2)
+    child = harness.run(tmp_path, **cov)
+    assert child.code == 0, child.text()
+    lines = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if line["kind"] == "train"]
+    assert all(line["cov"] > 0 for line in trained) and " cov:" in child.text()
+    assert "cov_grad_ratio" in lines[-1] and "cov_grad_cosine" in lines[-1]

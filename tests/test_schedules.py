@@ -61,34 +61,37 @@ def test_progress_never_falls_during_a_run():
 
 @pytest.mark.parametrize("p, scale", [(0, 1), (0.5, 1), (0.85, 1), (0.925, 0.5), (0.97, 0.2), (1, 0), (1.1, 0)])
 def test_lr_is_constant_then_linear_to_zero_over_the_last_fraction(p, scale):
-    assert lr_scale(at(p), "fraction", 0.15, 2000) == exactly(scale)
+    assert lr_scale(at(p), Config()) == exactly(scale)
 
 
 def test_lr_ends_at_its_floor():
-    assert lr_scale(at(0.5), "fraction", 0.2, 0, 0.1) == 1
-    assert lr_scale(at(0.9), "fraction", 0.2, 0, 0.1) == exactly(0.55)
-    assert lr_scale(at(1.0), "fraction", 0.2, 0, 0.1) == exactly(0.1)
+    config = Config(warmdown_fraction=0.2, min_lr=0.1)
+    assert lr_scale(at(0.5), config) == 1
+    assert lr_scale(at(0.9), config) == exactly(0.55)
+    assert lr_scale(at(1.0), config) == exactly(0.1)
 
 
 @pytest.mark.parametrize("left, scale", [(50_000, 1), (2001, 1), (2000, 1), (1000, 0.5), (1, 1 / 2000), (0, 0)])
 def test_lr_falls_over_the_last_steps(left, scale):
-    assert lr_scale(at(0.2, left), "iters", 0.15, 2000) == exactly(scale)
+    assert lr_scale(at(0.2, left), Config(warmdown="iters")) == exactly(scale)
 
 
 def test_warmdown_by_steps_under_a_cap_begins_when_the_time_left_holds_that_many_mean_steps():
     # 0.5 s a step, cap 100 s: 20 steps are left at 90 s
-    scale = lambda step: lr_scale(measure_progress(step, 10_000, step * 0.5, 100.0), "iters", 0.15, 20)
+    config = Config(warmdown="iters", warmdown_iters=20)
+    scale = lambda step: lr_scale(measure_progress(step, 10_000, step * 0.5, 100.0), config)
     assert scale(0) == scale(179) == scale(180) == 1
     assert scale(190) == exactly(0.5) and scale(199) == exactly(0.05) and scale(200) == 0
 
 
 def test_no_warmdown_means_a_constant_rate():
     for p in (0.0, 0.5, 1.0):
-        assert lr_scale(at(p, 0), "fraction", 0.0, 0) == 1 and lr_scale(at(p, 0), "iters", 0.15, 0) == 1
+        assert lr_scale(at(p, 0), Config(warmdown_fraction=0.0)) == 1
+        assert lr_scale(at(p, 0), Config(warmdown="iters", warmdown_iters=0)) == 1
 
 
 def test_a_fraction_of_one_falls_from_the_start():
-    assert lr_scale(at(0.25), "fraction", 1.0, 0) == exactly(0.75)
+    assert lr_scale(at(0.25), Config(warmdown_fraction=1.0)) == exactly(0.75)
 
 
 def test_the_default_warmdown_of_both_systems():
@@ -100,19 +103,19 @@ def test_the_default_warmdown_of_both_systems():
 @pytest.mark.parametrize("step, momentum", [(0, 0.85), (250, 0.90), (499, 0.9498), (500, 0.95),
                                             (501, 0.95), (10**6, 0.95)])
 def test_momentum_is_linear_in_steps_over_the_first_500(step, momentum):
-    assert muon_momentum(step, 0.85, 0.95, 500) == exactly(momentum)
+    assert muon_momentum(step, Config()) == exactly(momentum)
 
 
 def test_momentum_without_warm_up_is_final_at_once():
-    assert muon_momentum(0, 0.85, 0.95, 0) == 0.95
+    assert muon_momentum(0, Config(muon_momentum_warmup_steps=0)) == 0.95
 
 
 # -- loss weights ------------------------------------------------------------------------------------------------------
 
 def test_joint_weights_are_constant():
-    config = Config(jepa_weight=0.5, ce_weight=2.0, sigreg_lambda=3.0)
+    config = Config(jepa_weight=0.5, ce_weight=2.0, sigreg_lambda=3.0, jepa_cov=0.25)
     for p in (0.0, 0.3, 0.99, 1.0):
-        assert loss_weights(p, config) == LossWeights(2.0, 0.5, 3.0, "joint")
+        assert loss_weights(p, config) == LossWeights(2.0, 0.5, 3.0, 0.25, "joint")
 
 
 @pytest.mark.parametrize("p, ramp", [(0, 0), (0.15, 0.5), (0.3, 1), (0.31, 1), (1, 1)])
@@ -133,9 +136,9 @@ def test_no_jepa_steps_means_no_jepa_weight():
     (0.0, 0, 1, "jepa"), (0.0999, 0, 1, "jepa"), (0.10, 0, 1, "bridge"), (0.45, 0.5, 0.5, "bridge"),
     (0.625, 0.75, 0.25, "bridge"), (0.80, 1, 0, "ce"), (0.9, 1, 0, "ce"), (1.0, 1, 0, "ce")])
 def test_staged_weights_at_every_boundary(p, ce, others, stage):
-    config = Config(loss_schedule="staged", jepa_weight=2.0, ce_weight=0.5)
+    config = Config(loss_schedule="staged", jepa_weight=2.0, ce_weight=0.5, jepa_cov=4.0)
     found = loss_weights(p, config)
-    assert found[:3] == exactly((0.5 * ce, 2.0 * others, 0.05 * others)) and found.stage == stage
+    assert found[:4] == exactly((0.5 * ce, 2.0 * others, 0.05 * others, 4.0 * others)) and found.stage == stage
 
 
 def test_staged_weights_of_terms_out_of_stage_are_exactly_zero():
@@ -173,15 +176,3 @@ def test_the_number_of_ranks_must_divide_the_micro_batches(world, fits):
     else:
         with pytest.raises(tj.UserError, match=f"{world} ranks.*MICRO_BATCHES=8"):
             tj.check_world(Config(), world)
-
-
-@pytest.mark.parametrize("p, size", [(0, 128), (0.1666, 128), (0.1667, 256), (0.3333, 256), (0.3334, 512),
-                                     (0.4999, 512), (0.5, 1024), (1, 1024)])
-def test_sizes_double_in_equal_spans_up_to_their_end(p, size):
-    assert tj.grown(p, 128, 1024, 0.5) == size
-
-
-def test_sizes_without_a_start_or_with_an_end_at_0_are_final_at_once():
-    assert [tj.grown(p, 0, 1024, 0.5) for p in (0, 0.3, 1)] == [1024] * 3
-    assert [tj.grown(p, 256, 1024, 0.0) for p in (0, 0.3, 1)] == [1024] * 3
-    assert [tj.grown(p, 1024, 1024, 0.5) for p in (0, 0.3, 1)] == [1024] * 3
