@@ -1805,40 +1805,45 @@ def choose_kernels(c: Config, runtime: Runtime) -> tuple[Kernels, str]:
                    causal_conv_silu, name), note
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# blocks: norm, linear, mixers, MLPs, residual block. Each module names the role of its parameters in `roles`.
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------
+# blocks: norm, linear layer, mixers, MLP, residual block
+# -----------------------------------------------------------------------------------------------
 
+# Each module names the roles of its parameters; a role decides the optimizer and the storage.
 MATRIX, MLP_MATRIX, IN_PROJ = "matrix", "MLP matrix", "in_proj"
-MATRICES = (MATRIX, MLP_MATRIX, IN_PROJ)
+MATRICES = MATRIX, MLP_MATRIX, IN_PROJ  # trained by Muon; stored as INT rows, on three grids
 EMBEDDING, HEAD, CORRECTION = "embedding", "head", "correction"
-SCALAR, STATE, CONTROL = "scalar", "state", "control"
-# Matrices: Muon, stored INT; three roles, since their grids may differ. Embedding, head: AdamW at their own rates.
-# Correction (of the tied head), scalar: AdamW at SCALAR_LR; state: the same without decay; control: a scalar that
-# system B stores in fp32 (scales, mixes, gains).
+SCALAR, CONTROL, STATE = "scalar", "control", "state"
+# AdamW at SCALAR_LR trains the last four; system B stores control tensors (scales, mixes, gains)
+# in fp32; STATE has no weight decay.
+
+FP32_EPS = torch.finfo(torch.float32).eps
+State = tuple[Tensor, ...]  # what a mixer carries from one call to the next, batch first
 
 
 def named_roles(module: nn.Module, prefix: str = "") -> list[tuple[str, str, nn.Parameter]]:
-    """(name, role, parameter) of every parameter, the role as declared by the module that made it."""
-    found = []
-    for path, part in module.named_modules():
-        for name, parameter in part.named_parameters(recurse=False):
-            full = f"{path}.{name}" if path else name
-            found.append((prefix + full, part.roles[name], parameter))
-    return found
+    """(name, role, parameter) of every parameter; KeyError for one whose module names no role."""
+    return [(f"{prefix}{path}.{name}" if path else prefix + name, part.roles[name], parameter)
+            for path, part in module.named_modules()
+            for name, parameter in part.named_parameters(recurse=False)]
 
 
 def rms_norm(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
-    """x / sqrt(mean x^2 + eps), over the last dimension, times weight."""
-    return _RMSNorm.apply(x, eps, weight) if eager_on_cpu(x) else F.rms_norm(x, (x.size(-1),), weight, eps)
+    """x / sqrt(mean x^2 + eps) over the last dimension, times weight.
+
+    Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467."""
+    if eager_on_cpu(x):
+        return _RMSNorm.apply(x, eps, weight)
+    return F.rms_norm(x, (x.size(-1),), weight, eps)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """F.rms_norm with a third of the passes over memory that autograd's own form needs on a CPU."""
+    """F.rms_norm for eager CPU code, in a third of autograd's passes over memory."""
 
     @staticmethod
     def forward(ctx, x: Tensor, eps: float, weight: Tensor | None) -> Tensor:
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()
         normed = x * scale
         ctx.save_for_backward(normed, scale, weight)
         return normed if weight is None else normed * weight
@@ -1846,135 +1851,154 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
         normed, scale, weight = ctx.saved_tensors
-        along, dw = grad * normed, None
+        product, dweight = grad * normed, None
         if weight is not None:
-            dw = along.flatten(0, -2).sum(0)
-            along, grad = along.mul_(weight), grad * weight
-        share = along.sum(-1, keepdim=True).div_(normed.size(-1))
-        return torch.addcmul(grad, normed, share, value=-1).mul_(scale), None, dw
+            dweight = product.flatten(0, -2).sum(0)
+            product, grad = product.mul_(weight), grad * weight
+        mean = product.sum(-1, keepdim=True).div_(normed.size(-1))
+        return torch.addcmul(grad, normed, mean, value=-1).mul_(scale), None, dweight
 
 
 class Linear(nn.Module):
-    """y = x W^T (+ b), weight (out, in), torch's Linear init; the weight is cast to x's type at use."""
+    """y = x W^T (+ b) with W (out, in) and torch's Linear init; W is cast to x's type at use."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool = False, zero: bool = False, role: str = MATRIX):
+    def __init__(self, inputs: int, outputs: int, bias: bool = False, zero: bool = False,
+                 role: str = MATRIX):
         super().__init__()
         self.roles = {"weight": role, "bias": SCALAR}
         self.weight = nn.Parameter(torch.zeros(outputs, inputs))
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
-        bound = inputs ** -0.5
         if not zero:
-            nn.init.uniform_(self.weight, -bound, bound)
-            if bias:
-                nn.init.uniform_(self.bias, -bound, bound)
+            bound = inputs ** -0.5
+            for parameter in self.parameters():
+                nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
-        if x.is_cuda and bias is None and (pad := -weight.size(0) % 8):  # rows of another width are misaligned for
-            return F.linear(x, F.pad(weight, (0, 0, 0, pad)))[..., :weight.size(0)]  # the GPU's wide loads
-        return F.linear(x, weight, bias)
-
-
-class DepthwiseConv(nn.Module):
-    """Weights of the causal convolution, named and initialized as torch's Conv1d(channels, groups=channels)."""
-    roles = {"weight": SCALAR, "bias": SCALAR}
-
-    def __init__(self, channels: int, taps: int):
-        super().__init__()
-        bound = taps ** -0.5
-        self.weight = nn.Parameter(torch.empty(channels, 1, taps).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
-
-
-class GatedNorm(nn.Module):
-    """RMSNorm(y * silu(z)) with gain, in fp32 (Mamba-2's gate before norm)."""
-    roles = {"weight": SCALAR}
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        return rms_norm(y.float() * F.silu(z.float()), 1e-5, self.weight).to(y.dtype)
-
-
-class MambaState(NamedTuple):
-    """What a Mamba-2 mixer carries between calls: last K-1 conv inputs (B,K-1,C) and SSM state (B,H,P,N) fp32."""
-    conv: Tensor
-    ssm: Tensor
+        weight = self.weight.to(x.dtype)
+        if self.bias is not None:
+            return F.linear(x, weight, self.bias.to(x.dtype))
+        outputs = weight.size(0)
+        if x.is_cuda and outputs % 8:  # pad the outputs: the GPU's wide loads need aligned rows
+            return F.linear(x, F.pad(weight, (0, 0, 0, -outputs % 8)))[..., :outputs]
+        return F.linear(x, weight)
 
 
 class Mamba2(nn.Module):
-    """Mamba-2 mixer, weight-compatible with mamba_ssm.modules.mamba2.Mamba2(headdim=64, ngroups=1)."""
+    """Mamba-2 mixer (Dao & Gu 2024, https://arxiv.org/abs/2405.21060).
+
+    Weight-compatible with mamba_ssm.modules.mamba2.Mamba2(headdim=64, ngroups=1). Its state: the
+    last K-1 inputs of the convolution (B,K-1,C), and the SSM state (B,H,P,N) in fp32."""
     roles = {"dt_bias": STATE, "A_log": STATE, "D": STATE}
 
-    def __init__(self, dim: int, d_state: int, d_conv: int, expand: int, kernels: Kernels, chunk: int):
+    def __init__(self, dim: int, d_state: int, d_conv: int, expand: int, kernels: Kernels,
+                 chunk: int):
         super().__init__()
-        self.d_inner, self.d_state, self.heads = expand * dim, d_state, expand * dim // HEADDIM
+        inner = self.d_inner = expand * dim
+        self.d_state, self.heads = d_state, inner // HEADDIM
         self.kernels, self.chunk = kernels, chunk
-        self.in_proj = Linear(dim, 2 * self.d_inner + 2 * d_state + self.heads, role=IN_PROJ)  # rows: z, x, B, C, dt
-        self.conv1d = DepthwiseConv(self.d_inner + 2 * d_state, d_conv)
+        channels = inner + 2 * d_state  # x, B, C; in_proj's rows are z, x, B, C, dt
+        self.in_proj = Linear(dim, inner + channels + self.heads, role=IN_PROJ)
+        self.conv1d = nn.Conv1d(channels, channels, d_conv, groups=channels)
+        self.conv1d.roles = {"weight": SCALAR, "bias": SCALAR}
         log_dt = torch.empty(self.heads).uniform_(math.log(0.001), math.log(0.1))
         dt = log_dt.exp().clamp(min=1e-4)
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus^-1(dt)
         self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(self.heads))
-        self.norm = GatedNorm(self.d_inner)
-        self.out_proj = Linear(self.d_inner, dim)
+        self.norm = nn.RMSNorm(inner)
+        self.norm.roles = {"weight": SCALAR}
+        self.out_proj = Linear(inner, dim)
 
-    def forward(self, u: Tensor, state: MambaState | None = None) -> tuple[Tensor, MambaState]:
-        """u (B,T,D) -> (B,T,D) and the state after the last position; `state` is the one before the first."""
+    @classmethod
+    def from_config(cls, c: Config, kernels: Kernels) -> Mamba2:
+        return cls(c.model_dim, c.d_state, c.d_conv, c.expand, kernels, c.ssd_chunk)
+
+    @staticmethod
+    def flops(c: Config) -> float:
+        """Multiply-adds per token beyond those of the parameters: state, and within a chunk."""
+        return c.d_inner * (2 * c.d_state + 1.5 * c.ssd_chunk / 2)
+
+    def empty_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> State:
+        """The state before the first position: zeros."""
+        channels, _, kernel_size = self.conv1d.weight.shape
+        return (torch.zeros(batch, kernel_size - 1, channels, dtype=dtype, device=device),
+                torch.zeros(batch, self.heads, HEADDIM, self.d_state, device=device))
+
+    def _project(self, u: Tensor, conv: Callable, conv_state: Tensor | None) -> tuple:
+        """in_proj and convolution: z, the scan's (x, dt, A, B, C), the convolution's state."""
         inner, N, H = self.d_inner, self.d_state, self.heads
         z, xBC, dt = self.in_proj(u).split((inner, inner + 2 * N, H), dim=-1)
-        xBC, conv = self.kernels.conv(xBC, self.conv1d.weight, self.conv1d.bias,
-                                      initial=None if state is None else state.conv)
+        xBC, conv_state = conv(xBC, self.conv1d.weight, self.conv1d.bias, initial=conv_state)
         x, B, C = xBC.split((inner, N, N), dim=-1)
         dt = F.softplus(dt.float() + self.dt_bias)
-        y, ssm = self.kernels.ssd(x.unflatten(-1, (H, HEADDIM)), dt, -self.A_log.exp(), B, C, self.D, chunk=self.chunk,
-                                  initial_state=None if state is None else state.ssm)
-        return self.out_proj(self.norm(y.flatten(2), z)), MambaState(conv, ssm)
+        return z, (x.unflatten(-1, (H, HEADDIM)), dt, -self.A_log.exp(), B, C), conv_state
 
-    def step(self, u: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
-        """One position, u (B,1,D): the recurrence itself, without chunks; for generation."""
-        inner, N, H = self.d_inner, self.d_state, self.heads
-        z, xBC, dt = self.in_proj(u).split((inner, inner + 2 * N, H), dim=-1)
-        xBC, conv = causal_conv_silu(xBC, self.conv1d.weight, self.conv1d.bias, initial=state.conv)
-        x, B, C = xBC[:, 0].split((inner, N, N), dim=-1)
-        dt = F.softplus(dt[:, 0].float() + self.dt_bias)
-        y, ssm = ssd_step(x.unflatten(-1, (H, HEADDIM)), dt, -self.A_log.exp(), B, C, self.D, state.ssm)
-        return self.out_proj(self.norm(y.flatten(1).unsqueeze(1), z)), MambaState(conv, ssm)
+    def _output(self, y: Tensor, z: Tensor) -> Tensor:
+        """Gate, then RMSNorm with gain, in fp32; out_proj."""
+        gated = y.float() * F.silu(z.float())
+        return self.out_proj(rms_norm(gated, 1e-5, self.norm.weight).to(y.dtype))
+
+    def forward(self, u: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """u (B,T,D) and the state before it (None: zeros) -> (B,T,D) and the state after it."""
+        conv_state, ssm_state = state or (None, None)
+        z, inputs, conv_state = self._project(u, self.kernels.conv, conv_state)
+        y, ssm_state = self.kernels.ssd(*inputs, self.D, chunk=self.chunk, initial_state=ssm_state)
+        return self._output(y.flatten(2), z), (conv_state, ssm_state)
+
+    def step(self, u: Tensor, state: State) -> tuple[Tensor, State]:
+        """One position, u (B,1,D), by the recurrence itself, for generation."""
+        conv_state, ssm_state = state
+        z, (x, dt, A, B, C), conv_state = self._project(u, causal_conv_silu, conv_state)
+        y, ssm_state = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, ssm_state)
+        return self._output(y.flatten(1).unsqueeze(1), z), (conv_state, ssm_state)
 
 
 class Attention(nn.Module):
-    """Causal attention: grouped queries, RMS-normalized q and k, rotary positions, learned gain per query head."""
+    """Causal attention: grouped queries (https://arxiv.org/abs/2305.13245), RMS-normalized q
+    and k, rotary positions, a learned gain per query head. Its state: the keys and values so
+    far, each (B,kv_heads,S,width)."""
     roles = {"q_gain": CONTROL}
 
-    def __init__(self, dim: int, heads: int, kv_heads: int, rope_base: float, gain: float, eps: float):
+    def __init__(self, dim: int, heads: int, kv_heads: int, base: float, gain: float, eps: float):
         super().__init__()
-        self.heads, self.kv_heads, self.width, self.eps = heads, kv_heads, dim // heads, eps
-        self.rope_base = rope_base
+        self.heads, self.kv_heads, self.width = heads, kv_heads, dim // heads
+        self.base, self.eps = base, eps
         self.q_proj = Linear(dim, dim)
         self.k_proj = Linear(dim, kv_heads * self.width)
         self.v_proj = Linear(dim, kv_heads * self.width)
         self.out_proj = Linear(dim, dim, zero=True)
         self.q_gain = nn.Parameter(torch.full((heads,), gain))
 
-    def rotate(self, x: Tensor, start: int) -> Tensor:
-        """Rotary embedding (Su et al. 2021), half split; x (B,heads,T,width) at positions start, start+1, ...
+    @classmethod
+    def from_config(cls, c: Config, kernels: Kernels) -> Attention:
+        heads = c.num_heads, c.num_kv_heads
+        return cls(c.model_dim, *heads, c.rope_base, c.qk_gain_init, c.norm_eps)
 
-        Angles stay in fp32: in bf16 positions above 256 collapse onto each other."""
+    @staticmethod
+    def flops(c: Config) -> float:
+        """Multiply-adds per token beyond those of the parameters: q k and the sum of v, causal."""
+        return c.model_dim * c.train_seq_len
+
+    def empty_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+        """None: keys and values have no fixed size."""
+
+    def rotate(self, x: Tensor, start: int) -> Tensor:
+        """Rotary embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864), half split.
+
+        x (B,heads,T,width) at positions start, start+1, ... The angles are fp32: bf16 cannot tell
+        positions above 256 apart."""
         half = self.width // 2
-        frequency = self.rope_base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-        angle = torch.outer(torch.arange(start, start + x.size(2), device=x.device, dtype=torch.float32), frequency)
+        fp32 = dict(device=x.device, dtype=torch.float32)
+        frequency = self.base ** (-torch.arange(half, **fp32) / half)
+        angle = torch.outer(torch.arange(start, start + x.size(2), **fp32), frequency)
         cos, sin = angle.cos(), angle.sin()
         a, b = x.float().chunk(2, dim=-1)
         return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).to(x.dtype)
 
-    def forward(self, u: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """u (B,T,D) -> (B,T,D) and the keys and values so far, each (B,kv_heads,S,width)."""
-        split = lambda t, n: t.unflatten(-1, (n, self.width)).transpose(1, 2)
-        q, k, v = split(self.q_proj(u), self.heads), split(self.k_proj(u), self.kv_heads), \
-            split(self.v_proj(u), self.kv_heads)
+    def forward(self, u: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """u (B,T,D), keys and values before it -> (B,T,D), keys and values with its own."""
+        q, k, v = [project(u).unflatten(-1, (-1, self.width)).transpose(1, 2)
+                   for project in (self.q_proj, self.k_proj, self.v_proj)]
         start = 0 if state is None else state[0].size(2)
         q = self.rotate(rms_norm(q, self.eps), start) * self.q_gain.to(u.dtype).view(-1, 1, 1)
         k = self.rotate(rms_norm(k, self.eps), start)
@@ -1989,29 +2013,40 @@ class Attention(nn.Module):
     step = forward
 
 
+MIXERS = {"m": Mamba2, "a": Attention}  # by letter; a new mixer defines the same methods
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) * up of x = (gate, up) (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+# By ACTIVATION: the function, and how many inputs make one output.
+# relu2: So et al. 2021, https://arxiv.org/abs/2109.08668
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "relu2": (lambda x: F.relu(x).square(), 1),
+    "leaky_relu2": (lambda x: F.leaky_relu(x, 0.5).square(), 1),
+    "swiglu": (swiglu, 2)}
+
+
 class MLP(nn.Module):
-    """relu^2, leaky relu^2 or SwiGLU, optionally RMS-normalized over the hidden units; zero-initialized output."""
+    """up, activation, RMSNorm over the hidden units if asked for, zero-initialized down."""
 
     def __init__(self, dim: int, mult: int, activation: str, norm: bool):
         super().__init__()
-        self.activation, self.norm = activation, norm
-        self.up = Linear(dim, mult * dim * (2 if activation == "swiglu" else 1), role=MLP_MATRIX)
+        self.activation, ratio = ACTIVATIONS[activation]
+        self.norm = norm
+        self.up = Linear(dim, mult * dim * ratio, role=MLP_MATRIX)
         self.down = Linear(mult * dim, dim, zero=True, role=MLP_MATRIX)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.up(x)
-        if self.activation == "swiglu":
-            gate, hidden = hidden.chunk(2, dim=-1)
-            hidden = F.silu(gate) * hidden
-        elif self.activation == "relu2":
-            hidden = F.relu(hidden).square()
-        else:  # slope 0.5 below zero, squared with its sign lost: positive on both sides
-            hidden = F.leaky_relu(hidden, 0.5).square()
+        hidden = self.activation(self.up(x))
         return self.down(rms_norm(hidden, 1e-6) if self.norm else hidden)
 
 
 class Block(nn.Module):
-    """x = mix0 x + mix1 x0; x += scale * mixer(norm x); x += scale * MLP(norm x), the MLP where there is one."""
+    """x = mix0 x + mix1 x0; x += scale * mixer(norm x); x += scale * MLP(norm x), if it has one."""
     roles = {"mix": CONTROL, "mixer_scale": CONTROL, "mlp_scale": CONTROL}
 
     def __init__(self, dim: int, mixer: nn.Module, mlp: nn.Module | None, eps: float):
@@ -2022,49 +2057,50 @@ class Block(nn.Module):
         if mlp is not None:
             self.mlp_scale = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor, x0: Tensor, state=None, step: bool = False):
+    def forward(self, x: Tensor, x0: Tensor, state: State | None = None, step: bool = False
+                ) -> tuple[Tensor, State]:
         """x, x0 (B,T,D) -> (B,T,D) and the mixer's state."""
         mix = self.mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        mixed, state = (self.mixer.step if step else self.mixer)(rms_norm(x, self.eps), state)
+        mixer = self.mixer.step if step else self.mixer
+        mixed, state = mixer(rms_norm(x, self.eps), state)
         x = x + self.mixer_scale.to(x.dtype) * mixed
         if self.mlp is not None:
             x = x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x, self.eps))
         return x, state
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# model: embedding, U-Net backbone, head with its tie modes, JEPA head
-# ---------------------------------------------------------------------------------------------------------------
-
-FP32_EPS = torch.finfo(torch.float32).eps
-
+# -----------------------------------------------------------------------------------------------
+# model: embedding, U-Net, output head with its tie modes, JEPA head
+# -----------------------------------------------------------------------------------------------
 
 class LanguageModel(nn.Module):
-    """Token ids to hidden states h, and h to logits; everything that is stored in the artifact."""
-    roles = {"token_embed": EMBEDDING, "lm_head": HEAD, "lm_head_correction": CORRECTION, "vocab_bias": SCALAR,
-             "skip_weights": CONTROL}
+    """Token ids to hidden states h, and h to logits; everything that the artifact stores."""
+    roles = {"token_embed": EMBEDDING, "lm_head": HEAD, "lm_head_correction": CORRECTION,
+             "vocab_bias": SCALAR, "skip_weights": CONTROL}
 
     def __init__(self, c: Config, kernels: Kernels | None = None):
         super().__init__()
         kernels = kernels or Kernels()
         dim, embed, vocab, tie = c.model_dim, c.embed, c.vocab_size, c.tie_embeddings
         self.softcap, self.softcap_type, self.tie = c.logit_softcap, c.softcap_type, tie
-        self.eps = c.norm_eps
+        self.eps, self.encoders = c.norm_eps, c.num_layers // 2
         std = 0.02 if c.embed_style == "projected" else c.tied_embed_init_std
         self.token_embed = nn.Parameter(torch.randn(vocab, embed) * std)
         self.embed_proj = Linear(embed, dim) if embed != dim else None
-        mixers = {"m": lambda: Mamba2(dim, c.d_state, c.d_conv, c.expand, kernels, c.ssd_chunk),
-                  "a": lambda: Attention(dim, c.num_heads, c.num_kv_heads, c.rope_base, c.qk_gain_init, c.norm_eps)}
-        self.blocks = nn.ModuleList(
-            Block(dim, mixers[letter](), MLP(dim, c.mlp_mult, c.activation, c.mlp_norm)
-                  if c.mlp_mult and index % c.mlp_every == 0 else None, c.norm_eps)
-            for index, letter in enumerate(c.pattern))
-        self.encoders = c.num_layers // 2
-        self.skip_weights = nn.Parameter(torch.ones(min(self.encoders, c.num_layers - self.encoders), dim))
+        self.blocks = nn.ModuleList()
+        for index, letter in enumerate(c.pattern):
+            mixer, mlp = MIXERS[letter].from_config(c, kernels), None
+            if c.mlp_mult and index % c.mlp_every == 0:
+                mlp = MLP(dim, c.mlp_mult, c.activation, c.mlp_norm)
+            self.blocks.append(Block(dim, mixer, mlp, c.norm_eps))
+        skips = min(self.encoders, c.num_layers - self.encoders)
+        self.skip_weights = nn.Parameter(torch.ones(skips, dim))
         self.vocab_bias = nn.Parameter(torch.zeros(vocab)) if c.vocab_bias else None
+        self.embed_proj_rev = None
         if tie == 0:
-            self.lm_head = nn.Parameter(torch.empty(vocab, dim).uniform_(-dim ** -0.5, dim ** -0.5))
+            bound = dim ** -0.5
+            self.lm_head = nn.Parameter(torch.empty(vocab, dim).uniform_(-bound, bound))
         elif tie == 3:
             self.adapter = Linear(dim, embed)
         elif embed != dim:
@@ -2072,19 +2108,24 @@ class LanguageModel(nn.Module):
         if tie == 2:
             self.lm_head_correction = nn.Parameter(torch.zeros(vocab, embed))
 
+    def empty_states(self, batch: int, dtype: torch.dtype, device: torch.device) -> list:
+        """One state per block, as before the first token."""
+        return [block.mixer.empty_state(batch, dtype, device) for block in self.blocks]
+
     def embed(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """ids (B,T) -> x0 (B,T,D), RMS-normalized."""
         x = F.embedding(ids, self.token_embed).to(dtype)
         return rms_norm(x if self.embed_proj is None else self.embed_proj(x), FP32_EPS)
 
-    def forward(self, ids: Tensor, dtype: torch.dtype, states: list | None = None, step: bool = False
-                ) -> tuple[Tensor, list]:
-        """ids (B,T) -> h (B,T,D), and one state per block; `states` are those before the first id."""
+    def forward(self, ids: Tensor, dtype: torch.dtype, states: list | None = None,
+                step: bool = False) -> tuple[Tensor, list]:
+        """ids (B,T) and the states before them (None: empty) -> h (B,T,D), normalized, and one
+        state per block. step: T = 1, by the mixers' `step`."""
         x = x0 = self.embed(ids, dtype)
         skips, new_states = [], []
         for index, block in enumerate(self.blocks):
             decoder = index - self.encoders
-            if decoder >= 0 and skips:
+            if decoder >= 0 and skips:  # last in, first out
                 x = x + self.skip_weights[decoder].to(dtype) * skips.pop()
             x, state = block(x, x0, None if states is None else states[index], step)
             new_states.append(state)
@@ -2093,68 +2134,71 @@ class LanguageModel(nn.Module):
         return rms_norm(x, self.eps), new_states
 
     def features(self, h: Tensor) -> Tensor:
-        """h (...,D) -> what the head's rows are multiplied with (...,E), or (...,D) when untied."""
+        """h (...,D) -> what the rows of `head` are multiplied with, (...,E), untied (...,D)."""
         if self.tie == 3:
             return F.gelu(self.adapter(h))
-        return self.embed_proj_rev(h) if hasattr(self, "embed_proj_rev") else h
+        return h if self.embed_proj_rev is None else self.embed_proj_rev(h)
 
     def head(self) -> Tensor:
-        """Rows of the output layer, (V,E) or (V,D)."""
+        """The unembedding, (V,E), untied (V,D)."""
         if self.tie == 0:
             return self.lm_head
         return self.token_embed + self.lm_head_correction if self.tie == 2 else self.token_embed
 
     def logits(self, h: Tensor) -> Tensor:
         """h (...,D) -> capped logits (...,V) in fp32."""
-        raw = F.linear(self.features(h), self.head().to(h.dtype)).float()
-        return soft_cap(raw if self.vocab_bias is None else raw + self.vocab_bias, self.softcap, self.softcap_type)
+        logits = F.linear(self.features(h), self.head().to(h.dtype)).float()
+        if self.vocab_bias is not None:
+            logits = logits + self.vocab_bias
+        return soft_cap(logits, self.softcap, self.softcap_type)
 
 
-class JepaHead(nn.Module):
-    """Training only: h to the latent z, and z to predictions of later latents. Stripped from the artifact."""
-
-    def __init__(self, c: Config):
-        super().__init__()
-        dim, latent = c.model_dim, c.latent
-        self.plain = c.projector_type == "none"
-        if not self.plain:
-            self.projector = self._map(dim, latent, c.projector_type)
-        if c.jepa_on:
-            hidden = c.predictor_hidden_mult * latent
-            self.normed, self.eps = c.predictor_norm, c.norm_eps
-            self.fc = Linear(latent, hidden, bias=not self.normed)
-            self.out = Linear(hidden, latent, bias=not self.normed, zero=True)
-            if self.out.bias is not None:
-                nn.init.zeros_(self.out.bias)
-            if not self.plain:
-                self.pred_proj = self._map(latent, latent, c.projector_type)
-
-    @staticmethod
-    def _map(inputs: int, outputs: int, kind: str) -> nn.Module:
-        return Linear(inputs, outputs) if kind == "linear" else NormedMLP(inputs, outputs)
-
-    def project(self, h: Tensor) -> Tensor:
-        return h if self.plain else self.projector(h)
-
-    def predict(self, z: Tensor) -> Tensor:
-        """Latents (B,S,L) one position on."""
-        hidden = F.gelu(self.fc(rms_norm(z, self.eps) if self.normed else z))
-        guess = self.out(hidden)
-        return self.pred_proj(guess) if hasattr(self, "pred_proj") else guess
+def map_states(function: Callable[..., Tensor], *states: list[State]) -> list[State]:
+    """`function` over the tensors of one or more lists of states, as `map` does."""
+    return [tuple(map(function, *layer)) for layer in zip(*states)]
 
 
 class NormedMLP(nn.Module):
-    """Linear, LayerNorm, GELU, Linear, with a hidden width of twice the output (PROJECTOR_TYPE=mlp)."""
+    """Linear, LayerNorm, GELU, Linear, with a hidden width of twice the output."""
     roles = {"gain": SCALAR, "shift": SCALAR}
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        self.fc, self.out = Linear(inputs, 2 * outputs, bias=True), Linear(2 * outputs, outputs, bias=True)
-        self.gain, self.shift = nn.Parameter(torch.ones(2 * outputs)), nn.Parameter(torch.zeros(2 * outputs))
+        self.fc = Linear(inputs, 2 * outputs, bias=True)
+        self.out = Linear(2 * outputs, outputs, bias=True)
+        self.gain = nn.Parameter(torch.ones(2 * outputs))
+        self.shift = nn.Parameter(torch.zeros(2 * outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.fc(x)
-        return self.out(F.gelu(F.layer_norm(hidden, self.gain.shape, self.gain.to(x.dtype), self.shift.to(x.dtype))))
+        gain, shift = self.gain.to(x.dtype), self.shift.to(x.dtype)
+        return self.out(F.gelu(F.layer_norm(self.fc(x), gain.shape, gain, shift)))
+
+
+PROJECTORS = {"none": nn.Identity, "linear": Linear, "mlp": NormedMLP}  # by PROJECTOR_TYPE
+
+
+class JepaHead(nn.Module):
+    """h to the latent z, and z to predictions of later latents; for training only, not stored."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        projector, latent = PROJECTORS[c.projector_type], c.latent
+        self.projector = projector(c.model_dim, latent)
+        if c.jepa_on:
+            hidden, norm = c.predictor_hidden_mult * latent, c.predictor_norm
+            self.normed, self.eps = norm, c.norm_eps
+            self.fc = Linear(latent, hidden, bias=not norm)
+            self.out = Linear(hidden, latent, bias=not norm, zero=True)
+            self.pred_proj = projector(latent, latent)
+
+    def project(self, h: Tensor) -> Tensor:
+        """h (...,D) -> z (...,L)."""
+        return self.projector(h)
+
+    def predict(self, z: Tensor) -> Tensor:
+        """z (...,L) -> predictions (...,L) of the latents one position later."""
+        x = rms_norm(z, self.eps) if self.normed else z
+        return self.pred_proj(self.out(F.gelu(self.fc(x))))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -2601,23 +2645,23 @@ def round_compensated(w: Tensor, grid: Grid, moments: Tensor) -> tuple[dict[str,
     return {"q": best, "s": plain["s"]}, float(torch.minimum(mine, other).sum() / other.sum().clamp_min(1e-300))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# optimizers: every parameter in one group with one owner; Muon for matrices, AdamW for the rest
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------
+# optimizers: each parameter in one group; Muon for matrices, AdamW for the rest
+# -----------------------------------------------------------------------------------------------
 
-# Odd polynomial p(x) = a x + b x^3 + c x^5 that pushes singular values towards 1; lands in about [0.7, 1.2].
-QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan 2024, https://kellerjordan.github.io/posts/muon
+# An odd polynomial a x + b x^3 + c x^5 that moves singular values to about [0.7, 1.2].
+QUINTIC = (3.4445, -4.7750, 2.0315)  # https://kellerjordan.github.io/posts/muon/
 
 
 @functools.cache
 def matmul_dtype(device_type: str) -> torch.dtype:
-    """bf16 where the machine multiplies it in hardware, else fp32 (a CPU without it would be slower, not faster)."""
+    """bf16 where the hardware multiplies it, else fp32, which is faster on such a CPU."""
     fast = device_type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 
 
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
-    """Approximate U V^T of the SVDs of (k,rows,cols) by Newton-Schulz, all at once; result in the working type."""
+    """About U V^T of the SVDs of matrices (k,rows,cols), by Newton-Schulz, in matmul_dtype."""
     x = matrices.to(matmul_dtype(matrices.device.type))
     if tall := x.size(-2) > x.size(-1):
         x = x.mT
@@ -2634,97 +2678,117 @@ def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
 class Group:
     """Parameters of one shape, owner and storage grid, as views of stacked buffers (k, *shape).
 
-    master: fp32 truth, touched by the optimizer alone. compute: what forward and backward see, in its own type,
-    rewritten from the masters before each step (on the storage grid under QAT), so nothing has to be restored.
-    grad: fp32 sum over micro-batches and ranks. raw: what autograd adds to (grad itself where types agree)."""
+    master: fp32 truth, touched by the optimizer alone. compute: what forward and backward see, in
+    its own type, rewritten from the masters before each step (on the storage grid under QAT), so
+    nothing has to be restored. grad: fp32 sum over micro-batches and ranks. raw: what autograd
+    adds to (grad itself where types agree). state: what the optimizer keeps, by its names."""
     names: list[str]
-    owner: str              # muon, embed, head, scalar, state
+    owner: str              # matrix, embed, head, scalar, state
     grid: str               # how the tensors are stored ("" = not stored)
     master: Tensor
     compute: Tensor
     grad: Tensor
     raw: Tensor
-    momentum: Tensor | None = None
     average: Tensor | None = None
+    state: dict[str, Tensor] = field(default_factory=dict)
     touched: bool = False   # whether autograd reached it in this step
-    waiting: int = 0        # parameters that have not reported in the last micro-batch
+    waiting: int = 0        # parameters without a gradient yet in this micro-batch
     work: Any = None        # pending sum over ranks
 
+    def stack(self, which: str) -> Tensor:
+        """master, compute or average; the master as long as there is no average."""
+        return self.master if getattr(self, which) is None else getattr(self, which)
 
-OWNER = {**dict.fromkeys(MATRICES, "muon"), EMBEDDING: "embed", HEAD: "head", CORRECTION: "scalar", SCALAR: "scalar",
-         CONTROL: "scalar", STATE: "state"}
+    def collect(self) -> None:
+        """Add what autograd left in `raw` to the fp32 sum."""
+        if self.raw is not self.grad:
+            self.grad.add_(self.raw)
+            self.raw.zero_()
+
+
+OWNER = dict.fromkeys(MATRICES, "matrix") | {
+    EMBEDDING: "embed", HEAD: "head", CORRECTION: "scalar", SCALAR: "scalar", CONTROL: "scalar",
+    STATE: "state"}
 
 
 def owner_of(role: str, c: Config) -> str:
-    """Who trains the tensors of a role: muon, or AdamW as embed, head, scalar or state."""
-    return "muon" if role == HEAD and c.embed_style == "projected" else OWNER[role]
+    """matrix (trained by the matrix optimizer), or AdamW's embed, head, scalar or state."""
+    return "matrix" if role == HEAD and c.embed_style == "projected" else OWNER[role]
 
 
 def base_rates(c: Config) -> dict[str, float]:
     """Base learning rate of each owner."""
-    tied = c.embed_style == "tied" and c.tie_embeddings
-    return dict(muon=c.matrix_lr, embed=c.tied_embed_lr if tied else c.embed_lr, head=c.head_lr, scalar=c.scalar_lr,
+    embed = c.tied_embed_lr if c.embed_style == "tied" and c.tie_embeddings else c.embed_lr
+    return dict(matrix=c.matrix_lr, embed=embed, head=c.head_lr, scalar=c.scalar_lr,
                 state=c.scalar_lr)
+
+
+def checked_tensor(tensors: dict[str, Tensor], name: str, reference: Tensor) -> Tensor:
+    """tensors[name], of a file, after checking that shape and dtype are those of `reference`:
+    the kernels do not check them. KeyError or ValueError."""
+    tensor = tensors[name]
+    if tensor.shape != reference.shape or tensor.dtype != reference.dtype:
+        raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}")
+    return tensor
 
 
 class Weights:
     """All parameters of the modules in groups; each belongs to exactly one, which is checked."""
 
-    def __init__(self, stored: nn.Module, extra: nn.Module | None, plan: dict[str, str], config: Config,
-                 runtime: Runtime):
+    def __init__(self, stored: nn.Module, extra: nn.Module | None, plan: dict[str, str],
+                 config: Config, runtime: Runtime):
         self.runtime = runtime
-        sorted_in: dict[tuple, list] = {}
-        for name, role, parameter in named_roles(stored) + (named_roles(extra, "jepa.") if extra is not None else []):
-            key = (owner_of(role, config), plan.get(name, ""), tuple(parameter.shape))
-            sorted_in.setdefault(key, []).append((name, parameter))
-        self.groups = [self._make(key, members) for key, members in sorted_in.items()]
-        counted = [name for group in self.groups for name in group.names]
-        expected = sum(1 for module in (stored, extra) if module is not None for _ in module.parameters())
-        assert len(counted) == len(set(counted)) == expected, "a parameter without exactly one owner"
+        everything = named_roles(stored)
+        if extra is not None:
+            everything += named_roles(extra, "jepa.")
+        members: dict[tuple, list] = {}
+        for name, role, parameter in everything:
+            key = owner_of(role, config), plan.get(name, ""), tuple(parameter.shape)
+            members.setdefault(key, []).append((name, parameter))
+        self.groups = [self._make(owner, grid, pairs)
+                       for (owner, grid, _), pairs in members.items()]
+        unique = len({id(parameter) for *_, parameter in everything})
+        assert unique == len(everything), "a parameter without exactly one owner"
         self.last_micro = False
         self.fused_snap: list[FusedSnap] | None = None
 
-    def _make(self, key: tuple, members: list) -> Group:
-        owner, grid, _ = key
+    def _make(self, owner: str, grid: str, pairs: list[tuple[str, nn.Parameter]]) -> Group:
+        names, parameters = zip(*pairs)
         device = self.runtime.device
-        master = torch.stack([parameter.detach().float() for _, parameter in members]).to(device)
-        matrix = owner in ("muon", "embed", "head")
-        compute = master.to(self.runtime.dtype if matrix else torch.float32, copy=True)
-        grad = torch.zeros_like(master)
-        raw = grad if compute.dtype == torch.float32 else torch.zeros_like(compute)
-        group = Group([name for name, _ in members], owner, grid, master, compute, grad, raw)
-        for index, (_, parameter) in enumerate(members):
-            parameter.data = compute[index]
-            parameter.grad = raw[index]
-            parameter.register_post_accumulate_grad_hook(functools.partial(self._arrived, group))
+        master = torch.stack([parameter.detach().float() for parameter in parameters]).to(device)
+        dtype = self.runtime.dtype if owner in ("matrix", "embed", "head") else torch.float32
+        compute, grad = master.to(dtype, copy=True), torch.zeros_like(master)
+        raw = grad if dtype == torch.float32 else torch.zeros_like(compute)
+        group = Group(list(names), owner, grid, master, compute, grad, raw)
+        for index, parameter in enumerate(parameters):
+            parameter.data, parameter.grad = compute[index], raw[index]
+            arrived = functools.partial(self._arrived, group)
+            parameter.register_post_accumulate_grad_hook(arrived)
         return group
 
-    def _arrived(self, group: Group, parameter: nn.Parameter) -> None:
-        """Autograd has added a gradient: after the group's last one of the step, its sum over ranks can start."""
+    def _arrived(self, group: Group, _: nn.Parameter) -> None:
+        """Autograd has added a gradient. After a group's last one in the step, its sum starts."""
         group.touched = True
         group.waiting -= 1
         if self.last_micro and group.waiting == 0:
             self._send(group)
 
     def _send(self, group: Group) -> None:
-        if group.raw is not group.grad:
-            group.grad.add_(group.raw)
-            group.raw.zero_()
+        group.collect()
         group.work = self.runtime.sum_(group.grad, wait=False)
 
     def begin_micro(self, last: bool) -> None:
-        """Before a backward pass; on the last one of a step the sums over ranks start as gradients arrive."""
+        """Before a backward pass; the step's last one starts the sums over ranks on its way."""
         self.last_micro = last
         for group in self.groups:
-            if group.raw is not group.grad and group.touched:
-                group.grad.add_(group.raw)
-                group.raw.zero_()
+            if group.touched:
+                group.collect()
             group.waiting = len(group.names)
 
     def finish_gradients(self) -> None:
         """After the last backward pass: send what has not been sent, wait for all sums."""
         for group in self.groups:
-            if group.touched and group.waiting > 0:  # some of its parameters took no part in this loss
+            if group.touched and group.waiting > 0:  # the loss left out some of its parameters
                 self._send(group)
         for group in self.groups:
             if group.work is not None:
@@ -2739,25 +2803,27 @@ class Weights:
 
     @torch.no_grad()
     def load(self, which: str = "master", qat: bool = False) -> None:
-        """Write the compute weights: masters or averages, as they are or on their storage grid (bit for bit)."""
+        """Write masters or averages into the compute weights, on the storage grid under `qat`."""
         if which == "master" and qat and self.runtime.cuda and self.snap_fused():
             return
         for group in self.groups:
-            source = group.average if which == "average" and group.average is not None else group.master
             if qat and group.grid:
-                snap_into(group.compute, source, group.grid)
+                snap_into(group.compute, group.stack(which), group.grid)
             else:
-                group.compute.copy_(source)
+                group.compute.copy_(group.stack(which))
 
     def snap_fused(self) -> bool:
-        """All groups in one launch, where every grid is one that the kernel knows; False = take the plain path."""
+        """Masters onto their grids in one launch per dtype; False if a grid has no kernel."""
         if self.fused_snap is None:
-            jobs = [job for group in self.groups if group.grid
-                    for job in grid_pairs(group.compute, group.master, group.grid)]
-            if any(fused_form(grid) is None for _, _, grid in jobs):
+            jobs = [pair for group in self.groups if group.grid
+                    for pair in grid_pairs(group.compute, group.master, group.grid)]
+            if any(fused_form(grid) is None for *_, grid in jobs):
                 return False
-            self.fused_snap = [FusedSnap([(master, compute, *fused_form(grid)) for compute, master, grid in jobs
-                                          if compute.dtype == dtype]) for dtype in {job[0].dtype for job in jobs}]
+            by_dtype: dict[torch.dtype, list] = {}
+            for compute, master, grid in jobs:
+                job = master, compute, *fused_form(grid)
+                by_dtype.setdefault(compute.dtype, []).append(job)
+            self.fused_snap = [FusedSnap(items) for items in by_dtype.values()]
         for snap_all in self.fused_snap:
             snap_all()
         for group in self.groups:
@@ -2767,7 +2833,7 @@ class Weights:
 
     @torch.no_grad()
     def average(self, decay: float, ok: Tensor) -> None:
-        """Exponential average of the masters; its first call starts from the weights as they are."""
+        """Update the EMA of the masters, which starts as a copy; ok (0-dim): 0 skips the update."""
         for group in self.groups:
             if group.average is None:
                 group.average = group.master.clone()
@@ -2775,17 +2841,18 @@ class Weights:
                 group.average.lerp_(group.master, ((1 - decay) * ok).to(group.master.device))
 
     def tensors(self, which: str = "master") -> dict[str, Tensor]:
-        """Views by name: master, average (master where there is none), momentum, compute."""
-        found = {}
-        for group in self.groups:
-            stack = getattr(group, which)
-            stack = group.master if stack is None and which == "average" else stack
-            if stack is not None:
-                found |= dict(zip(group.names, stack))
-        return found
+        """Views by name: master, compute or average (the master as long as there is none)."""
+        return {name: view for group in self.groups
+                for name, view in zip(group.names, group.stack(which))}
 
-    def grids(self) -> dict[str, str]:
-        return {name: group.grid for group in self.groups for name in group.names if group.grid}
+    @torch.no_grad()
+    def restore(self, which: str, tensors: dict[str, Tensor]) -> None:
+        """Put back a checkpoint's masters or averages, as `tensors` named them."""
+        for group in self.groups:
+            if which == "average" and group.average is None:
+                group.average = torch.empty_like(group.master)
+        for name, view in self.tensors(which).items():
+            view.copy_(checked_tensor(tensors, name, view))
 
     @torch.no_grad()
     def norm(self) -> Tensor:
@@ -2793,123 +2860,124 @@ class Weights:
         return torch.stack([group.grad.norm() for group in self.groups if group.touched]).norm()
 
 
-def like(found: dict[str, Tensor], name: str, wanted: Tensor) -> Tensor:
-    """A tensor from a file, if it is what is wanted: the fused kernels trust shapes blindly. KeyError, ValueError."""
-    tensor = found[name]
-    if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
-        raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}")
-    return tensor
+class Muon:
+    """Orthogonalized Nesterov momentum with decoupled weight decay, for groups of matrices.
 
+    Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/. Another optimizer for matrices
+    is a class with the same `init` and `update`."""
 
-def stacked(found: dict[str, Tensor], group: Group, prefix: str = "") -> Tensor:
-    """The group's tensors (k, *shape) from a file that holds them by name."""
-    return torch.stack([like(found, prefix + name, view) for name, view in zip(group.names, group.master)])
+    def __init__(self, config: Config, runtime: Runtime):
+        self.config, self.runtime = config, runtime
+
+    def init(self, group: Group) -> None:
+        group.state["momentum"] = torch.zeros_like(group.master)
+
+    def update(self, groups: list[Group], scale: float, momentum: float, ok: Tensor) -> None:
+        """Update the masters at LR `scale`; where ok (0-dim) is 0, nothing changes.
+
+        Each rank orthogonalizes its share of a group; gathers overlap the next group."""
+        c = self.config
+        lr = c.matrix_lr * scale
+        pending = [(group, *self.runtime.gather(self._share(group, momentum, ok)))
+                   for group in groups]
+        for group, update, work in pending:
+            if work is not None:
+                work.wait()
+            rows, columns = group.master.shape[-2:]
+            group.master.mul_(1 - lr * c.muon_wd * ok)
+            factor = -lr * max(1, rows / columns) ** 0.5 * ok
+            group.master.add_(update[:len(group.names)].float() * factor)
+
+    def _share(self, group: Group, momentum: float, ok: Tensor) -> Tensor:
+        """Update the momentum; the orthogonalized updates of this rank's matrices (n,rows,cols),
+        n the same on every rank."""
+        c, world, rank = self.config, self.runtime.world, self.runtime.rank
+        grad, buffer = torch.where(ok > 0, group.grad, 0.0), group.state["momentum"]
+        buffer.mul_(1 - ok * (1 - momentum)).add_(grad)
+        count = -(-len(group.names) // world)
+        share = slice(rank * count, (rank + 1) * count)  # the last ranks may have fewer, or none
+        update = grad[share].add(buffer[share], alpha=momentum)
+        if missing := count - len(update):
+            update = F.pad(update, (0, 0, 0, 0, 0, missing))
+        if c.row_norm:
+            update = rms_norm(update, FP32_EPS)
+        return orthogonalize(update, c.muon_backend_steps).contiguous()
 
 
 class Optimizer:
-    """Muon for the matrices, fused AdamW for the rest, one clip; a non-finite gradient leaves everything as it was.
+    """Muon for the matrices, fused AdamW for the rest, one clip; a non-finite gradient leaves
+    everything as it was.
 
-    All on the device: the norm, the clip and the verdict are 0-dim tensors, so no step waits for the host."""
+    All on the device: the norm, the clip and the verdict are 0-dim tensors, so no step waits for
+    the host."""
 
     def __init__(self, weights: Weights, config: Config):
-        self.weights, self.config, self.runtime = weights, config, weights.runtime
-        c = config
-        rates = base_rates(c)
-        self.muon = [group for group in weights.groups if group.owner == "muon"]
-        for group in self.muon:
-            group.momentum = torch.zeros_like(group.master)
-        self.adam_groups = [group for group in weights.groups if group.owner != "muon"]
+        self.weights, self.config = weights, config
+        c, device, rates = config, weights.runtime.device, base_rates(config)
+        self.matrix = Muon(c, weights.runtime)
+        self.matrix_groups = [group for group in weights.groups if group.owner == "matrix"]
+        for group in self.matrix_groups:
+            self.matrix.init(group)
+        self.adam_groups = [group for group in weights.groups if group.owner != "matrix"]
         self.adam = torch.optim.AdamW(
             [dict(params=[nn.Parameter(group.master)], base_lr=rates[group.owner],
-                  weight_decay=0.0 if group.owner == "state" else c.adam_wd) for group in self.adam_groups],
+                  weight_decay=0.0 if group.owner == "state" else c.adam_wd)
+             for group in self.adam_groups],
             lr=1.0, betas=(c.beta1, c.beta2), eps=c.adam_eps, fused=True)
-        self.skipped = torch.zeros((), device=self.runtime.device)         # steps skipped so far
-        self.skipped_in_row = torch.zeros((), device=self.runtime.device)
+        for group, settings in zip(self.adam_groups, self.adam.param_groups):
+            group.state = dict(step=torch.zeros((), device=device),
+                               exp_avg=torch.zeros_like(group.master),
+                               exp_avg_sq=torch.zeros_like(group.master))
+            self.adam.state[settings["params"][0]] = group.state  # else made at the first step
+        self.skipped = torch.zeros((), device=device)         # steps skipped so far
+        self.skipped_in_row = torch.zeros((), device=device)
 
     @torch.no_grad()
     def step(self, scale: float, momentum: float, clip: bool = True) -> tuple[Tensor, Tensor]:
-        """Update the masters at LR `scale`; returns the gradient norm and whether it was finite (0-dim tensors)."""
-        c, touched = self.config, [group for group in self.weights.groups if group.touched]
-        norm = self.weights.norm()
+        """Update the masters at LR `scale`; returns the gradient norm and whether it was finite
+        (0-dim tensors)."""
+        c, norm = self.config, self.weights.norm()
         ok = torch.isfinite(norm).float()
         limit = c.grad_clip_norm if clip and c.grad_clip_norm else math.inf
         factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-        for group in touched:
-            group.grad.mul_(factor)
-        self._muon([group for group in self.muon if group.touched], scale, momentum, ok)
+        for group in self.weights.groups:
+            if group.touched:
+                group.grad.mul_(factor)
+        matrices = [group for group in self.matrix_groups if group.touched]
+        self.matrix.update(matrices, scale, momentum, ok)
         for group, settings in zip(self.adam_groups, self.adam.param_groups):
             settings["lr"] = settings["base_lr"] * scale
             settings["params"][0].grad = group.grad if group.touched else None
-        self.adam.found_inf = 1 - ok  # the fused kernel then leaves weights, moments and counters alone
+        self.adam.found_inf = 1 - ok  # 1: the fused kernel leaves weights, moments, counters alone
         self.adam.grad_scale = None
         self.adam.step()
         self.skipped += 1 - ok
         self.skipped_in_row = (self.skipped_in_row + 1) * (1 - ok)
         return norm, ok
 
-    def _muon(self, groups: list[Group], scale: float, momentum: float, ok: Tensor) -> None:
-        """Orthogonalized momentum. Each rank takes its share of a group's matrices; gathers overlap the next group."""
-        c, world, rank, pending = self.config, self.runtime.world, self.runtime.rank, []
-        keep = 1 - ok * (1 - momentum)  # 1 when the step is skipped
-        for group in groups:
-            grad = torch.where(ok > 0, group.grad, 0.0)
-            group.momentum.mul_(keep).add_(grad)
-            share = -(-len(group.names) // world)
-            mine = slice(min(rank * share, len(group.names)), min((rank + 1) * share, len(group.names)))
-            update = grad[mine].add(group.momentum[mine], alpha=momentum)  # Nesterov
-            if c.row_norm:
-                update = rms_norm(update, FP32_EPS)
-            update = orthogonalize(update, c.muon_backend_steps) if len(update) else update
-            if world > 1:
-                part = update.new_zeros(share, *group.master.shape[1:], dtype=matmul_dtype(update.device.type))
-                part[:len(update)] = update
-                update = part
-            pending.append((group, *self.runtime.gather(update.contiguous())))
-        for group, update, work in pending:
-            if work is not None:
-                work.wait()
-            lr = c.matrix_lr * scale
-            rows, cols = group.master.shape[-2:]
-            group.master.mul_(1 - lr * c.muon_wd * ok)
-            group.master.add_(update[:len(group.names)].float() * (-lr * max(1, rows / cols) ** 0.5 * ok))
-
     def reset_after_warmup(self, everything: bool) -> None:
-        """Ghost warm-up is over: Adam's counters go to 0; with `everything` the moments go too."""
-        for group in self.muon if everything else ():
-            group.momentum.zero_()
-        for state in self.adam.state.values():
-            state["step"].zero_()
-            if everything:
-                state["exp_avg"].zero_()
-                state["exp_avg_sq"].zero_()
+        """After the warm-up steps: Adam's counters go to 0, with `everything` all moments, too."""
+        for group in self.weights.groups:
+            for key, tensor in group.state.items():
+                if everything or key == "step":
+                    tensor.zero_()
         self.skipped.zero_()
         self.skipped_in_row.zero_()
 
     def state(self) -> dict[str, Tensor]:
-        """Moments and counters by name, for the checkpoint."""
-        found = {f"momentum/{name}": t for name, t in self.weights.tensors("momentum").items()}
-        for group, settings in zip(self.adam_groups, self.adam.param_groups):
-            for key, value in self.adam.state.get(settings["params"][0], {}).items():
-                if key == "step":
-                    found[f"step/{group.names[0]}"] = value
-                else:
-                    found |= {f"{key}/{name}": t for name, t in zip(group.names, value)}
-        return found | {"skipped": self.skipped, "skipped_in_row": self.skipped_in_row}
+        """Moments and counters by name, for the checkpoint (views, not copies)."""
+        tensors = {"skipped": self.skipped, "skipped_in_row": self.skipped_in_row}
+        for group in self.weights.groups:
+            for key, tensor in group.state.items():
+                parts = tensor if tensor.ndim else [tensor]  # a counter: by the first name
+                tensors |= {f"{key}/{name}": part for name, part in zip(group.names, parts)}
+        return tensors
 
     @torch.no_grad()
-    def load_state(self, found: dict[str, Tensor]) -> None:
-        """Put back what `state` gave. Adam makes its moments at the first step, so they are made here if needed."""
-        for group in self.muon:
-            group.momentum.copy_(stacked(found, group, "momentum/"))
-        for group, settings in zip(self.adam_groups, self.adam.param_groups):
-            if f"step/{group.names[0]}" not in found:
-                continue
-            parameter = settings["params"][0]
-            self.adam.state[parameter] = dict(
-                step=like(found, f"step/{group.names[0]}", torch.zeros(())).to(parameter.device, copy=True),
-                **{key: stacked(found, group, f"{key}/").to(parameter.device) for key in ("exp_avg", "exp_avg_sq")})
-        self.skipped.copy_(like(found, "skipped", self.skipped))
-        self.skipped_in_row.copy_(like(found, "skipped_in_row", self.skipped))
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what `state` gave."""
+        for name, tensor in self.state().items():
+            tensor.copy_(checked_tensor(tensors, name, tensor))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -3825,7 +3893,7 @@ class Trainer:
         parts = torch.stack([shown.get(name, zero).detach() for name in TERMS])
         if not self.config.carry_state:
             return total, parts, None
-        return total, parts, [tuple(t.detach() for t in state) for state in states]
+        return total, parts, map_states(torch.detach, states)
 
     def step_inputs(self, step: int, micro: int) -> tuple[Tensor, Tensor, Tensor]:
         """x, y (rows,T) and SIGReg's positions of one micro-batch, on the device; randomness follows
@@ -3847,7 +3915,7 @@ class Trainer:
             (loss / c.micro_batches).backward()
             parts += terms / c.micro_batches
             if c.carry_state and keep_states:  # clone: a CUDA graph overwrites its outputs at the next replay
-                self.states[micro] = [tuple(t.clone() for t in state) for state in states]
+                self.states[micro] = map_states(torch.clone, states)
         self.weights.finish_gradients()
         return parts
 
@@ -3870,8 +3938,7 @@ class Trainer:
     def restore_if_skipped(self, before: dict[int, list], ok: Tensor) -> None:
         """Take the states from before a step that was skipped, because they may hold NaN."""
         for micro, states in self.states.items():
-            self.states[micro] = [tuple(torch.where(ok > 0, new, old) for new, old in zip(*pair))
-                                  for pair in zip(states, before[micro])]
+            self.states[micro] = map_states(lambda new, old: torch.where(ok > 0, new, old), states, before[micro])
 
     def warm_up(self) -> None:
         """Ghost steps at the base rates, without QAT and clip. Weights, data position and randomness
@@ -4211,19 +4278,17 @@ class Run:
         if lines := differences(old, new, but=Config.tagged("grid") if any_grid else ()):
             raise UserError(f"RUN_ID={path.name}: its checkpoint was made with other settings; undo these, or start "
                             "another RUN_ID:\n" + "\n".join("  " + line for line in lines))
-        trainer, device = self.trainer, self.runtime.device
+        trainer = self.trainer
         part = lambda prefix: {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        with torch.no_grad():
-            for group in trainer.weights.groups:
-                group.master.copy_(stacked(part("master/"), group))
-                if meta["averaged"]:
-                    group.average = stacked(part("average/"), group).to(device)
+        trainer.weights.restore("master", part("master/"))
+        if meta["averaged"]:
+            trainer.weights.restore("average", part("average/"))
         trainer.optimizer.load_state(part("optimizer/"))
         trainer.directions.copy_(checked_tensor(tensors, "directions", trainer.directions))
         torch.set_rng_state(tensors["rng"])
         for micro in trainer.micros if self.config.carry_state else ():
             trainer.states[micro] = [
-                tuple(checked_tensor(tensors, f"state/{micro}/{layer}/{index}", empty).to(device)
+                tuple(checked_tensor(tensors, f"state/{micro}/{layer}/{index}", empty).to(empty.device)
                       for index, empty in enumerate(state)) for layer, state in enumerate(trainer.empty_states())]
         trainer.position, trainer.tokens = meta["position"], meta["tokens"]
         self.step, self.clock, self.stage = meta["step"], Stopwatch(meta["seconds"]), meta["stage"]
@@ -4680,7 +4745,7 @@ def synthetic_weights(c: Config, model: nn.Module) -> Iterator[tuple[str, Tensor
     for name, role, w in named_roles(model):
         w, owner = w.detach(), owner_of(role, c)
         lr = rates[owner]
-        if owner == "muon":
+        if owner == "matrix":
             path, start = decayed(lr, c.muon_wd)
             walk = drift.matrix * lr * path ** drift.matrix_path * w.size(1) ** -0.5
             units = (drift.unit_spread * normal(1, w.size(1))).exp() if name.endswith("mlp.down.weight") else 1.0
