@@ -1,28 +1,31 @@
 #!/usr/bin/env python3
 """train_jepa.py: a JEPA-regularized Mamba-2 language model for the 16 MB challenge, in one file.
 
-Trains a U-Net of Mamba-2 (or attention) blocks on FineWeb shards, with training-only JEPA heads beside the
-cross-entropy, on weights that already stand on their storage grid; writes a compressed artifact, reloads that
-very file and scores it in bits per byte (BPB). Two published systems are settings of the same parts:
-system A (challenge PR #903, run_jepa_bpe.sh and run_jepa_byte.sh) and system B (PR #1443, run_bytejepa.sh).
+It trains a U-Net of Mamba-2 or attention blocks on FineWeb shards, with cross-entropy, with JEPA
+heads that serve in training only, and on weights that already lie on their storage grid. It writes
+a compressed artifact, reloads that file and scores it in bits per byte (BPB). Two published
+systems are settings of the same parts:
+    A  run_jepa_bpe.sh, run_jepa_byte.sh  https://github.com/openai/parameter-golf/pull/903
+    B  run_bytejepa.sh                    https://github.com/openai/parameter-golf/pull/1443
 
-    python train_jepa.py --help                          every knob, with its default
-    MODE=describe bash run_jepa_bpe.sh                   what would run: knobs, parameters, estimated bytes
-    bash run_jepa_bpe.sh SEED=43                         train as published; arguments win over the environment
-    torchrun --nproc_per_node=8 train_jepa.py SEED=43    the same by hand, but from the defaults of this file
+    python train_jepa.py --help           every knob, with its default
+    MODE=describe bash run_jepa_bpe.sh    what would run: knobs, parameters, estimated bytes
+    bash run_jepa_bpe.sh SEED=43          train as published; arguments win over the environment
+    torchrun --nproc_per_node=8 train_jepa.py SEED=43    train with the defaults of this file
 
-The file reads top to bottom, each section using only what stands above it:
-    config        every knob, one line each            losses        SIGReg, covariance, latent rollout, tokens
-    runtime       ranks, device, clock, run folder     schedules     pure functions of one progress number
-    data          shards, token stream, vocabulary     optimizers    parameter groups, Muon, AdamW, averages
-    SSD           the state-space scan in PyTorch      storage       grids that weights are stored on
-    kernels       Triton twins of the slow parts       artifact      container without pickle, codecs
-    blocks        norm, mixers, MLPs, residual block   checkpoint    exact resume
-    model         U-Net, head, JEPA head               evaluation    BPB: standard, sliding, tempered, carried
-    then: training, generation, submission, comparison, and main.
+Sections, each using only what stands above it:
+    config         every knob, one line each        storage        grids of the stored weights
+    runtime        ranks, device, run folder        optimizers     parameter groups, Muon, AdamW
+    data           shards, batches, vocabulary      artifact       container, codecs
+    SSD            Mamba-2's scan in PyTorch        checkpoint     exact resume
+    kernels        Triton forms of slow parts       evaluation     BPB and statistics of the latent
+    blocks, model  mixers, MLP, U-Net, JEPA head    training       one run, from log to result
+    losses         SIGReg, covariance, rollout      generation     evaluate or sample an artifact
+    schedules      functions of the progress        describe, bench, main
 
-Names of shapes: B batch rows, T positions, D model_dim, E embed_dim, V vocabulary, H heads, P head width (64),
-N d_state, Q chunk of the scan, M projections or micro-batches, K taps of the convolution.
+Names of shapes: B sequences of a batch, T positions, D model_dim, E embed_dim, V vocabulary,
+H heads, P head width (64), N d_state, Q chunk of the scan, M projections or micro-batches,
+K kernel size of the convolution.
 """
 from __future__ import annotations
 
@@ -49,6 +52,7 @@ import sys
 import threading
 import time
 import types
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -63,7 +67,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-try:  # codecs of the artifact; one that is missing takes no part
+try:  # optional codecs of the artifact
     import brotli
 except ImportError:
     brotli = None
@@ -72,187 +76,287 @@ try:
 except ImportError:
     zstandard = None
 
-SIZE_LIMIT = 16_000_000  # bytes: artifact + this file
+SIZE_LIMIT = 16_000_000  # bytes of artifact + this file
 HEADDIM = 64             # P: width of one Mamba-2 head, as in both published models
 
 
 class UserError(Exception):
-    """A fault of the input. `main` prints its lines and exits with code 2; the text says what would be right."""
+    """Invalid user input; the message says how to fix it. `main` prints it, exits with code 2."""
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# config: one frozen dataclass, a line per knob. NAME=value on the command line > environment > default.
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
+# config: one frozen dataclass with a line per knob.
+# NAME=value on the command line wins over the environment, which wins over the default.
+# ------------------------------------------------------------------------------
 
-def knob(default, help: str, *, choices: Sequence[str] = (), low: float | None = None, high: float | None = None,
-         free: bool = False):
-    """Declare a knob: its default (whose type it has), allowed values, and whether a resumed run may change it."""
-    return field(default=default, metadata=dict(help=help, choices=tuple(choices), low=low, high=high, free=free))
+def knob(default, help: str, tags: str = "", *, choices: str = "", low: float = 0,
+         high: float = math.inf, group: str = ""):
+    """Declare a knob: its default (whose type it has), help text and allowed values.
+
+    `tags`, separated by spaces:
+        free    a resumed run may change it
+        result  free, but runs that differ in it are no repetitions of each other
+        model   the artifact carries it, to rebuild the model
+        grid    how tensors are stored
+        eval    MODE=eval needs the run's value to repeat the run's scores
+    `group` names the group that starts here and goes on to the next knob with a group."""
+    return field(default=default, metadata=dict(help=help, tags=tags.split(), low=low, high=high,
+                                                choices=choices.split(), group=group))
 
 
-# Read by the run scripts and setup_jepa.sh, not by this file; listed so that help and spell check know them.
-SCRIPT_KNOBS = {"PROFILE": "auto|gpu|cpu: which defaults the run scripts take (auto: gpu where CUDA is found)",
-                "PRESET": "published|best: which recipe the run scripts take",
-                "NPROC_PER_NODE": "ranks that the run scripts start (default: the number of GPUs)",
-                "TORCHRUN_ARGS": "torchrun's arguments in place of --standalone: several machines, restarts",
-                "TRAIN_SHARDS": "training shards that setup_jepa.sh downloads (default: all in the manifest)"}
+# Only the run scripts and setup_jepa.sh read these.
+SCRIPT_KNOBS = {
+    "PRESET": "recipe that the run scripts take: published or best",
+    "NPROC_PER_NODE": "ranks that the run scripts start (default: the number of GPUs)",
+    "TORCHRUN_ARGS": "arguments of torchrun instead of --standalone: several machines, restarts",
+    "TRAIN_SHARDS": "training shards that setup_jepa.sh downloads (default: all in the manifest)"}
+
+# Checks of the knobs of later sections, which append them: Config -> a message per fault.
+CHECKS: list[Callable[[Config], Iterable[str]]] = []
+
+
+def format_knob(value) -> str:
+    """Text that parse_knob reads back to the same value."""
+    if isinstance(value, bool):
+        return str(int(value))
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def parse_knob(name: str, f: dataclasses.Field, text: str):
+    """Value of a knob from its text; UserError names knob, text and what is allowed."""
+    kind, meta = type(f.default), f.metadata
+    low, high = meta["low"], meta["high"]
+    allowed = {choice.lower(): choice for choice in meta["choices"]}
+    right = "one of " + ", ".join(meta["choices"])
+    if kind is bool:
+        allowed, right = {"0": False, "1": True, "false": False, "true": True}, "0 or 1"
+    elif kind is str and not allowed:
+        return text
+    elif kind is not str:
+        right = "a whole number" if kind is int else "a finite number"
+        right += f", at least {low}" if high == math.inf else f" between {low} and {high}"
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if low <= value <= high and abs(value) < math.inf:
+                return value
+    if text.lower() not in allowed:
+        raise UserError(f"{name}={text}: must be {right}")
+    return allowed[text.lower()]
+
+
+def one_edit_apart(a: str, b: str) -> bool:
+    """Whether one insertion, deletion, substitution or swap of neighbours turns a into b."""
+    start = len(os.path.commonprefix([a, b]))
+    a, b = a[start:], b[start:]
+    swapped = a[:2] == b[:2][::-1] and a[2:] == b[2:]
+    return a[1:] == b[1:] or a[1:] == b or a == b[1:] or swapped
+
+
+def check_spelling(environ: dict[str, str], known: Sequence[str]) -> list[str]:
+    """An error per misspelled knob in the environment; a warning for names that may be foreign.
+
+    A name that is one edit away from a knob is an error if several knobs begin with its first
+    word (JEPA_, MUON_); others (DEVICES, AUTHORS) get one line on stderr."""
+    words = [name.split("_")[0] for name in known if "_" in name]
+    errors, ignored = [], []
+    for name in sorted(set(environ).difference(known)):
+        near = [other for other in known if one_edit_apart(name, other)]
+        if near and "_" in name and words.count(name.split("_")[0]) > 1:
+            errors.append(f"{name}: no such knob; did you mean {near[0]}?")
+        elif near and len(name) > 4:  # shorter names are close to too much
+            ignored.append(f"{name} (did you mean {near[0]}?)")
+    if ignored and environ.get("RANK", "0") == "0":
+        print("warning: ignored in the environment, no such knob:", ", ".join(ignored),
+              file=sys.stderr)
+    return errors
 
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run; GROUPS below names the groups."""
-    mode: str = knob("train", "what to do", free=True,
-                     choices=("train", "describe", "bench", "eval", "sample"))
-    run_id: str = knob("", "name of the run's folder (empty: configuration and time)", free=True)
-    runs_dir: str = knob("runs", "where run folders are made", free=True)
-    overwrite: bool = knob(False, "1 = start over in a run folder that exists", free=True)
-    seed: int = knob(42, "initial weights, SIGReg directions and positions", low=0)
-    device: str = knob("auto", "auto takes CUDA where it is found", choices=("auto", "cpu", "cuda"), free=True)
-    dtype: str = knob("auto", "compute type: bf16 on CUDA, fp32 on CPU", choices=("auto", "fp32", "bf16"))
-    collective_timeout: int = knob(600, "seconds after which a missing rank ends the run", low=1, free=True)
-    # group: data
-    tokenizer: str = knob("byte", "kind of tokens", choices=("byte", "bpe"))
-    tokenizer_path: str = knob("", "SentencePiece model (TOKENIZER=bpe)", free=True)
-    vocab_size: int = knob(256, "number of token ids", low=2, high=65536)
-    data_path: str = knob("./data/datasets/fineweb10B_bytes", "folder of fineweb_train_*.bin and fineweb_val_*.bin",
-                          free=True)
-    val_max_tokens: int = knob(500_000, "validation tokens used (0 = all)", low=0, free=True)
-    val_batch_size: int = knob(524_288, "validation tokens per batch of all ranks", low=1, free=True)
-    # group: model
-    model_dim: int = knob(512, "width D", low=1)
-    num_layers: int = knob(12, "blocks; the first half encodes, the rest decodes", low=1, high=1000)
-    mixer: str = knob("mamba2", "mamba2, attention, or a letter per block: m or a, as in mmmmmmammm")
-    d_state: int = knob(64, "state size N of the SSM", low=1)
-    d_conv: int = knob(4, "taps of the causal convolution", low=1)
-    expand: int = knob(2, "d_inner = EXPAND * MODEL_DIM", low=1)
-    ssd_chunk: int = knob(64, "chunk length Q of the scan (speed only)", low=1, high=1024, free=True)
-    ssd_kernel: str = knob("auto", "form of the scan (auto: mamba_ssm on CUDA, torch on CPU)", free=True,
-                           choices=("auto", "mamba_ssm", "fused", "torch"))
-    num_heads: int = knob(8, "attention heads", low=1)
-    num_kv_heads: int = knob(4, "attention heads of keys and values", low=1)
-    rope_base: float = knob(10000.0, "base of the rotary angles", low=1)
-    qk_gain_init: float = knob(1.5, "initial gain of the queries, per head")
-    embed_dim: int = knob(0, "width E of the embedding table (0 = MODEL_DIM)", low=0)
-    embed_style: str = knob("projected", "projected: std 0.02, EMBED_LR, untied head by Muon; tied: "
-                            "TIED_EMBED_INIT_STD, TIED_EMBED_LR, untied head by Adam at HEAD_LR",
-                            choices=("projected", "tied"))
-    tied_embed_init_std: float = knob(0.005, "std of the embedding with EMBED_STYLE=tied", low=0)
-    mlp_mult: int = knob(3, "hidden width of the MLP / MODEL_DIM (0 = no MLP)", low=0)
-    mlp_every: int = knob(1, "an MLP in every n-th block", low=1)
-    activation: str = knob("relu2", "of the MLP", choices=("relu2", "swiglu", "leaky_relu2"))
-    mlp_norm: bool = knob(True, "RMSNorm over the hidden units of the MLP")
-    norm_eps: float = knob(1e-6, "epsilon of the block norms", low=0)
-    tie_embeddings: int = knob(0, "0 separate head, 1 tied, 2 tied + learned correction, 3 tied behind an adapter",
-                               low=0, high=3)
-    vocab_bias: bool = knob(True, "a bias per token in the logits")
-    logit_softcap: float = knob(15.0, "cap of the logits (0 = off)", low=0)
-    softcap_type: str = knob("poly", "form of the cap", choices=("poly", "tanh"))
-    projector_type: str = knob("linear", "h to the latent z (none: z = h)", choices=("linear", "mlp", "none"))
+    """All settings of a run."""
+    mode: str = knob("train", "what to do", "free", choices="train describe bench eval sample",
+                     group="run")
+    run_id: str = knob("", "name of the run's folder (empty: configuration and time)", "free")
+    runs_dir: str = knob("runs", "folder of the run folders", "free")
+    overwrite: bool = knob(False, "1 = start over in a run folder that exists", "free")
+    profile: str = knob("auto", "machine that the run scripts choose defaults for and "
+                        "MODE=describe assumes (auto: gpu if CUDA is found)", "free",
+                        choices="auto gpu cpu")
+    seed: int = knob(42, "seed of initial weights, SIGReg directions and positions")
+    device: str = knob("auto", "device to compute on (auto: CUDA if it is found)", "free",
+                       choices="auto cpu cuda")
+    dtype: str = knob("auto", "compute type (auto: bf16 on CUDA, fp32 on CPU)", "eval",
+                      choices="auto fp32 bf16")
+    collective_timeout: int = knob(600, "seconds to wait for a missing rank", "free", low=1)
+
+    tokenizer: str = knob("byte", "kind of tokens", "model", choices="byte bpe", group="data")
+    tokenizer_path: str = knob("", "SentencePiece model (TOKENIZER=bpe)", "free result")
+    vocab_size: int = knob(256, "number of token ids", "model", low=2, high=65536)
+    data_path: str = knob("./data/datasets/fineweb10B_bytes",
+                          "folder of fineweb_train_*.bin and fineweb_val_*.bin", "free result")
+    val_max_tokens: int = knob(500_000, "validation tokens used (0 = all)", "free result eval")
+    val_batch_size: int = knob(
+        524_288, "validation tokens per batch of MICRO_BATCHES micro-batches: one forward pass "
+        "takes VAL_BATCH_SIZE / MICRO_BATCHES", "free eval", low=1)
+
+    model_dim: int = knob(512, "width D", "model", low=1, group="model")
+    num_layers: int = knob(12, "blocks: the first half encodes, the rest decodes", "model",
+                           low=1, high=1000)
+    mixer: str = knob("mamba2", "mamba2, attention, or a letter per block: m or a, as in "
+                      "mmmmmmammm", "model")
+    d_state: int = knob(64, "state size N of the SSM", "model", low=1)
+    d_conv: int = knob(4, "kernel size of the causal convolution", "model", low=1)
+    expand: int = knob(2, "inner width of Mamba-2 / MODEL_DIM", "model", low=1)
+    ssd_chunk: int = knob(64, "chunk length Q of the scan (affects speed only)",
+                          "free result eval", low=1, high=1024)
+    ssd_kernel: str = knob("auto", "form of the scan (auto: mamba_ssm on CUDA, torch on CPU)",
+                           "free result eval", choices="auto mamba_ssm fused torch")
+    num_heads: int = knob(8, "attention heads", "model", low=1)
+    num_kv_heads: int = knob(4, "attention heads of keys and values", "model", low=1)
+    rope_base: float = knob(10000.0, "base of the rotary angles", "model", low=1)
+    qk_gain_init: float = knob(1.5, "initial gain of the queries, per head", low=-math.inf)
+    embed_dim: int = knob(0, "width E of the embedding (0 = MODEL_DIM)", "model")
+    embed_style: str = knob(
+        "projected", "projected: std 0.02, EMBED_LR, untied unembedding by Muon; tied: "
+        "TIED_EMBED_INIT_STD, TIED_EMBED_LR, untied unembedding by Adam at HEAD_LR",
+        choices="projected tied")
+    tied_embed_init_std: float = knob(0.005, "std of the embedding with EMBED_STYLE=tied")
+    mlp_mult: int = knob(3, "hidden width of the MLP / MODEL_DIM (0 = no MLP)", "model")
+    mlp_every: int = knob(1, "an MLP in every n-th block", "model", low=1)
+    activation: str = knob("relu2", "activation of the MLP", "model",
+                           choices="relu2 swiglu leaky_relu2")
+    mlp_norm: bool = knob(True, "RMSNorm over the hidden units of the MLP", "model")
+    norm_eps: float = knob(1e-6, "epsilon of the block norms", "model")
+    tie_embeddings: int = knob(
+        0, "unembedding: 0 separate, 1 tied to the embedding, 2 tied + learned correction, "
+        "3 tied through an adapter", "model", high=3)
+    vocab_bias: bool = knob(True, "a bias per token in the logits", "model")
+    logit_softcap: float = knob(15.0, "cap of the logits (0 = off)", "model")
+    softcap_type: str = knob("poly", "form of the cap", "model", choices="poly tanh")
+    projector_type: str = knob("linear", "map from h to the latent z (none: z = h)",
+                               choices="linear mlp none")
     predictor_hidden_mult: int = knob(2, "hidden width of the predictor / latent width", low=1)
-    predictor_norm: bool = knob(False, "RMSNorm before the predictor, which then has no biases (system B)")
-    # group: losses
+    predictor_norm: bool = knob(False, "1 = RMSNorm before the predictor, no biases (system B)")
+
     loss_schedule: str = knob("joint", "constant weights, or pure JEPA, bridge, pure CE",
-                              choices=("joint", "staged"))
-    jepa_weight: float = knob(1.0, "weight of the latent prediction", low=0)
-    jepa_steps: int = knob(1, "horizons of the latent rollout (0 = off)", low=0)
-    jepa_dim: int = knob(0, "width of the latent (0 = MODEL_DIM)", low=0)
-    jepa_anneal: float = knob(0.0, "fraction of the run at which JEPA_WEIGHT has fallen to 0 (0 = never)",
-                              low=0, high=1)
+                              choices="joint staged", group="losses")
+    jepa_weight: float = knob(1.0, "weight of the latent prediction")
+    jepa_steps: int = knob(1, "horizons of the latent rollout (0 = off)")
+    jepa_dim: int = knob(0, "width of the latent (0 = MODEL_DIM)")
+    jepa_loss: str = knob("mse", "distance of prediction and target", choices="mse smooth_l1")
+    jepa_anneal: float = knob(
+        0.0, "fraction of the run at which JEPA_WEIGHT has fallen to 0 (0 = never)", high=1)
     detach_targets: bool = knob(False, "1 = no gradient into the targets")
-    ce_weight: float = knob(1.0, "weight of the cross-entropy", low=0)
-    z_loss: float = knob(1e-4, "weight of mean logsumexp^2 in training", low=0)
-    anticollapse: str = knob("sigreg", "term that keeps the latent from collapsing", choices=("sigreg", "covariance"))
-    sigreg_lambda: float = knob(1.0, "weight of the anti-collapse term (LOSS_SCHEDULE=joint)", low=0)
-    sigreg_weight: float = knob(0.05, "weight of the anti-collapse term (LOSS_SCHEDULE=staged)", low=0)
+    ce_weight: float = knob(1.0, "weight of the cross-entropy")
+    z_loss: float = knob(1e-4, "weight of mean logsumexp^2 in training")
+    anticollapse: str = knob("sigreg", "term that keeps the latent from collapsing",
+                             choices="sigreg covariance")
+    sigreg_lambda: float = knob(1.0, "weight of the anti-collapse term (LOSS_SCHEDULE=joint)")
+    sigreg_weight: float = knob(0.05, "weight of the anti-collapse term (LOSS_SCHEDULE=staged)")
     sigreg_knots: int = knob(17, "knots of the characteristic function", low=2)
-    sigreg_num_proj: int = knob(0, "directions (0 = 2 * embedding width)", low=0)
+    sigreg_num_proj: int = knob(0, "directions of SIGReg (0 = 2 * embedding width)")
     sigreg_schedule: bool = knob(False, "1 = ramp the weight from 0 over the first 30%")
-    sigreg_axis: str = knob("batch", "what one characteristic function pools", choices=("batch", "time", "both"))
-    jepa_cov: float = knob(0.0, "weight of a variance-covariance term on z beside SIGReg", low=0)
-    jepa_pure_frac: float = knob(0.10, "end of the pure JEPA stage (staged)", low=0, high=1)
-    ce_pure_frac: float = knob(0.80, "start of the pure CE stage (staged)", low=0, high=1)
-    # group: training
-    train_seq_len: int = knob(4096, "tokens per row", low=1)
+    sigreg_axis: str = knob("batch", "axis that one characteristic function pools",
+                            choices="batch time both")
+    jepa_cov: float = knob(0.0, "weight of a variance-covariance term on z beside SIGReg")
+    jepa_pure_frac: float = knob(0.10, "end of the pure JEPA stage (staged)", high=1)
+    ce_pure_frac: float = knob(0.80, "start of the pure CE stage (staged)", high=1)
+
+    train_seq_len: int = knob(4096, "tokens per sequence", "model", low=1, group="training")
     train_batch_tokens: int = knob(524_288, "tokens per optimizer step, all ranks", low=1)
-    micro_batches: int = knob(8, "parts of a step; the number of ranks must divide it", low=1)
-    iterations: int = knob(10_000, "steps at most", low=1, free=True)
-    max_wallclock_seconds: float = knob(0.0, "training time at most (0 = no cap)", low=0, free=True)
-    warmup_steps: int = knob(10, "ghost steps before the run, rolled back", low=0)
-    warmup_rollback: str = knob("weights", "what the ghost steps give back", choices=("weights", "all"))
+    micro_batches: int = knob(8, "parts of a step, divisible by the number of ranks", "eval", low=1)
+    iterations: int = knob(10_000, "maximum number of steps", "free result", low=1)
+    max_wallclock_seconds: float = knob(0.0, "maximum training time (0 = no limit)", "free result")
+    warmup_steps: int = knob(10, "steps that are run before training and rolled back")
+    warmup_rollback: str = knob("weights", "what is rolled back (all: the optimizer's moments too)",
+                                choices="weights all")
     warmdown: str = knob("fraction", "LR falls to MIN_LR over WARMDOWN_FRACTION or WARMDOWN_ITERS",
-                         choices=("fraction", "iters"))
-    warmdown_fraction: float = knob(0.15, "last fraction of the run", low=0, high=1)
-    warmdown_iters: int = knob(2000, "last steps (under a cap: at the mean step time so far)", low=0)
-    min_lr: float = knob(0.0, "LR at the end / base LR", low=0, high=1)
-    lanes: bool = knob(False, "1 = a row reads on where it ended, each in its own part of the data")
-    carry_state: bool = knob(False, "1 = as LANES, and a row starts from the states that it ended with")
-    val_loss_every: int = knob(500, "steps between validations (0 = at the end only)", low=0, free=True)
-    train_log_every: int = knob(100, "steps between log lines", low=1, free=True)
-    compile_mode: str = knob("default", "torch.compile mode; off = eager; aot_eager = traced, not generated",
-                             choices=("default", "reduce-overhead", "max-autotune", "aot_eager", "off"), free=True)
-    nonfinite_limit: int = knob(10, "stop after so many steps in a row with a non-finite gradient", low=1, free=True)
-    # group: optimizers
-    matrix_lr: float = knob(0.02, "Muon: the 2-D weights", low=0)
-    scalar_lr: float = knob(0.01, "AdamW: everything else", low=0)
-    embed_lr: float = knob(0.01, "AdamW: the embedding", low=0)
-    tied_embed_lr: float = knob(0.05, "AdamW: the tied embedding with EMBED_STYLE=tied", low=0)
-    head_lr: float = knob(0.008, "AdamW: the untied head with EMBED_STYLE=tied", low=0)
-    muon_momentum: float = knob(0.95, "final momentum", low=0, high=0.9999)
-    muon_momentum_warmup_start: float = knob(0.85, "momentum at step 0", low=0, high=0.9999)
-    muon_momentum_warmup_steps: int = knob(500, "steps until the final momentum", low=0)
+                         choices="fraction iters")
+    warmdown_fraction: float = knob(0.15, "last fraction of the run", high=1)
+    warmdown_iters: int = knob(2000, "last steps (with a time limit: at the mean step time so far)")
+    min_lr: float = knob(0.0, "LR at the end / base LR", high=1)
+    lanes: bool = knob(
+        False, "1 = contiguous batches: each sequence continues its own slice of the data")
+    carry_state: bool = knob(False, "1 = LANES, with the recurrent state carried from step to "
+                             "step (truncated BPTT)")
+    val_loss_every: int = knob(500, "steps between validations (0 = only at the end)", "free")
+    train_log_every: int = knob(100, "steps between log lines", "free", low=1)
+    compile_mode: str = knob(
+        "default", "torch.compile mode; off = eager; aot_eager = traced, without generated code",
+        "free result eval", choices="default reduce-overhead max-autotune aot_eager off")
+    nonfinite_limit: int = knob(
+        10, "stop after this many steps in a row with a non-finite gradient", "free", low=1)
+
+    matrix_lr: float = knob(0.02, "Muon's LR: 2-D weights", group="optimizers")
+    scalar_lr: float = knob(0.01, "AdamW's LR: everything else")
+    embed_lr: float = knob(0.01, "AdamW's LR: the embedding")
+    tied_embed_lr: float = knob(0.05, "AdamW's LR: the embedding with EMBED_STYLE=tied")
+    head_lr: float = knob(0.008, "AdamW's LR: the untied unembedding with EMBED_STYLE=tied")
+    muon_momentum: float = knob(0.95, "final momentum", high=0.9999)
+    muon_momentum_warmup_start: float = knob(0.85, "momentum at step 0", high=0.9999)
+    muon_momentum_warmup_steps: int = knob(500, "steps until the final momentum")
     muon_backend_steps: int = knob(3, "Newton-Schulz iterations", low=1, high=20)
-    muon_wd: float = knob(0.04, "decoupled weight decay", low=0)
+    muon_wd: float = knob(0.04, "Muon's decoupled weight decay")
     row_norm: bool = knob(True, "row-wise RMS normalization before Newton-Schulz")
-    adam_wd: float = knob(0.05, "decoupled weight decay (dt_bias, A_log and D are exempt)", low=0)
-    beta1: float = knob(0.9, "of Adam", low=0, high=0.99999)
-    beta2: float = knob(0.95, "of Adam", low=0, high=0.99999)
-    adam_eps: float = knob(1e-8, "of Adam", low=0)
-    grad_clip_norm: float = knob(1.0, "global gradient norm at most (0 = off)", low=0)
-    swa_start: float = knob(1.0, "fraction of the run at which weight averaging starts (1 = off)", low=0, high=1)
-    swa_decay: float = knob(0.995, "decay of the average per step", low=0, high=0.999999)
-    # group: storage
-    storage: str = knob("intn", "intn: QUANT_BITS per matrix weight; int8: system B's rows", choices=("intn", "int8"))
-    quant_bits: int = knob(5, "bits of a matrix weight: 4, 5, 6 (8 with STORAGE=int8)")
-    quant_step: str = knob("absmax", "step of a row: absmax/(2^(bits-1)-1), or QUANT_K * std of the row",
-                           choices=("absmax", "sigma"))
-    quant_k: float = knob(0.35, "step in deviations of the row with QUANT_STEP=sigma", low=0.01, high=4)
-    int8_floor: bool = knob(False, "1 = int8 scales never below 1/127, as published")
-    fp_storage: str = knob("BF16", "embedding and tie correction", choices=("BF16", "FP8"))
-    mlp_grid: str = knob("", "grid of the MLP matrices: int4, int5, int6, int8a, int4s0.35 (step of 0.35 deviations), "
-                         "fp8, bf16 (empty: QUANT_BITS and QUANT_STEP)")
-    proj_grid: str = knob("", "grid of all other matrices: projections of mixers and embedding, untied head")
-    dt_grid: str = knob("", "grid of the rows of in_proj that make dt (empty: as in_proj)")
-    embed_grid: str = knob("", "grid of embedding and tie correction (empty: FP_STORAGE)")
-    qat_fraction: float = knob(1.0, "last fraction of the run that trains on the storage grid", low=0, high=1)
-    rounding: str = knob("nearest", "of the last weights: nearest symbol, or each column's error compensated by later "
-                         "columns, by second moments of the inputs (GPTQ)", choices=("nearest", "compensated"),
-                         free=True)
-    rounding_tokens: int = knob(65_536, "training tokens for these moments", low=1, free=True)
-    fit: bool = knob(False, "1 = MODE=describe finds the largest MODEL_DIM and MLP_MULT that fit", free=True)
-    # group: evaluation
-    sliding_eval: bool = knob(False, "1 = sliding windows after training", free=True)
-    sliding_eval_stride: int = knob(16, "tokens scored per window", low=1, free=True)
-    sliding_batch_size: int = knob(64, "windows per forward pass", low=1, free=True)
-    temp_scaling: bool = knob(True, "1 = score at a temperature found on training tokens", free=True)
-    temp_calib: float = knob(0.0, "temperature (0 = search)", low=0, free=True)
-    eval_state: str = knob("reset", "carry = one pass with the recurrent state carried", free=True,
-                           choices=("reset", "carry"))
-    diagnostics: bool = knob(True, "1 = statistics of the latent at each validation and after training", free=True)
-    probe_steps: int = knob(200, "Adam steps of the linear probe on frozen h (0 = no probe)", low=0, free=True)
-    # group: checkpoints
-    checkpoint_every: int = knob(0, "steps between checkpoints (0 = off)", low=0, free=True)
-    checkpoint_dir: str = knob("", "where they go (empty: inside the run's folder)", free=True)
-    checkpoint_keep: int = knob(2, "how many are kept", low=1, free=True)
-    # group: people
-    artifact: str = knob("", "artifact of MODE=eval and MODE=sample", free=True)
-    prompt: str = knob("", "start of the text (MODE=sample)", free=True)
-    sample_tokens: int = knob(200, "tokens per sample", low=1, free=True)
-    num_samples: int = knob(1, "samples", low=1, high=1024, free=True)
-    temperature: float = knob(0.8, "of sampling (0 = most likely token)", low=0, free=True)
-    top_k: int = knob(0, "keep the k most likely tokens (0 = all)", low=0, free=True)
-    top_p: float = knob(1.0, "keep the smallest set with this probability", low=0.001, high=1, free=True)
-    # where each value came from; not a knob
-    sources: dict = field(default_factory=dict, compare=False, repr=False)
+    adam_wd: float = knob(0.05, "AdamW's weight decay (dt_bias, A_log and D are exempt)")
+    beta1: float = knob(0.9, "Adam's first-moment decay", high=0.99999)
+    beta2: float = knob(0.95, "Adam's second-moment decay", high=0.99999)
+    adam_eps: float = knob(1e-8, "Adam's epsilon")
+    grad_clip_norm: float = knob(1.0, "maximum global gradient norm (0 = off)")
+    swa_start: float = knob(1.0, "progress at which the EMA of weights starts (1 = off)", high=1)
+    swa_decay: float = knob(0.995, "decay of the EMA per step", high=0.999999)
+
+    storage: str = knob("intn", "intn: QUANT_BITS per matrix weight; int8: system B's format",
+                        "grid", choices="intn int8", group="storage")
+    quant_bits: int = knob(5, "bits of a matrix weight: 4, 5, 6 (8 with STORAGE=int8)", "grid")
+    quant_step: str = knob("absmax", "step of a row: absmax / (2^(bits-1) - 1), or QUANT_K * σ",
+                           "grid", choices="absmax sigma")
+    quant_k: float = knob(0.35, "step / σ of a row (QUANT_STEP=sigma)", "grid", low=0.01, high=4)
+    int8_floor: bool = knob(False, "1 = int8 scales of at least 1/127, as published", "grid")
+    fp_storage: str = knob("BF16", "format of embedding and tie correction", "grid",
+                           choices="BF16 FP8")
+    mlp_grid: str = knob("", "grid of the MLP matrices: int4, int5, int6, int8a, int4s0.35 (step "
+                         "of 0.35 σ), fp8, bf16 (empty: QUANT_BITS and QUANT_STEP)", "grid")
+    proj_grid: str = knob("", "grid of all other matrices: projections of mixers and embedding, "
+                          "untied unembedding (empty: as MLP_GRID)", "grid")
+    dt_grid: str = knob("", "grid of the rows of in_proj that make dt (empty: as in_proj)", "grid")
+    embed_grid: str = knob("", "grid of embedding and tie correction (empty: FP_STORAGE)", "grid")
+    qat_fraction: float = knob(1.0, "last fraction of the run that trains on the storage grid",
+                               high=1)
+    rounding: str = knob("nearest", "rounding of the final weights: nearest, or GPTQ",
+                         "free result", choices="nearest compensated")
+    rounding_tokens: int = knob(65_536, "training tokens for GPTQ's moments", "free result", low=1)
+    fit: bool = knob(
+        False, "1 = MODE=describe finds the largest MODEL_DIM and MLP_MULT that fit", "free")
+
+    sliding_eval: bool = knob(False, "1 = score with sliding windows after training", "free",
+                              group="evaluation")
+    sliding_eval_stride: int = knob(16, "tokens scored per window", "free result", low=1)
+    sliding_batch_size: int = knob(64, "windows per forward pass", "free eval", low=1)
+    temp_scaling: bool = knob(
+        True, "1 = score at a temperature fitted to training tokens", "free result")
+    temp_calib: float = knob(0.0, "temperature (0 = fit it)", "free result eval")
+    eval_state: str = knob("reset", "carry = one pass with the recurrent state carried",
+                           "free eval", choices="reset carry")
+    diagnostics: bool = knob(
+        True, "1 = statistics of the latent at each validation and after training", "free")
+    probe_steps: int = knob(200, "steps of the linear probe on frozen h (0 = none)", "free")
+
+    checkpoint_every: int = knob(0, "steps between checkpoints (0 = off)", "free",
+                                 group="checkpoints")
+    checkpoint_dir: str = knob("", "folder of checkpoints (empty: in the run's folder)", "free")
+    checkpoint_keep: int = knob(2, "number of checkpoints kept", "free", low=1)
+
+    artifact: str = knob("", "artifact of MODE=eval and MODE=sample", "free", group="people")
+    prompt: str = knob("", "start of the text (MODE=sample)", "free")
+    sample_tokens: int = knob(200, "tokens per sample", "free", low=1)
+    num_samples: int = knob(1, "number of samples", "free", low=1, high=1024)
+    temperature: float = knob(0.8, "temperature of sampling (0 = most likely token)", "free")
+    top_k: int = knob(0, "sample among the k most likely tokens (0 = all)", "free")
+    top_p: float = knob(1.0, "sample among the fewest tokens with this probability", "free",
+                        low=0.001, high=1)
+
+    sources: dict = field(default_factory=dict, compare=False, repr=False)  # of values; no knob
 
     @classmethod
     def knobs(cls) -> dict[str, dataclasses.Field]:
@@ -260,25 +364,32 @@ class Config:
         return {f.name.upper(): f for f in dataclasses.fields(cls) if f.name != "sources"}
 
     @classmethod
-    def from_env(cls, environ: dict[str, str], argv: Sequence[str] = ()) -> Config:
-        """Read knobs from NAME=value arguments and the environment; an empty value means the default.
+    def tagged(cls, tag: str) -> list[str]:
+        """Names of the knobs with this tag (see `knob`), in order."""
+        return [name for name, f in cls.knobs().items() if tag in f.metadata["tags"]]
 
-        Raises UserError with a line for every value that does not fit and every misspelled name."""
-        knobs, errors, given = cls.knobs(), [], {}
-        scripted = environ.get("RUN_SCRIPT_DEFAULTS", "").split()  # the script's name, then the knobs that it set
-        for name, value in environ.items():
-            if name in knobs:
-                given[name] = (value, scripted[0] if name in scripted else "environment")
-            elif name not in SCRIPT_KNOBS and (meant := near_knob(name, strict=True)):
-                errors.append(f"{name}: no such knob; did you mean {meant}?")
+    @classmethod
+    def from_env(cls, environ: dict[str, str], argv: Sequence[str] = ()) -> Config:
+        """Read knobs from NAME=value arguments and the environment; empty means the default.
+
+        UserError with a line for every value that does not fit and every misspelled name."""
+        knobs = cls.knobs()
+        known = [*knobs, *SCRIPT_KNOBS]
+        errors = check_spelling(environ, known)
+        # The run scripts export this: their name, then the knobs that they set by default.
+        script, *scripted = environ.get("RUN_SCRIPT_DEFAULTS", "").split() or [""]
+        given = {name: (value, script if name in scripted else "environment")
+                 for name, value in environ.items() if name in knobs}
         for argument in argv:
             name, equals, value = argument.partition("=")
-            if not equals or name not in knobs:
-                hint = "that one is for the run scripts" if name in SCRIPT_KNOBS else \
-                    f"did you mean {near_knob(name)}?" if near_knob(name) else "--help lists all knobs"
-                errors.append(f"{argument}: arguments are NAME=value with the name of a knob; {hint}")
-            else:
-                given[name] = (value, "argument")
+            if equals and name in knobs:
+                given[name] = value, "argument"
+                continue
+            near = difflib.get_close_matches(name.upper(), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "--help lists all knobs"
+            if name in SCRIPT_KNOBS:
+                hint = "that one is for the run scripts"
+            errors.append(f"{argument}: arguments are NAME=value with the name of a knob; {hint}")
         values, sources = {}, {}
         for name, (text, source) in given.items():
             sources[name] = source if text else f"{source} (empty: default)"
@@ -292,315 +403,123 @@ class Config:
         return cls(**values, sources=sources)
 
     def validate(self) -> Config:
-        """Return self, or raise UserError with a line for every combination that makes no sense."""
-        c, errors = self, []
+        """Return self, or raise UserError with a line for every combination without sense."""
+        c, faults = self, []
 
-        def need(condition: bool, message: str) -> None:
-            if not condition:
-                errors.append(message)
+        def forbid(bad: bool, message: str) -> None:
+            if bad:
+                faults.append(message)
 
-        if "m" in c.pattern:
-            need(c.d_inner % HEADDIM == 0, f"EXPAND*MODEL_DIM={c.d_inner}: Mamba-2 heads are {HEADDIM} wide; "
-                 f"take a MODEL_DIM such that the product is a multiple of {HEADDIM}")
-        need(re.fullmatch("[ma]+", c.pattern) is not None and len(c.pattern) == c.num_layers,
-             f"MIXER={c.mixer}: mamba2, attention, or NUM_LAYERS={c.num_layers} letters m or a")
-        if "a" in c.pattern:
-            need(c.model_dim % c.num_heads == 0 and c.model_dim // c.num_heads % 2 == 0,
-                 f"NUM_HEADS={c.num_heads}: must divide MODEL_DIM={c.model_dim} into even widths")
-            need(c.num_heads % c.num_kv_heads == 0,
-                 f"NUM_KV_HEADS={c.num_kv_heads}: must divide NUM_HEADS={c.num_heads}")
-        need(c.tokenizer != "byte" or c.vocab_size == 256, f"VOCAB_SIZE={c.vocab_size}: TOKENIZER=byte needs 256")
-        per_micro = c.micro_batches * c.train_seq_len
-        need(c.train_batch_tokens % per_micro == 0, f"TRAIN_BATCH_TOKENS={c.train_batch_tokens}: must be a multiple "
-             f"of MICRO_BATCHES*TRAIN_SEQ_LEN={c.micro_batches}*{c.train_seq_len}={per_micro}")
-        need(c.storage == "int8" or c.quant_bits in (4, 5, 6),
-             f"QUANT_BITS={c.quant_bits}: 4, 5 or 6 (8 goes with STORAGE=int8)")
-        need(c.storage != "int8" or c.quant_bits == 8, f"QUANT_BITS={c.quant_bits}: STORAGE=int8 needs 8")
-        need(c.storage != "int8" or c.fp_storage == "BF16", "FP_STORAGE=FP8: STORAGE=int8 stores no FP8")
-        need(c.storage != "int8" or c.quant_step == "absmax", "QUANT_STEP=sigma: goes with STORAGE=intn")
-        for name in ("MLP_GRID", "PROJ_GRID", "DT_GRID", "EMBED_GRID"):
-            value = getattr(c, name.lower())
-            need(not value or c.storage == "intn", f"{name}={value}: goes with STORAGE=intn")
-            need(not value or fits_training(value), f"{name}={value}: int4, int5, int6, int8a, int4s0.35, fp8 or bf16")
-        need(not c.int8_floor or c.storage == "int8", "INT8_FLOOR=1: goes with STORAGE=int8")
-        need(c.ce_weight > 0 or c.jepa_on and c.loss_schedule == "joint" and not c.jepa_anneal,
-             "CE_WEIGHT=0 with JEPA off, annealed or staged: no loss is left in the end; raise CE_WEIGHT")
-        need(c.jepa_on or c.loss_schedule == "joint",
-             "LOSS_SCHEDULE=staged: its first stage needs JEPA_WEIGHT > 0 and JEPA_STEPS > 0")
-        need(not c.jepa_on or c.jepa_steps < c.train_seq_len,
-             f"JEPA_STEPS={c.jepa_steps}: must be less than TRAIN_SEQ_LEN={c.train_seq_len}")
-        need(not c.jepa_dim or c.projector_type != "none", "JEPA_DIM: PROJECTOR_TYPE=none leaves z = h; take linear")
-        need(c.anticollapse == "sigreg" or c.sigreg_axis == "batch", "SIGREG_AXIS: goes with ANTICOLLAPSE=sigreg")
-        need(c.loss_schedule == "joint" or c.jepa_pure_frac < c.ce_pure_frac,
-             f"JEPA_PURE_FRAC={c.jepa_pure_frac}: must lie before CE_PURE_FRAC={c.ce_pure_frac}")
-        need(not c.sliding_eval or c.sliding_eval_stride <= c.train_seq_len,
-             f"SLIDING_EVAL_STRIDE={c.sliding_eval_stride}: at most TRAIN_SEQ_LEN={c.train_seq_len}")
-        need(not (c.carry_state or c.eval_state == "carry") or "a" not in c.pattern,
-             "CARRY_STATE, EVAL_STATE=carry: attention has no fixed-size state; use MIXER=mamba2")
-        need(not re.search(r"[/\\\0]|^\.", c.run_id), f"RUN_ID={c.run_id}: a plain folder name is needed")
-        if errors:
-            raise UserError("\n".join(errors))
+        unit = c.micro_batches * c.train_seq_len
+        forbid(re.search(r"[/\\\0]|^\.", c.run_id), f"RUN_ID={c.run_id}: not a plain folder name")
+        forbid(c.tokenizer == "byte" and c.vocab_size != 256,
+               f"VOCAB_SIZE={c.vocab_size}: TOKENIZER=byte needs 256")
+        forbid(c.train_batch_tokens % unit, f"TRAIN_BATCH_TOKENS={c.train_batch_tokens}: must be "
+               f"a multiple of MICRO_BATCHES*TRAIN_SEQ_LEN={unit}")
+        forbid(c.ce_weight == 0 and not (c.jepa_on and c.joint and c.jepa_anneal == 0),
+               "CE_WEIGHT=0 with JEPA off, annealed or staged: no loss is left; raise it")
+        forbid(not c.joint and not c.jepa_on,
+               "LOSS_SCHEDULE=staged: its first stage needs JEPA_WEIGHT > 0 and JEPA_STEPS > 0")
+        forbid(not c.joint and c.jepa_pure_frac >= c.ce_pure_frac,
+               f"JEPA_PURE_FRAC={c.jepa_pure_frac}: must be below CE_PURE_FRAC={c.ce_pure_frac}")
+        forbid(c.jepa_on and c.jepa_steps >= c.train_seq_len,
+               f"JEPA_STEPS={c.jepa_steps}: must be below TRAIN_SEQ_LEN={c.train_seq_len}")
+        forbid(c.jepa_dim and c.projector_type == "none",
+               f"JEPA_DIM={c.jepa_dim}: PROJECTOR_TYPE=none leaves z = h; take linear")
+        forbid(c.anticollapse != "sigreg" and c.sigreg_axis != "batch",
+               f"SIGREG_AXIS={c.sigreg_axis}: needs ANTICOLLAPSE=sigreg")
+        forbid(c.sliding_eval and c.sliding_eval_stride > c.train_seq_len, f"SLIDING_EVAL_STRIDE="
+               f"{c.sliding_eval_stride}: at most TRAIN_SEQ_LEN={c.train_seq_len}")
+        for check in CHECKS:
+            faults += check(c)
+        if faults:
+            raise UserError("\n".join(faults))
         return self
 
-    # Values that follow from others, in one place.
+    # Values that follow from the knobs.
     d_inner = property(lambda c: c.expand * c.model_dim)
     embed = property(lambda c: c.embed_dim or c.model_dim)
     latent = property(lambda c: c.jepa_dim or c.model_dim)
     num_proj = property(lambda c: c.sigreg_num_proj or 2 * c.embed)
+    joint = property(lambda c: c.loss_schedule == "joint")
     jepa_on = property(lambda c: c.jepa_weight > 0 and c.jepa_steps > 0)
-    anti_weight = property(lambda c: c.sigreg_lambda if c.loss_schedule == "joint" else c.sigreg_weight)
-    latent_on = property(lambda c: c.jepa_on or c.loss_schedule == "joint" and (c.anti_weight > 0 or c.jepa_cov > 0))
-    micro_tokens = property(lambda c: c.train_batch_tokens // c.micro_batches)
+    anti_weight = property(lambda c: c.sigreg_lambda if c.joint else c.sigreg_weight)
+    latent_on = property(lambda c: c.jepa_on or c.joint and (c.anti_weight > 0 or c.jepa_cov > 0))
     in_lanes = property(lambda c: c.lanes or c.carry_state)
-    micro_rows = property(lambda c: c.micro_tokens // c.train_seq_len)
+    micro_tokens = property(lambda c: c.train_batch_tokens // c.micro_batches)
+    micro_sequences = property(lambda c: c.micro_tokens // c.train_seq_len)
 
     @property
     def pattern(self) -> str:
         """Mixer of each block as a letter: m Mamba-2, a attention."""
-        return {"mamba2": "m", "attention": "a"}.get(self.mixer, "") * self.num_layers or self.mixer
+        letter = {"mamba2": "m", "attention": "a"}.get(self.mixer)
+        return letter * self.num_layers if letter else self.mixer
 
-    def named(self, keep: Callable[[dataclasses.Field], bool] = lambda f: True) -> dict[str, Any]:
-        """Values by knob name, of the knobs that `keep` accepts."""
-        return {name: getattr(self, f.name) for name, f in self.knobs().items() if keep(f)}
+    def named(self) -> dict[str, Any]:
+        """All values by knob name."""
+        return {name: getattr(self, f.name) for name, f in self.knobs().items()}
 
     def fixed(self) -> dict[str, Any]:
-        """What a resumed run may not change: everything that alters the model, the data or the trajectory."""
-        return self.named(lambda f: not f.metadata["free"])
+        """What a resumed run may not change: all that alters model, data or trajectory."""
+        free = self.tagged("free")
+        return {name: value for name, value in self.named().items() if name not in free}
 
     def model_config(self) -> dict[str, Any]:
-        """The knobs an artifact must carry so that the stored tensors make a model."""
-        return {name: getattr(self, name.lower()) for name in MODEL_KNOBS}
+        """The knobs that an artifact carries, to rebuild the model."""
+        return {name: getattr(self, name.lower()) for name in self.tagged("model")}
 
     def render(self) -> str:
-        """Every knob with its value and where it came from, for logs and MODE=describe."""
-        rows = [(name, format_knob(getattr(self, f.name)), self.sources.get(name, "default"))
-                for name, f in self.knobs().items()]
-        return "\n".join(f"{name:<28} {value:<34} {source}" for name, value, source in rows)
-
-
-MODEL_KNOBS = ("TOKENIZER VOCAB_SIZE MODEL_DIM NUM_LAYERS MIXER D_STATE D_CONV EXPAND NUM_HEADS NUM_KV_HEADS ROPE_BASE "
-               "EMBED_DIM MLP_MULT MLP_EVERY ACTIVATION MLP_NORM NORM_EPS TIE_EMBEDDINGS VOCAB_BIAS LOGIT_SOFTCAP "
-               "SOFTCAP_TYPE TRAIN_SEQ_LEN").split()
-GRID_KNOBS = ("STORAGE QUANT_BITS QUANT_STEP QUANT_K INT8_FLOOR FP_STORAGE MLP_GRID PROJ_GRID DT_GRID "
-              "EMBED_GRID").split()  # how tensors are stored: only QAT shows it to the training
-
-
-GROUPS = dict(MODE="run", TOKENIZER="data", MODEL_DIM="model", LOSS_SCHEDULE="losses", TRAIN_SEQ_LEN="training",
-              MATRIX_LR="optimizers", STORAGE="storage", SLIDING_EVAL="evaluation", CHECKPOINT_EVERY="checkpoints",
-              ARTIFACT="people")  # first knob of each group of Config
-
-
-def near_knob(name: str, strict: bool = False) -> str | None:
-    """The knob that `name` was probably meant to be. Strict, for the environment, where foreign names are normal."""
-    known = [*Config.knobs(), *SCRIPT_KNOBS]
-    if strict and (len(name) < 5 or not name.isupper()):
-        return None
-    close = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.85 if strict else 0.6)
-    return close[0] if close else None
-
-
-def parse_knob(name: str, f: dataclasses.Field, text: str):
-    """Value of a knob from its text; UserError names the knob, the text and what would be right."""
-    kind, meta = type(f.default), f.metadata
-    try:
-        if kind is bool:
-            value = {"0": False, "1": True, "false": False, "true": True}[text.lower()]
-        elif kind is int:
-            value = int(text)
-        elif kind is float:
-            value = float(text)
-        else:
-            value = text
-    except (KeyError, ValueError):
-        right = {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
-        raise UserError(f"{name}={text}: must be {right}") from None
-    if meta["choices"]:
-        match = [choice for choice in meta["choices"] if choice.lower() == value.lower()]
-        if not match:
-            raise UserError(f"{name}={text}: must be one of {', '.join(meta['choices'])}")
-        return match[0]
-    low, high = meta["low"], meta["high"]
-    if kind is float and not math.isfinite(value):
-        raise UserError(f"{name}={text}: must be finite")
-    if low is not None and value < low or high is not None and value > high:
-        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise UserError(f"{name}={text}: must be {bounds}")
-    return value
-
-
-def format_knob(value) -> str:
-    """Text that parse_knob reads back to the same value."""
-    return str(int(value)) if isinstance(value, bool) else repr(value) if isinstance(value, float) else str(value)
+        """Every knob with its value and source, for logs and MODE=describe."""
+        return "\n".join(f"{name:<28} {format_knob(value):<34} {self.sources.get(name, 'default')}"
+                         for name, value in self.named().items())
 
 
 def knob_table() -> list[tuple[str, str, str, str]]:
-    """(group, knob, default, help) of every knob: the source of --help and of the table in README.md."""
+    """(group, knob, default, help) of every knob, for --help and README.md."""
     rows, group = [], ""
     for name, f in Config.knobs().items():
-        group = GROUPS.get(name, group)
-        choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
-        rows.append((group, name, format_knob(f.default), f.metadata["help"] + choices))
-    return rows
+        group, choices = f.metadata["group"] or group, ", ".join(f.metadata["choices"])
+        text = f.metadata["help"] + (f" ({choices})" if choices else "")
+        rows.append((group, name, format_knob(f.default), text))
+    return rows + [("run scripts", name, "", text) for name, text in SCRIPT_KNOBS.items()]
 
 
 def help_text() -> str:
     """What --help prints."""
-    lines, last = ["Every knob is an environment variable or a NAME=value argument (arguments win).", ""], ""
+    lines, last = ["Every knob is an environment variable or a NAME=value argument "
+                   "(arguments win).", ""], ""
     for group, name, default, text in knob_table():
-        if group != last:
-            lines, last = lines + [f"{group}:"], group
+        lines += [f"{group}:"] if group != last else []
         lines.append(f"  {name}={default} ".ljust(38) + text)
-    return "\n".join(lines + ["run scripts:"] + [f"  {name}".ljust(38) + text for name, text in SCRIPT_KNOBS.items()])
+        last = group
+    return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# runtime: this process among its peers. The only place that touches torch.distributed and torch.cuda.
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
+# runtime: this process among its peers: ranks, device, clock and the files of a run
+# ------------------------------------------------------------------------------
 
 def now() -> float:
-    """Seconds on the training clock (a function of its own so that tests can replace it)."""
+    """Seconds on the training clock; a function so that tests can replace it."""
     return time.perf_counter()
 
 
-class Runtime:
-    """Rank, device, compute type and collectives of this process; a context manager that ends the process group."""
-
-    def __init__(self, config: Config):
-        self.rank, self.world, self.local_rank = (int(os.environ.get(name, default)) for name, default in
-                                                  (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-        check_world(config, self.world)
-        has_cuda = torch.cuda.is_available()
-        if config.device == "cuda" and not has_cuda:
-            raise UserError("DEVICE=cuda: no CUDA device is found; take DEVICE=cpu or auto")
-        self.cuda = has_cuda and config.device != "cpu"
-        if self.cuda and self.local_rank >= torch.cuda.device_count():
-            raise UserError(f"rank {self.local_rank} has no GPU, {torch.cuda.device_count()} are found here; "
-                            "start as many ranks as GPUs (NPROC_PER_NODE)")
-        self.device = torch.device("cuda", self.local_rank) if self.cuda else torch.device("cpu")
-        if not self.cuda:
-            keep_freed_memory()
-        wanted = config.dtype if config.dtype != "auto" else "bf16" if self.cuda else "fp32"
-        self.dtype = torch.bfloat16 if wanted == "bf16" else torch.float32
-        if self.cuda:
-            torch.cuda.set_device(self.device)
-            if wanted == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-                raise UserError(f"{torch.cuda.get_device_name()} has no bf16; take DTYPE=fp32")
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        self.control = None
-        if self.world > 1:
-            limit = timedelta(seconds=config.collective_timeout)
-            where = dict(device_id=self.device) if self.cuda else {}
-            # torchrun's static rendezvous keeps one store over restarts: each attempt has its own keys in it.
-            store, _, _ = next(dist.rendezvous("env://", timeout=limit))
-            store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-            dist.init_process_group("nccl" if self.cuda else "gloo", timeout=limit, store=store, rank=self.rank,
-                                    world_size=self.world, **where)
-            # Clock and signals travel over gloo: agreeing on them must not wait for the GPU's queue.
-            self.control = dist.new_group(backend="gloo", timeout=limit)
-
-    main = property(lambda self: self.rank == 0)
-
-    def __enter__(self) -> Runtime:
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
-        # After an error the peers may never answer: leave without the collective farewell.
-        if self.world > 1 and dist.is_initialized() and kind is None:
-            dist.destroy_process_group()
-
-    def agree(self, *values: float) -> list[float]:
-        """Elementwise maximum over ranks of a few host numbers; ranks that only listen pass -inf."""
-        if self.world == 1:
-            return list(values)
-        box = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
-        return box.tolist()
-
-    def sum_(self, tensor: Tensor, wait: bool = True):
-        """Sum over ranks, in place; with wait=False returns the pending work (None on one rank)."""
-        return None if self.world == 1 else dist.all_reduce(tensor, async_op=not wait)
-
-    def gather(self, part: Tensor) -> tuple[Tensor, Any]:
-        """(W*n, ...) of every rank's (n, ...), in rank order, and the pending work (None on one rank)."""
-        if self.world == 1:
-            return part, None
-        whole = part.new_empty(self.world * part.size(0), *part.shape[1:])
-        return whole, dist.all_gather(list(whole.split(part.size(0))), part, async_op=True)
-
-    def collect(self, value) -> list:
-        """Every rank's picklable value, in rank order (between our own processes, never from a file)."""
-        everyone = [value]
-        if self.world > 1:
-            everyone = [None] * self.world
-            dist.all_gather_object(everyone, value, group=self.control)
-        return everyone
-
-    def from_main(self, value):
-        """Rank 0's picklable value on every rank (between our own processes, never from a file)."""
-        box = [value]
-        if self.world > 1:
-            dist.broadcast_object_list(box, group=self.control)
-        return box[0]
-
-    def main_first(self, work: Callable[[], Any]):
-        """Run `work` on rank 0 and hand its value to all; a UserError there is raised on every rank."""
-        value, error = None, None
-        if self.main:
-            try:
-                value = work()
-            except UserError as fault:
-                error = str(fault)
-        value, error = self.from_main((value, error))
-        if error is not None:
-            raise UserError(error)
-        return value
-
-    def to_device(self, tensor: Tensor) -> Tensor:
-        """Copy from the host without stalling the GPU."""
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.cuda else tensor
-
-    def synchronize(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
-
-    def free_memory(self) -> None:
-        """Give cached GPU memory back."""
-        if self.cuda:
-            torch.cuda.empty_cache()
-
-    def peak_memory(self) -> int:
-        """Bytes: allocated at most on the GPU, or resident at most in this process."""
-        if self.cuda:
-            return torch.cuda.max_memory_allocated()
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-    def describe(self) -> dict[str, Any]:
-        """Machine and versions, for the log's head and result.json."""
-        facts = dict(device=torch.cuda.get_device_name() if self.cuda else cpu_name(), device_type=self.device.type,
-                     dtype=str(self.dtype).removeprefix("torch."), world_size=self.world, cores=os.cpu_count(),
-                     threads=torch.get_num_threads(), python=platform.python_version(), torch=torch.__version__)
-        if self.cuda:
-            facts |= dict(cuda=torch.version.cuda, triton=package_version("triton"),
-                          mamba_ssm=package_version("mamba_ssm"))
-        return facts
-
-
 def check_world(config: Config, world: int) -> None:
-    """Refuse a number of ranks that cannot share the micro-batches, naming settings that can."""
-    if config.micro_batches % world:
-        fits = [n for n in range(1, config.micro_batches + 1) if config.micro_batches % n == 0]
-        raise UserError(f"{world} ranks cannot share MICRO_BATCHES={config.micro_batches}: start {fits} ranks, or set "
-                        f"MICRO_BATCHES={world} (with TRAIN_BATCH_TOKENS a multiple of {world * config.train_seq_len})")
+    """UserError if the ranks cannot share the micro-batches, with settings that work."""
+    parts = config.micro_batches
+    if parts % world:
+        fits = [n for n in range(1, parts + 1) if parts % n == 0]
+        raise UserError(f"{world} ranks cannot share MICRO_BATCHES={parts}: start {fits} ranks, or "
+                        f"set MICRO_BATCHES={world} (with TRAIN_BATCH_TOKENS a multiple of "
+                        f"{world * config.train_seq_len})")
 
 
 def keep_freed_memory() -> None:
-    """Ask glibc to reuse large freed blocks instead of returning them: on CPU a step otherwise spends a third of its
-    time on page faults. Does nothing elsewhere."""
-    with contextlib.suppress(OSError, AttributeError):
+    """Make glibc reuse large freed blocks; returning them costs a third of a CPU step."""
+    with contextlib.suppress(OSError, AttributeError):  # other systems
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 1 << 30)         # M_MMAP_THRESHOLD: blocks up to 1 GiB come from the heap
-        libc.mallopt(-1, (1 << 31) - 1)   # M_TRIM_THRESHOLD: and stay there
+        libc.mallopt(-3, 1 << 30)        # M_MMAP_THRESHOLD: blocks up to 1 GiB from the heap
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: never shrink the heap
 
 
 def package_version(name: str) -> str | None:
@@ -614,13 +533,149 @@ def package_version(name: str) -> str | None:
 def cpu_name() -> str:
     """Processor name as the system gives it."""
     with contextlib.suppress(OSError):
-        if found := re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()):
-            return found[1]
+        text = Path("/proc/cpuinfo").read_text()
+        if match := re.search(r"model name\s*:\s*(.+)", text):
+            return match[1]
     return platform.processor() or platform.machine()
 
 
+class Runtime(contextlib.AbstractContextManager):
+    """Rank, device, compute type and collectives; leaving the context ends the process group."""
+
+    def __init__(self, config: Config):
+        env = lambda name, default: int(os.environ.get(name, default))
+        self.rank, self.world = env("RANK", 0), env("WORLD_SIZE", 1)
+        check_world(config, self.world)
+        has_cuda = torch.cuda.is_available()
+        if config.device == "cuda" and not has_cuda:
+            raise UserError("DEVICE=cuda: no CUDA device is found; take DEVICE=cpu or auto")
+        self.cuda = has_cuda and config.device != "cpu"
+        bf16 = self.cuda if config.dtype == "auto" else config.dtype == "bf16"
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
+        self.device = torch.device("cpu")
+        if self.cuda:
+            self._take_gpu(env("LOCAL_RANK", 0))
+        else:
+            keep_freed_memory()
+        # fp32 products keep all their bits (SIGReg, covariance, GPTQ moments): no TF32 unless a
+        # kernel asks for it. The compiler would advise against that.
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
+        self.control = None
+        if self.world > 1:
+            self._join(timedelta(seconds=config.collective_timeout))
+
+    def _take_gpu(self, index: int) -> None:
+        if index >= torch.cuda.device_count():
+            raise UserError(f"rank {index} has no GPU, {torch.cuda.device_count()} are found here; "
+                            "start as many ranks as GPUs (NPROC_PER_NODE)")
+        self.device = torch.device("cuda", index)
+        torch.cuda.set_device(self.device)
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        if self.dtype == torch.bfloat16 and not has_bf16:
+            raise UserError(f"{torch.cuda.get_device_name()} has no bf16; take DTYPE=fp32")
+
+    def _join(self, limit: timedelta) -> None:
+        # torchrun keeps one store over restarts, so each attempt gets its own keys in it.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+        dist.init_process_group("nccl" if self.cuda else "gloo", timeout=limit, rank=self.rank,
+                                store=dist.PrefixStore(f"attempt_{attempt}", store),
+                                world_size=self.world,
+                                device_id=self.device if self.cuda else None)
+        # Clock and signals travel over gloo, without waiting for the GPU's queue.
+        self.control = dist.new_group(backend="gloo", timeout=limit)
+
+    main = property(lambda self: self.rank == 0)
+
+    def __exit__(self, kind, error, trace) -> None:
+        # After an error the peers may never answer, and destroying the group waits for them.
+        if self.world > 1 and dist.is_initialized() and kind is None:
+            dist.destroy_process_group()
+
+    def agree(self, *values: float) -> list[float]:
+        """Elementwise maximum over ranks of host numbers; a rank without a value passes -inf."""
+        if self.world == 1:
+            return list(values)
+        box = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
+        return box.tolist()
+
+    def sum_host(self, tensor: Tensor) -> Tensor:
+        """Sum of a CPU tensor over ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor, group=self.control)
+        return tensor
+
+    def sum_(self, tensor: Tensor, wait: bool = True):
+        """Sum over ranks, in place; wait=False returns the pending work (None on one rank)."""
+        return None if self.world == 1 else dist.all_reduce(tensor, async_op=not wait)
+
+    def gather(self, part: Tensor) -> tuple[Tensor, Any]:
+        """All ranks' (n, ...) as (W*n, ...) and the pending work (None on one rank)."""
+        if self.world == 1:
+            return part, None
+        whole = part.new_empty(self.world * len(part), *part.shape[1:])
+        return whole, dist.all_gather(list(whole.split(len(part))), part, async_op=True)
+
+    def collect(self, value) -> list:
+        """Every rank's picklable value, in rank order (never one from a file)."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def from_main(self, value):
+        """Rank 0's picklable value on every rank (never one from a file)."""
+        box = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(box, group=self.control)
+        return box[0]
+
+    def main_first(self, work: Callable[[], Any]):
+        """Run `work` on rank 0 for all; its value, or its UserError, reaches every rank."""
+        outcome = None
+        if self.main:
+            try:
+                outcome = work(), None
+            except UserError as fault:
+                outcome = None, str(fault)
+        value, error = self.from_main(outcome)
+        if error is not None:
+            raise UserError(error)
+        return value
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """Copy from the host without stalling the GPU."""
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.cuda else tensor
+
+    def synchronize(self) -> None:
+        """Wait for the GPU."""
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def peak_memory(self) -> int:
+        """Peak bytes allocated on the GPU, or resident in this process."""
+        if self.cuda:
+            return torch.cuda.max_memory_allocated()
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def describe(self) -> dict[str, Any]:
+        """Machine and versions, for the log's head and result.json."""
+        facts = dict(device=torch.cuda.get_device_name() if self.cuda else cpu_name(),
+                     device_type=self.device.type, dtype=str(self.dtype).removeprefix("torch."),
+                     world_size=self.world, cores=os.cpu_count(), threads=torch.get_num_threads(),
+                     python=platform.python_version(), torch=torch.__version__)
+        if self.cuda:
+            facts |= dict(cuda=torch.version.cuda, triton=package_version("triton"),
+                          mamba_ssm=package_version("mamba_ssm"))
+        return facts
+
+
 def progress_bar(items, label: str, show: bool = True):
-    """tqdm on a terminal, the bare iterable in a pipe or without tqdm."""
+    """tqdm on a terminal; the bare iterable in a pipe or without tqdm."""
     if show and sys.stderr.isatty():
         with contextlib.suppress(ImportError):
             from tqdm import tqdm
@@ -630,14 +685,15 @@ def progress_bar(items, label: str, show: bool = True):
 
 @functools.cache
 def source_text() -> str:
-    """This file as it was when the run began: it may be edited meanwhile."""
+    """This file as it was at the first call: it may be edited during a run."""
     return Path(__file__).read_text(encoding="utf-8")
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Any]:
-    """A file to write that takes the place of `path` when the block ends, all or nothing: temporary name, sync, rename.
-    UserError when that fails."""
+    """A binary file that takes the place of `path` when the block ends: all or nothing.
+
+    It is written under a temporary name, synced and renamed; UserError if that fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -651,9 +707,10 @@ def replacing(path: Path) -> Iterator[Any]:
         finally:
             os.close(folder)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); earlier files are intact") from error
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); earlier files "
+                        "are intact") from error
     finally:
-        with contextlib.suppress(OSError):     # it is there only after a fault
+        with contextlib.suppress(OSError):  # left over only after an error
             temporary.unlink()
 
 
@@ -664,26 +721,27 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 class RunFolder:
-    """runs/<RUN_ID>/ of one run: log.txt, metrics.jsonl, config.json, result.json. Silent on ranks other than 0."""
+    """runs/<RUN_ID>/: log.txt, metrics.jsonl, config.json, result.json; written by rank 0 only."""
 
     def __init__(self, path: Path, main: bool, resume_bytes: dict[str, int] | None = None):
-        """Open for writing; on resume cut both journals back to the lengths that the checkpoint knew."""
-        self.path, self.main = path, main
+        """Open both journals; a resumed run cuts them to their lengths in the checkpoint."""
+        self.path, self.main, self.files = path, main, {}
         if not main:
             return
         path.mkdir(parents=True, exist_ok=True)
-        names = ("log.txt", "metrics.jsonl")
-        for name in names:
-            if (path / name).exists() and name in (resume_bytes or {}):
-                os.truncate(path / name, min(resume_bytes[name], (path / name).stat().st_size))
-        self.files = {name: open(path / name, "a", encoding="utf-8") for name in names}
+        for name in ("log.txt", "metrics.jsonl"):
+            self.files[name] = open(path / name, "a", encoding="utf-8")
+            if name in (resume_bytes or {}):
+                size = (path / name).stat().st_size
+                os.truncate(path / name, min(resume_bytes[name], size))
 
     def _append(self, name: str, text: str) -> None:
         try:
             self.files[name].write(text + "\n")
             self.files[name].flush()
         except OSError as error:
-            raise UserError(f"{self.path / name}: cannot be written ({error.strerror}); make room") from error
+            path = self.path / name
+            raise UserError(f"{path}: cannot be written ({error.strerror}); make room") from error
 
     def log(self, line: str, console: bool = True) -> None:
         """One short greppable line to log.txt and the console."""
@@ -699,67 +757,71 @@ class RunFolder:
 
     def sizes(self) -> dict[str, int]:
         """Lengths of the journals in bytes, for the checkpoint."""
-        return {name: (self.path / name).stat().st_size for name in self.files} if self.main else {}
+        return {name: (self.path / name).stat().st_size for name in self.files}
 
     def write_json(self, name: str, value) -> None:
+        """Replace one JSON file of the folder."""
         if self.main:
             write_atomically(self.path / name, (json.dumps(value, indent=2) + "\n").encode())
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# data: shards in and out, a token stream with a position, vocabularies that know their bytes
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
+# data: shards, one endless token stream, batches, and the bytes that tokens stand for
+# ------------------------------------------------------------------------------
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 1024  # header: 256 little-endian int32
-BYTE_MARK = 0  # document boundary in byte shards: a value that UTF-8 text never holds; it costs no bytes in BPB
+BYTE_BOS = 0  # bos_id of byte shards: a byte that UTF-8 text never contains
 
 
 def read_shard(path: Path) -> np.ndarray:
-    """Tokens (n,) of a shard as a read-only memory map; UserError unless magic, version and size are exact."""
+    """Tokens (n,) as a read-only memory map; UserError unless magic, version and size fit."""
     try:
         size = os.path.getsize(path)
         header = np.fromfile(path, dtype="<i4", count=256)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); run setup_jepa.sh") from error
     if len(header) < 256 or header[0] != SHARD_MAGIC:
-        raise UserError(f"{path}: not a token shard (magic {SHARD_MAGIC} is missing); run setup_jepa.sh again")
-    if header[1] != SHARD_VERSION:
-        raise UserError(f"{path}: shard version {header[1]}, this script reads version {SHARD_VERSION}")
-    if header[2] < 0 or size != SHARD_HEADER + 2 * int(header[2]):
-        raise UserError(f"{path}: {size} bytes, but its header promises {header[2]} tokens "
-                        f"({SHARD_HEADER + 2 * int(header[2])} bytes); fetch it again with setup_jepa.sh")
-    if header[2] == 0:
+        raise UserError(f"{path}: not a token shard (no magic {SHARD_MAGIC}); run setup_jepa.sh")
+    version, count = int(header[1]), int(header[2])
+    if version != SHARD_VERSION:
+        raise UserError(f"{path}: shard version {version}, not {SHARD_VERSION}; run setup_jepa.sh")
+    if count < 0 or size != SHARD_HEADER + 2 * count:
+        raise UserError(f"{path}: {size} bytes, but its header promises {count} tokens "
+                        f"({SHARD_HEADER + 2 * count} bytes); fetch it again with setup_jepa.sh")
+    if count == 0:
         return np.empty(0, dtype="<u2")
-    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER, shape=(int(header[2]),))
+    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER, shape=(count,))
 
 
 def find_shards(data_path: str, part: str) -> list[Path]:
-    """The shards `fineweb_<part>_*.bin` of a folder, in order; UserError when there are none."""
+    """The shards `fineweb_<part>_*.bin` of a folder, in order; UserError if there are none."""
     paths = sorted(Path(data_path).glob(f"fineweb_{part}_*.bin"))
     if not paths:
-        raise UserError(f"DATA_PATH={data_path}: holds no fineweb_{part}_*.bin; run setup_jepa.sh, or set DATA_PATH")
+        raise UserError(f"DATA_PATH={data_path}: holds no fineweb_{part}_*.bin; run setup_jepa.sh")
     return paths
 
 
 class TokenStream:
-    """The tokens of many shards as one endless stream, read at any position (it wraps around)."""
+    """The tokens of many shards as one stream, readable at any position; it wraps around."""
 
     def __init__(self, paths: Sequence[Path], vocab_size: int):
         self.paths, self.vocab_size = list(paths), vocab_size
         self.shards = [read_shard(path) for path in self.paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
-        if self.ends[-1] == 0:
-            raise UserError(f"{self.paths[0].parent}: the shards hold no tokens; run setup_jepa.sh again")
-        for index, shard in enumerate(self.shards):  # a whole scan of small sets, the heads of large ones
+        if len(self) == 0:
+            raise UserError(f"{self.paths[0].parent}: no tokens in these shards; run setup_jepa.sh")
+        for index, shard in enumerate(self.shards):  # small shards wholly, the head of large ones
             self._check(index, shard[:4_000_000])
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def _check(self, index: int, tokens: np.ndarray) -> np.ndarray:
-        if len(tokens) and int(tokens.max()) >= self.vocab_size:
-            raise UserError(f"{self.paths[index]}: token id {int(tokens.max())}, but VOCAB_SIZE={self.vocab_size}; "
-                            "these shards were made with another tokenizer")
+        """The tokens, if all ids are in the vocabulary."""
+        largest = int(tokens.max(initial=0))
+        if largest >= self.vocab_size:
+            raise UserError(f"{self.paths[index]}: token id {largest}, but VOCAB_SIZE="
+                            f"{self.vocab_size}; these shards were made with another tokenizer")
         return tokens
 
     def read(self, position: int, count: int) -> np.ndarray:
@@ -768,136 +830,150 @@ class TokenStream:
         while count > 0:
             position %= len(self)
             index = int(np.searchsorted(self.ends, position, side="right"))
-            start = position - (int(self.ends[index]) - len(self.shards[index]))
-            piece = self._check(index, self.shards[index][start:start + count])
+            shard = self.shards[index]
+            start = position - int(self.ends[index]) + len(shard)
+            piece = self._check(index, shard[start:start + count])
             pieces.append(piece.astype(np.int64))
             position, count = position + len(piece), count - len(piece)
         return np.concatenate(pieces)
 
 
 class Batches:
-    """Micro-batches of a run, by step and index alone: the same whatever the number of ranks.
+    """Micro-batches by position and index alone: the same for any number of ranks.
 
-    Each micro-batch takes its tokens + 1 values from the stream; x is all but the last, y all but the first, in
-    rows of `seq_len`. With `lanes` (LANES, CARRY_STATE) the stream is cut into one lane per row of the whole batch,
-    and a row goes on in its lane where the step before ended."""
+    Each takes its tokens + 1 values of the stream: x is all but the last, y all but the first,
+    cut into sequences. With `lanes` (LANES, CARRY_STATE) the stream is cut into one lane per
+    sequence of the whole batch, and each step reads the next `seq_len` tokens of every lane."""
 
-    def __init__(self, stream: TokenStream, micro_batches: int, rows: int, seq_len: int, lanes: bool = False):
-        self.stream, self.micro_batches, self.rows = stream, micro_batches, rows
+    def __init__(self, stream: TokenStream, micro_batches: int, sequences: int, seq_len: int,
+                 lanes: bool = False):
+        self.stream, self.micro_batches, self.sequences = stream, micro_batches, sequences
         self.seq_len, self.lanes = seq_len, lanes
 
     def span(self) -> int:
-        """Values that a position can pass before the run meets what it has seen: the stream, or one lane."""
-        return len(self.stream) // (self.micro_batches * self.rows if self.lanes else 1)
+        """Positions until the run reads the same tokens again: the stream, or one lane."""
+        return len(self.stream) // (self.micro_batches * self.sequences if self.lanes else 1)
 
     def values_per_step(self) -> int:
-        """Values of the stream that one step uses up: what a position advances by."""
-        return self.seq_len if self.lanes else self.micro_batches * (self.rows * self.seq_len + 1)
+        """How far one step advances the position."""
+        if self.lanes:
+            return self.seq_len
+        return self.micro_batches * (self.sequences * self.seq_len + 1)
 
     def __call__(self, position: int, micro: int) -> tuple[Tensor, Tensor]:
-        """x and y, each (rows, seq_len) int64, of one micro-batch of the step that starts at `position`."""
-        rows, seq_len = self.rows, self.seq_len
+        """x and y, (sequences, seq_len) int64 each, of one micro-batch of the step there."""
+        n, length = self.sequences, self.seq_len
         if self.lanes:
             lane = self.span()
-            starts = [(micro * rows + row) * lane + position for row in range(rows)]
-            values = torch.from_numpy(np.stack([self.stream.read(start, seq_len + 1) for start in starts]))
-            return values[:, :-1].contiguous(), values[:, 1:].contiguous()
-        count = rows * seq_len + 1
+            starts = [(micro * n + i) * lane + position for i in range(n)]
+            values = np.stack([self.stream.read(start, length + 1) for start in starts])
+            return torch.from_numpy(values[:, :-1].copy()), torch.from_numpy(values[:, 1:].copy())
+        count = n * length + 1
         values = torch.from_numpy(self.stream.read(position + micro * count, count))
-        return values[:-1].view(rows, seq_len), values[1:].view(rows, seq_len)
+        return values[:-1].view(n, length), values[1:].view(n, length)
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Bytes of UTF-8 text that each token stands for.
+    """How many bytes of UTF-8 text each token stands for.
 
-    Rule: control, unknown and unused pieces count 0 bytes and are a boundary; byte pieces count 1; any other piece
-    counts its UTF-8 length without the leading "\u2581", plus 1 for the "\u2581" if the previous token is no boundary.
-    So the counts of a document add up to the UTF-8 length of its text as the tokenizer normalizes it."""
+    Control, unknown and unused pieces count 0 and are boundaries; byte pieces count 1; other
+    pieces count their UTF-8 length without a leading "\u2581" (the space mark), which counts 1
+    unless the previous token is a boundary. The counts of a document thus add up to the UTF-8
+    length of its text as the tokenizer normalizes it."""
     base_bytes: Tensor  # (V,) int64
     space: Tensor       # (V,) bool: begins with the space mark
     boundary: Tensor    # (V,) bool: control, unknown or unused
-    mark: int           # the id that begins a document
+    bos_id: int         # begins a document
 
     def target_bytes(self, previous: Tensor, targets: Tensor) -> Tensor:
-        """Bytes (int64, any shape) of `targets`, each after its `previous` token."""
+        """Bytes (int64) of `targets`, each after its `previous` token; any shape."""
         return self.base_bytes[targets] + (self.space[targets] & ~self.boundary[previous])
 
     def pack(self) -> dict[str, Any]:
-        """JSON-able form: the artifact carries it, so that it can be scored without the tokenizer."""
-        codes = (self.base_bytes * 4 + self.space * 2 + self.boundary).numpy().astype("<u2").tobytes()
-        return {"mark": self.mark, "codes": base64.b64encode(zlib.compress(codes, 9)).decode()}
+        """Form for JSON; with it in the artifact, scoring needs no tokenizer."""
+        codes = (self.base_bytes * 4 + self.space * 2 + self.boundary).numpy().astype("<u2")
+        packed = base64.b64encode(zlib.compress(codes.tobytes(), 9)).decode()
+        return {"bos_id": self.bos_id, "codes": packed}
 
     @classmethod
     def unpack(cls, packed: dict[str, Any], vocab_size: int) -> Vocabulary:
-        """Inverse of `pack`; UserError when the form is another."""
+        """Inverse of `pack`; UserError if the form is damaged or of another size."""
         try:
-            data = zlib.decompressobj().decompress(base64.b64decode(packed["codes"]), 2 * vocab_size + 1)
-            codes, mark = torch.from_numpy(np.frombuffer(data, dtype="<u2").astype(np.int64)), int(packed["mark"])
+            packed_codes, bos_id = base64.b64decode(packed["codes"]), int(packed["bos_id"])
+            data = zlib.decompressobj().decompress(packed_codes, 2 * vocab_size + 1)
+            codes = torch.from_numpy(np.frombuffer(data, dtype="<u2").astype(np.int64))
         except (KeyError, TypeError, ValueError, zlib.error) as error:
             raise UserError(f"the artifact's vocabulary is damaged ({error})") from None
-        if len(codes) != vocab_size or not 0 <= mark < vocab_size:
-            raise UserError(f"the artifact's vocabulary has {len(codes)} tokens, its model {vocab_size}")
-        return cls(codes >> 2, (codes & 2) > 0, (codes & 1) > 0, mark)
+        if len(codes) != vocab_size or not 0 <= bos_id < vocab_size:
+            raise UserError(f"the artifact's vocabulary has {len(codes)} tokens, not {vocab_size}")
+        return cls(codes >> 2, (codes & 2) > 0, (codes & 1) > 0, bos_id)
 
 
 def byte_vocabulary() -> Vocabulary:
-    """256 byte values; BYTE_MARK begins a document and counts nothing."""
+    """256 byte values of one byte each, except BYTE_BOS: 0 bytes."""
     base = torch.ones(256, dtype=torch.int64)
-    base[BYTE_MARK] = 0
-    return Vocabulary(base, torch.zeros(256, dtype=torch.bool), base == 0, BYTE_MARK)
+    base[BYTE_BOS] = 0
+    return Vocabulary(base, torch.zeros(256, dtype=torch.bool), base == 0, BYTE_BOS)
 
 
 def load_sentencepiece(path: str):
-    """The SentencePiece model at TOKENIZER_PATH; UserError when it is missing or no model."""
-    if not path:
-        raise UserError("TOKENIZER_PATH: TOKENIZER=bpe needs the SentencePiece model; run setup_jepa.sh")
+    """The SentencePiece model at TOKENIZER_PATH; UserError if it is missing or damaged."""
     if not Path(path).is_file():
-        raise UserError(f"TOKENIZER_PATH={path}: no such file; run setup_jepa.sh, or set TOKENIZER_PATH")
+        raise UserError(f"TOKENIZER_PATH={path}: TOKENIZER=bpe needs a SentencePiece model there; "
+                        "run setup_jepa.sh")
     try:
         import sentencepiece
         return sentencepiece.SentencePieceProcessor(model_file=path)
     except ImportError:
-        raise UserError("TOKENIZER=bpe needs the package sentencepiece; run setup_jepa.sh") from None
-    except Exception as error:  # the library raises RuntimeError, OSError or TypeError on a damaged file
-        raise UserError(f"TOKENIZER_PATH={path}: not a SentencePiece model ({str(error).splitlines()[0]})") from None
+        raise UserError("TOKENIZER=bpe: the package sentencepiece is missing; run setup_jepa.sh"
+                        ) from None
+    except Exception as error:  # RuntimeError, OSError or TypeError for a damaged file
+        reason = str(error).splitlines()[0]
+        raise UserError(f"TOKENIZER_PATH={path}: not a SentencePiece model ({reason})") from None
 
 
 def bpe_vocabulary(path: str, vocab_size: int) -> Vocabulary:
     """Byte counts of a SentencePiece model's pieces."""
-    pieces = load_sentencepiece(path)
-    if pieces.vocab_size() != vocab_size:
-        raise UserError(f"TOKENIZER_PATH={path}: has {pieces.vocab_size()} pieces, but VOCAB_SIZE={vocab_size}")
-    base, space, boundary = [], [], []
-    for token in range(vocab_size):
-        silent = pieces.is_control(token) or pieces.is_unknown(token) or pieces.is_unused(token)
-        piece = pieces.id_to_piece(token)
-        boundary.append(silent)
-        space.append(not silent and not pieces.is_byte(token) and piece.startswith("\u2581"))
-        base.append(0 if silent else 1 if pieces.is_byte(token) else len(piece.removeprefix("\u2581").encode()))
-    mark = pieces.bos_id() if pieces.bos_id() >= 0 else 1
-    return Vocabulary(torch.tensor(base), torch.tensor(space), torch.tensor(boundary), mark)
+    model, rows = load_sentencepiece(path), []
+    size, mark = model.vocab_size(), "\u2581"
+    if size != vocab_size:
+        raise UserError(f"TOKENIZER_PATH={path}: has {size} pieces, but VOCAB_SIZE={vocab_size}")
+    for token in range(size):
+        piece = model.id_to_piece(token)
+        if model.is_control(token) or model.is_unknown(token) or model.is_unused(token):
+            rows.append((0, False, True))
+        elif model.is_byte(token):
+            rows.append((1, False, False))
+        else:
+            length = len(piece.removeprefix(mark).encode())
+            rows.append((length, piece.startswith(mark), False))
+    base, space, boundary = (torch.tensor(column) for column in zip(*rows))
+    return Vocabulary(base, space, boundary, model.bos_id() if model.bos_id() >= 0 else 1)
 
 
 def load_vocabulary(config: Config) -> Vocabulary:
+    """The vocabulary of TOKENIZER."""
     if config.tokenizer == "byte":
         return byte_vocabulary()
     return bpe_vocabulary(config.tokenizer_path, config.vocab_size)
 
 
 def load_validation(config: Config) -> Tensor:
-    """Validation tokens (rows * T + 1,) int64: at most VAL_MAX_TOKENS, cut to whole rows."""
+    """Validation tokens (n * TRAIN_SEQ_LEN + 1,) int64: whole sequences, VAL_MAX_TOKENS at most."""
     stream = TokenStream(find_shards(config.data_path, "val"), config.vocab_size)
-    count = min(len(stream) - 1, config.val_max_tokens or len(stream)) // config.train_seq_len * config.train_seq_len
+    length, limit = config.train_seq_len, config.val_max_tokens or len(stream)
+    count = min(len(stream) - 1, limit) // length * length
     if count <= 0:
-        raise UserError(f"DATA_PATH={config.data_path}: {len(stream)} validation tokens do not fill one row of "
-                        f"TRAIN_SEQ_LEN={config.train_seq_len}; VAL_MAX_TOKENS={config.val_max_tokens}")
+        raise UserError(f"DATA_PATH={config.data_path}: {len(stream)} validation tokens do not "
+                        f"fill one sequence of TRAIN_SEQ_LEN={length}; "
+                        f"VAL_MAX_TOKENS={config.val_max_tokens}")
     return torch.from_numpy(stream.read(0, count + 1))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # SSD: the selective state-space scan of Mamba-2 (Dao & Gu 2024, section 6) in PyTorch
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 
 def ssd_chunked(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *, chunk: int = 64,
                 initial_state: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -1020,14 +1096,14 @@ def soft_cap(logits: Tensor, cap: float, kind: str) -> Tensor:
     return cap * (u * (1 - square / 3 + square * square / 15)).clamp(-1, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # kernels: Triton twins of the slow parts
 #
 # Triton twins of the plain PyTorch forms, each behind a torch.library.custom_op so that one graph compiles around it.
 # Triton is imported on first use, by `_triton()`: the file imports, trains and passes its tests without it. Under
 # TRITON_INTERPRET=1 the same kernels run on CPU tensors, which is how they are proven on a machine without a GPU.
 # Every op is deterministic: no atomics, partial sums are added in a fixed order.
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 POLY, TANH = 1, 2  # softcap codes of the head kernel; 0 = none
 FORMATS = {"bf16": 0, "fp8": 1, "int": 2, "sigma": 3}  # grids of the snap kernel
 
@@ -1805,9 +1881,9 @@ def choose_kernels(c: Config, runtime: Runtime) -> tuple[Kernels, str]:
                    causal_conv_silu, name), note
 
 
-# -----------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # blocks: norm, linear layer, mixers, MLP, residual block
-# -----------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 
 # Each module names the roles of its parameters; a role decides the optimizer and the storage.
 MATRIX, MLP_MATRIX, IN_PROJ = "matrix", "MLP matrix", "in_proj"
@@ -2070,9 +2146,29 @@ class Block(nn.Module):
         return x, state
 
 
-# -----------------------------------------------------------------------------------------------
+def check_mixers(c: Config) -> Iterator[str]:
+    """Faults of the knobs that choose and size the mixers."""
+    if len(c.pattern) != c.num_layers or not re.fullmatch("[ma]+", c.pattern):
+        yield f"MIXER={c.mixer}: mamba2, attention, or NUM_LAYERS={c.num_layers} letters m or a"
+    if "m" in c.pattern and c.d_inner % HEADDIM:
+        yield (f"EXPAND*MODEL_DIM={c.d_inner}: Mamba-2 heads are {HEADDIM} wide; take a MODEL_DIM "
+               f"such that the product is a multiple of {HEADDIM}")
+    if "a" in c.pattern:
+        if c.model_dim % (2 * c.num_heads):
+            yield f"NUM_HEADS={c.num_heads}: must divide MODEL_DIM={c.model_dim} into even widths"
+        if c.num_heads % c.num_kv_heads:
+            yield f"NUM_KV_HEADS={c.num_kv_heads}: must divide NUM_HEADS={c.num_heads}"
+        if c.carry_state or c.eval_state == "carry":
+            yield ("CARRY_STATE, EVAL_STATE=carry: attention has no fixed-size state; use "
+                   "MIXER=mamba2")
+
+
+CHECKS.append(check_mixers)
+
+
+# ------------------------------------------------------------------------------
 # model: embedding, U-Net, output head with its tie modes, JEPA head
-# -----------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 
 class LanguageModel(nn.Module):
     """Token ids to hidden states h, and h to logits; everything that the artifact stores."""
@@ -2201,15 +2297,16 @@ class JepaHead(nn.Module):
         return self.pred_proj(self.out(F.gelu(self.fc(x))))
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # losses: tensors in, scalars out
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 
 TERMS = ("ce", "jepa", "anti", "cov")  # order of loss weights, log columns and gradient shares
 
 
 class Active(NamedTuple):
-    """Which terms a step computes: a term of weight 0 costs nothing. Static for the compiler, one graph each."""
+    """Which terms a step computes; a term of weight 0 costs nothing. The compiler makes one graph
+    for each combination."""
     ce: bool
     jepa: bool
     anti: bool
@@ -2228,7 +2325,7 @@ def sigreg_knots(count: int) -> tuple[tuple[float, ...], ...]:
 
 
 def sigreg_null(samples: int, knots: int = 17) -> float:
-    """Expected SIGReg of standard normal samples: the integral of (1 - phi^2) w over their number."""
+    """Expected SIGReg of standard normal samples: the integral of (1 - phi^2) w / samples."""
     _, target, weights = sigreg_knots(knots)
     return sum(w * (1 - phi * phi) for phi, w in zip(target, weights)) / samples
 
@@ -2238,8 +2335,8 @@ def sigreg(z: Tensor, directions: Tensor, knots: int = 17, axis: str = "batch") 
     https://arxiv.org/abs/2511.08544).
 
     z (B,S,L) at S sampled positions, directions (M,L). Per direction the empirical characteristic
-    function is compared with exp(-t^2/2). Its mean is taken over the batch ("batch", system A), over
-    the positions ("time") or over both; the result is the mean over the rest."""
+    function is compared with exp(-t^2/2). Its mean is taken over the batch ("batch", system A),
+    over the positions ("time") or over both; the result is the mean over the rest."""
     points, target, weights = (z.new_tensor(v, dtype=torch.float32) for v in sigreg_knots(knots))
     phase = F.linear(z.float(), directions).unsqueeze(-1) * points         # (B,S,M,knots)
     pooled = {"batch": (0,), "time": (1,), "both": (0, 1)}[axis]
@@ -2271,8 +2368,11 @@ def rollout(jepa: JepaHead, z: Tensor, steps: int) -> Iterator[tuple[Tensor, Ten
 
 def jepa_loss(jepa: JepaHead, z: Tensor, steps: int, detach: bool) -> Tensor:
     """Mean over horizons of the MSE between prediction and target, in fp32."""
-    return torch.stack([F.mse_loss(prediction.float(), (target.detach() if detach else target).float())
-                        for prediction, target in rollout(jepa, z, steps)]).mean()
+    errors = []
+    for prediction, target in rollout(jepa, z, steps):
+        target = target.detach() if detach else target
+        errors.append(F.mse_loss(prediction.float(), target.float()))
+    return torch.stack(errors).mean()
 
 
 def loss_terms(c: Config, model: LanguageModel, jepa: JepaHead | None, h: Tensor, targets: Tensor,
@@ -2299,9 +2399,9 @@ def loss_terms(c: Config, model: LanguageModel, jepa: JepaHead | None, h: Tensor
     return terms
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # schedules: pure functions of the progress p in [0, 1] (and, for the momentum, of the step)
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 
 class Progress(NamedTuple):
     """Where a run stands: steps done, fraction done, steps left. The fraction is that of the wall
@@ -2336,7 +2436,8 @@ def lr_scale(progress: Progress, c: Config) -> float:
 
 def muon_momentum(step: int, c: Config) -> float:
     """Linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM over the first steps."""
-    start, final, steps = c.muon_momentum_warmup_start, c.muon_momentum, c.muon_momentum_warmup_steps
+    final, steps = c.muon_momentum, c.muon_momentum_warmup_steps
+    start = c.muon_momentum_warmup_start
     return start + (final - start) * min(step / steps, 1.0) if steps else final
 
 
@@ -2368,7 +2469,8 @@ def loss_weights(p: float, c: Config) -> LossWeights:
         return LossWeights(c.ce_weight, 0.0, 0.0, 0.0, "ce")
     bridge = (p - c.jepa_pure_frac) / (c.ce_pure_frac - c.jepa_pure_frac)
     latent = 1 - bridge
-    return LossWeights(c.ce_weight * bridge, jepa * latent, c.sigreg_weight * latent, c.jepa_cov * latent, "bridge")
+    return LossWeights(c.ce_weight * bridge, jepa * latent, c.sigreg_weight * latent,
+                       c.jepa_cov * latent, "bridge")
 
 
 def qat_on(p: float, fraction: float) -> bool:
@@ -2381,9 +2483,9 @@ def averaging_on(p: float, start: float) -> bool:
     return start < 1 and p >= start
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # storage: the grid of every stored tensor; training snaps to exactly what the artifact decodes to
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 
 INT8_CLIP = 0.9999984                      # system B: the 99.99984th percentile of a row's magnitudes
 PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -2614,6 +2716,28 @@ def fits_training(name: str) -> bool:
     return False
 
 
+def check_grids(c: Config) -> Iterator[str]:
+    """Faults of the knobs that choose how tensors are stored."""
+    int8 = c.storage == "int8"
+    if int8 and c.quant_bits != 8 or not int8 and c.quant_bits not in (4, 5, 6):
+        yield f"QUANT_BITS={c.quant_bits}: STORAGE=intn needs 4, 5 or 6, STORAGE=int8 needs 8"
+    if int8 and c.fp_storage != "BF16":
+        yield f"FP_STORAGE={c.fp_storage}: STORAGE=int8 needs BF16"
+    if int8 and c.quant_step != "absmax":
+        yield f"QUANT_STEP={c.quant_step}: needs STORAGE=intn"
+    if c.int8_floor and not int8:
+        yield "INT8_FLOOR=1: needs STORAGE=int8"
+    for name in ("MLP_GRID", "PROJ_GRID", "DT_GRID", "EMBED_GRID"):
+        value = getattr(c, name.lower())
+        if value and int8:
+            yield f"{name}={value}: needs STORAGE=intn"
+        if value and not fits_training(value):
+            yield f"{name}={value}: must be int4, int5, int6, int8a, int4s0.35, fp8 or bf16"
+
+
+CHECKS.append(check_grids)
+
+
 @torch.no_grad()
 def round_compensated(w: Tensor, grid: Grid, moments: Tensor) -> tuple[dict[str, Tensor], float]:
     """encode's arrays for an INT grid, rounded so that the layer's output changes least (GPTQ, Frantar et al. 2022),
@@ -2645,9 +2769,9 @@ def round_compensated(w: Tensor, grid: Grid, moments: Tensor) -> tuple[dict[str,
     return {"q": best, "s": plain["s"]}, float(torch.minimum(mine, other).sum() / other.sum().clamp_min(1e-300))
 
 
-# -----------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # optimizers: each parameter in one group; Muon for matrices, AdamW for the rest
-# -----------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 
 # An odd polynomial a x + b x^3 + c x^5 that moves singular values to about [0.7, 1.2].
 QUINTIC = (3.4445, -4.7750, 2.0315)  # https://kellerjordan.github.io/posts/muon/
@@ -2980,9 +3104,9 @@ class Optimizer:
             tensor.copy_(checked_tensor(tensors, name, tensor))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # artifact: one container without pickle for artifacts and checkpoints, codecs, strict read
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 
 # One container for artifacts and checkpoints, no pickle. Little-endian:
 #   magic 8 | version u32 | header bytes, stored u32, raw u32 | header, zlib | section payloads | sha256 of all before
@@ -3472,6 +3596,13 @@ def check_table(meta: dict, sections, path) -> list[tuple[str, Grid, list[int]]]
     return table
 
 
+def artifact_outline(path) -> tuple[dict, dict[str, tuple]]:
+    """Configuration and {name: shape} of an artifact whose checksum and sizes hold, undecoded."""
+    meta, sections = read_container(path, "artifact")
+    table = check_table(meta, sections, path)
+    return meta["config"], {name: tuple(shape) for name, _, shape in table}
+
+
 def read_artifact(path, check=None) -> tuple[dict, dict[str, Tensor], dict[str, Grid]]:
     """(config, {name: fp32 grid values}, {name: grid}); strict: any fault is a UserError naming file and fault.
 
@@ -3494,9 +3625,9 @@ def read_artifact(path, check=None) -> tuple[dict, dict[str, Tensor], dict[str, 
     return meta["config"], tensors, {name: grid for name, grid, _ in table}
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # checkpoint: everything an uninterrupted run would have at that step, in the artifact's container (no pickle)
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 
 class Checkpoints:
     """The folder of a run's checkpoints; rank 0 writes them in the background from a snapshot."""
@@ -3557,9 +3688,9 @@ def differences(old: dict[str, Any], new: dict[str, Any], but: Iterable[str] = (
             for name in sorted((set(old) | set(new)).difference(but)) if old.get(name) != new.get(name)]
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # evaluation: bits per byte in several passes; statistics of the latent
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 
 class Score(NamedTuple):
     """Mean negative log-likelihood per token (nats) and bits per byte."""
@@ -3574,20 +3705,25 @@ class Evaluator:
                  batch_tokens: int, runtime: Runtime, forward: Callable | None = None):
         self.model, self.tokens, self.vocabulary = model, tokens, vocabulary
         self.runtime, self.forward = runtime, forward or model
-        self.seq_len, self.rows = seq_len, max(1, batch_tokens // seq_len)
+        self.seq_len, self.sequences = seq_len, max(1, batch_tokens // seq_len)
         self.targets = len(tokens) - 1
         self.bytes = int(vocabulary.target_bytes(tokens[:-1], tokens[1:]).sum())
 
     def on(self, tokens: Tensor) -> Evaluator:
         """The same evaluation of other tokens."""
-        return Evaluator(self.model, tokens, self.vocabulary, self.seq_len, self.rows * self.seq_len,
-                         self.runtime, self.forward)
+        return Evaluator(self.model, tokens, self.vocabulary, self.seq_len,
+                         self.sequences * self.seq_len, self.runtime, self.forward)
 
     def _scores(self, total: Tensor) -> list[Score]:
         """Sums of NLL (K,) fp64 of this rank -> scores over all ranks."""
         total = self.runtime.sum_host(total.to("cpu"))
         return [Score(nll / self.targets, nll / math.log(2) / max(self.bytes, 1))
                 for nll in total.tolist()]
+
+    def _share(self, count: int) -> tuple[int, int]:
+        """First and last + 1 of this rank's items out of `count`."""
+        rank, world = self.runtime.rank, self.runtime.world
+        return count * rank // world, count * (rank + 1) // world
 
     def _zeros(self, count: int) -> Tensor:
         return torch.zeros(count, dtype=torch.float64, device=self.runtime.device)
@@ -3596,8 +3732,8 @@ class Evaluator:
         return self.forward(self.runtime.to_device(ids), self.runtime.dtype, states)
 
     def _nll(self, h: Tensor, targets: Tensor, temperatures: Sequence[float]) -> Tensor:
-        """Sum of the NLL at each temperature (K,) fp64; h (...,D), targets (...). Logits are made in
-        pieces, because they are V wide."""
+        """Sum of the NLL at each temperature (K,) fp64; h (...,D), targets (...). The V-wide
+        logits are made in pieces."""
         h, targets = h.reshape(-1, h.size(-1)), self.runtime.to_device(targets.reshape(-1))
         piece = max(1, (1 << (25 if h.is_cuda else 22)) // self.vocabulary.base_bytes.numel())
         total = self._zeros(len(temperatures))
@@ -3609,47 +3745,49 @@ class Evaluator:
         return total
 
     @torch.no_grad()
-    def standard(self, temperatures: Sequence[float] = (1.0,), label: str = "validation") -> list[Score]:
-        """Rows of seq_len tokens, each from an empty context; one score per temperature."""
-        rows, T, rank, world = self.targets // self.seq_len, self.seq_len, self.runtime.rank, self.runtime.world
-        first, last = rows * rank // world, rows * (rank + 1) // world
+    def standard(self, temperatures: Sequence[float] = (1.0,), label: str = "validation"
+                 ) -> list[Score]:
+        """Sequences of seq_len tokens, each from an empty context; one score per temperature."""
+        T = self.seq_len
+        first, last = self._share(self.targets // T)
         total = self._zeros(len(temperatures))
-        for row in progress_bar(range(first, last, self.rows), label, self.runtime.main):
-            span = self.tokens[row * T:min(row + self.rows, last) * T + 1]
+        for start in progress_bar(range(first, last, self.sequences), label, self.runtime.main):
+            span = self.tokens[start * T:min(start + self.sequences, last) * T + 1]
             h, _ = self._hidden(span[:-1].view(-1, T))
             total += self._nll(h, span[1:], temperatures)
         return self._scores(total)
 
     @torch.no_grad()
     def sliding(self, stride: int, batch: int, temperature: float = 1.0) -> Score:
-        """Windows of seq_len every `stride` tokens. The first window scores all its tokens, later ones
-        score their last `stride`, and one more window ends with the text if the others do not: each
+        """Windows of seq_len every `stride` tokens. The first window scores all its tokens, later
+        ones their last `stride`; one more window ends with the text if the others do not. Each
         token is scored once, with the longest context that the windows offer."""
-        T, n, rank, world = self.seq_len, self.targets, self.runtime.rank, self.runtime.world
+        T, n = self.seq_len, self.targets
         windows = self.tokens[:-1].unfold(0, T, stride)                       # (W,T), a view
         targets = self.tokens[1:].unfold(0, T, stride)[:, T - stride:]        # (W,stride), a view
         count, rest = len(windows) - 1, (n - T) % stride
         total = self._zeros(1)
-        if rank == 0:
+        if self.runtime.main:
             h, _ = self._hidden(self.tokens[:T].view(1, T))
             total += self._nll(h, self.tokens[1:T + 1], [temperature])
             if rest:
                 h, _ = self._hidden(self.tokens[n - T:n].view(1, T))
                 total += self._nll(h[:, T - rest:], self.tokens[n + 1 - rest:], [temperature])
-        first, last = 1 + count * rank // world, 1 + count * (rank + 1) // world
+        first, last = self._share(count)  # without the first window
         for index in progress_bar(range(first, last, batch), "sliding", self.runtime.main):
-            part = slice(index, min(index + batch, last))
+            part = slice(1 + index, 1 + min(index + batch, last))
             h, _ = self._hidden(windows[part])
             total += self._nll(h[:, T - stride:], targets[part], [temperature])
         return self._scores(total)[0]
 
     @torch.no_grad()
-    def carried(self, temperatures: Sequence[float] = (1.0,), label: str = "carried") -> list[Score]:
-        """One pass with the recurrent state carried from piece to piece: each token is scored with its
-        whole past. The pass is sequential, so rank 0 does it alone, in pieces of a batch."""
+    def carried(self, temperatures: Sequence[float] = (1.0,), label: str = "carried"
+                ) -> list[Score]:
+        """One pass with the recurrent state carried from piece to piece: each token is scored with
+        its whole past. The pass is sequential, so rank 0 does it alone, in pieces of a batch."""
         total = self._zeros(len(temperatures))
-        if self.runtime.rank == 0:
-            states, piece = None, self.rows * self.seq_len
+        if self.runtime.main:
+            states, piece = None, self.sequences * self.seq_len
             for start in progress_bar(range(0, self.targets, piece), label):
                 stop = min(start + piece, self.targets)
                 h, states = self._hidden(self.tokens[start:stop].unsqueeze(0), states)
@@ -3669,7 +3807,7 @@ def best_temperature(score: Callable[[Sequence[float]], list[Score]]) -> float:
 
 
 class EvalPass(NamedTuple):
-    """A way to score the stored model. result.json, the log, the tables of tools/ and README read it.
+    """A way to score the stored model; result.json, the log, tools/ and README take it from here.
 
     `score` maps (evaluator, configuration, temperature) to a Score."""
     name: str    # result.json: <name>_val_loss, <name>_val_bpb
@@ -3771,16 +3909,17 @@ def gradient_shares(leaf: Tensor, terms: dict[str, Tensor]) -> dict[str, float]:
     ce = grads.pop("ce")
     reference, shares = ce.norm().clamp(min=1e-30), {}
     for name, grad in grads.items():
-        shares[f"{name}_grad_ratio"] = float(grad.norm() / reference)
-        shares[f"{name}_grad_cosine"] = float(grad @ ce / (grad.norm().clamp(min=1e-30) * reference))
+        norm = grad.norm()
+        shares[f"{name}_grad_ratio"] = float(norm / reference)
+        shares[f"{name}_grad_cosine"] = float(grad @ ce / (norm.clamp(min=1e-30) * reference))
     return shares
 
 
 def linear_probe(h: Tensor, targets: Tensor, lengths: Tensor, vocab_size: int, steps: int,
                  seed: int) -> float:
-    """Bits per byte of a linear classifier on frozen h (n,D). Trained on the first 80% of the
-    positions with `steps` steps of Adam (1e-3, batch 4096), scored on the last 20%. targets (n,) ids,
-    lengths (n,) their bytes."""
+    """Bits per byte of a linear classifier on frozen h (n,D), trained on the first 80% of the
+    positions with `steps` steps of Adam (1e-3, batch 4096) and scored on the last 20%. targets
+    (n,) ids, lengths (n,) their bytes."""
     cut = int(0.8 * len(h))
     h, generator = h.float(), torch.Generator().manual_seed(seed)
     with torch.enable_grad():
@@ -3822,11 +3961,12 @@ def input_moments(model: nn.Module, batches: Sequence[Tensor],
     return {name: total / counts[name] for name, total in sums.items()}
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # training: build, warm up, one step, the loop, the end of a run
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 
-def build_models(c: Config, kernels: Kernels | None = None) -> tuple[LanguageModel, JepaHead | None]:
+def build_models(c: Config, kernels: Kernels | None = None
+                 ) -> tuple[LanguageModel, JepaHead | None]:
     """The stored model and the training-only head (None when every latent term is off), both
     initialized from SEED."""
     torch.manual_seed(c.seed)
@@ -3865,25 +4005,30 @@ class Trainer:
             self.jepa.to(runtime.device)
         self.weights = Weights(self.model, self.jepa, self.plan, c, runtime)
         self.optimizer = Optimizer(self.weights, c)
-        self.batches = Batches(stream, c.micro_batches, c.micro_rows, c.train_seq_len, c.in_lanes)
+        self.batches = Batches(stream, c.micro_batches, c.micro_sequences, c.train_seq_len,
+                               c.in_lanes)
         share = c.micro_batches // runtime.world
         self.micros = range(runtime.rank * share, (runtime.rank + 1) * share)  # those of this rank
         # CARRY_STATE: the mixers' states of each micro-batch, zeros at the start
-        self.states = {micro: self.empty_states() if c.carry_state else None for micro in self.micros}
+        self.states = {micro: self.empty_states() if c.carry_state else None
+                       for micro in self.micros}
         self.position = self.tokens = 0  # position in the stream; tokens trained on so far
         self.losses = compiled(self._losses, c.compile_mode)
         self.forward = compiled(self.model, c.compile_mode) if runtime.cuda else self.model
 
     def empty_states(self) -> list[tuple[Tensor, ...]]:
-        """States before the first token. Not None: the first step then has the graph of all others."""
-        return self.model.empty_states(self.config.micro_rows, self.runtime.dtype, self.runtime.device)
+        """States before the first token; not None, so that the first step has no graph of its
+        own."""
+        return self.model.empty_states(self.config.micro_sequences, self.runtime.dtype,
+                                       self.runtime.device)
 
     def _losses(self, x: Tensor, y: Tensor, positions: Tensor, weights: Tensor, states,
                 active: Active) -> tuple[Tensor, Tensor, list | None]:
         """Weighted sum of TERMS, the terms without gradient (cross-entropy without z-loss), and the
         mixers' states under CARRY_STATE; one graph."""
         h, states = self.model(x, self.runtime.dtype, states)
-        terms = loss_terms(self.config, self.model, self.jepa, h, y, positions, self.directions, active)
+        terms = loss_terms(self.config, self.model, self.jepa, h, y, positions, self.directions,
+                           active)
         zero = h.new_zeros((), dtype=torch.float32)
         total = zero
         for weight, name in zip(weights, TERMS):
@@ -3896,7 +4041,7 @@ class Trainer:
         return total, parts, map_states(torch.detach, states)
 
     def step_inputs(self, step: int, micro: int) -> tuple[Tensor, Tensor, Tensor]:
-        """x, y (rows,T) and SIGReg's positions of one micro-batch, on the device; randomness follows
+        """x, y (B,T) and SIGReg's positions of one micro-batch, on the device; randomness follows
         from (seed, step, micro-batch)."""
         x, y = self.batches(self.position, micro)
         generator = keyed_generator(self.config.seed, 2, step, micro)
@@ -3904,8 +4049,8 @@ class Trainer:
         return tuple(map(self.runtime.to_device, (x, y, positions)))
 
     def accumulate(self, step: int, weights: LossWeights, keep_states: bool = True) -> Tensor:
-        """Gradients of this rank's micro-batches, summed over ranks; returns this rank's share of the
-        mean of TERMS."""
+        """Gradients of this rank's micro-batches, summed over ranks; returns this rank's share of
+        the mean of TERMS."""
         c, parts = self.config, torch.zeros(len(TERMS), device=self.runtime.device)
         numbers = self.runtime.to_device(torch.tensor(weights[:len(TERMS)]))
         for micro in self.micros:
@@ -3914,7 +4059,7 @@ class Trainer:
             self.weights.begin_micro(last=micro == self.micros[-1])
             (loss / c.micro_batches).backward()
             parts += terms / c.micro_batches
-            if c.carry_state and keep_states:  # clone: a CUDA graph overwrites its outputs at the next replay
+            if c.carry_state and keep_states:  # clone: CUDA graphs overwrite outputs at a replay
                 self.states[micro] = map_states(torch.clone, states)
         self.weights.finish_gradients()
         return parts
@@ -3938,11 +4083,12 @@ class Trainer:
     def restore_if_skipped(self, before: dict[int, list], ok: Tensor) -> None:
         """Take the states from before a step that was skipped, because they may hold NaN."""
         for micro, states in self.states.items():
-            self.states[micro] = map_states(lambda new, old: torch.where(ok > 0, new, old), states, before[micro])
+            self.states[micro] = map_states(lambda new, old: torch.where(ok > 0, new, old),
+                                            states, before[micro])
 
     def warm_up(self) -> None:
-        """Ghost steps at the base rates, without QAT and clip. Weights, data position and randomness
-        are then rolled back; the optimizer's moments stay."""
+        """Warm-up steps at the base rates, without QAT and clip. Weights, data position and
+        randomness are then rolled back; the optimizer's moments stay."""
         c = self.config
         masters = [group.master.clone() for group in self.weights.groups]
         position, states, rng = self.position, dict(self.states), torch.get_rng_state()
@@ -3974,14 +4120,14 @@ class Trainer:
             self.weights.zero_grad()
 
     def prepare(self, resumed: bool) -> None:
-        """Ghost warm-up; on resume only the compilation."""
+        """Warm-up steps; on resume only the compilation."""
         try:
             self.run_phases() if resumed else self.warm_up()
         except torch.OutOfMemoryError:
             c = self.config
             raise UserError(
-                f"out of GPU memory with micro-batches of {c.micro_rows} x {c.train_seq_len} tokens; "
-                f"raise MICRO_BATCHES={c.micro_batches} or take a smaller model") from None
+                f"out of GPU memory with micro-batches of {c.micro_sequences} x {c.train_seq_len} "
+                f"tokens; raise MICRO_BATCHES={c.micro_batches} or take a smaller model") from None
 
 
 class RunStopped(Exception):
@@ -3993,7 +4139,8 @@ class RunStopped(Exception):
 
 
 class Signals:
-    """SIGTERM and SIGINT as a flag that the loop reads after each step; a second SIGINT ends at once."""
+    """SIGTERM and SIGINT as a flag that the loop reads after each step; a second SIGINT ends at
+    once."""
 
     def __init__(self):
         self.caught = 0
@@ -4001,7 +4148,7 @@ class Signals:
 
     @staticmethod
     def _handle(handlers: dict) -> None:
-        with contextlib.suppress(ValueError):  # outside the main thread (a test) signals stay as they are
+        with contextlib.suppress(ValueError):  # outside the main thread, in tests
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
@@ -4011,7 +4158,7 @@ class Signals:
         self.caught = number
 
     def release(self) -> None:
-        """From here on signals act at once: the final evaluation can be repeated from a checkpoint."""
+        """From now on signals act at once: a checkpoint can repeat the final evaluation."""
         self._handle({signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler})
 
 
@@ -4040,7 +4187,7 @@ class Stopwatch:
 def default_run_id(c: Config) -> str:
     kind = {"mamba2": "mamba2", "attention": "bytejepa"}.get(c.mixer, "hybrid")
     begun = datetime.now()
-    if "TORCHELASTIC_RESTART_COUNT" in os.environ:  # the same name again when torchrun restarts its ranks
+    if "TORCHELASTIC_RESTART_COUNT" in os.environ:  # the same name after a restart by torchrun
         with contextlib.suppress(OSError):
             begun = datetime.fromtimestamp(os.stat(f"/proc/{os.getppid()}").st_ctime)
     return f"{kind}-{c.tokenizer}-{c.num_layers}x{c.model_dim}-seed{c.seed}-{begun:%Y%m%d-%H%M%S}"
@@ -4060,11 +4207,13 @@ def open_run(c: Config, runtime: Runtime) -> tuple[Path, Checkpoints]:
             for old in [path / name for name in RUN_FILES] + checkpoints_of(c, path).paths():
                 old.unlink(missing_ok=True)
         elif (path / "result.json").exists():
-            raise UserError(f"RUN_ID={run_id}: {path} holds a finished run; choose another RUN_ID, or OVERWRITE=1")
+            raise UserError(f"RUN_ID={run_id}: {path} holds a finished run; choose another RUN_ID, "
+                            "or OVERWRITE=1")
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"RUNS_DIR={c.runs_dir}: {path} cannot be made ({error.strerror})") from error
+            raise UserError(f"RUNS_DIR={c.runs_dir}: {path} cannot be made "
+                            f"({error.strerror})") from error
         return run_id
 
     path = Path(c.runs_dir) / runtime.main_first(decide)
@@ -4072,7 +4221,7 @@ def open_run(c: Config, runtime: Runtime) -> tuple[Path, Checkpoints]:
 
 
 def checkpoints_of(c: Config, path: Path) -> Checkpoints:
-    """Inside the run's folder, or in a folder of its name under CHECKPOINT_DIR: runs never share one."""
+    """In the run's folder, or in a folder of its name under CHECKPOINT_DIR; runs share none."""
     folder = Path(c.checkpoint_dir) / path.name if c.checkpoint_dir else path / "checkpoints"
     return Checkpoints(folder, c.checkpoint_keep)
 
@@ -4081,7 +4230,8 @@ class Run:
     """One training run, from the first line of its log to result.json."""
 
     def __init__(self, config: Config, runtime: Runtime):
-        """Read the data and build the trainer: faults of data and settings show before a file is made."""
+        """Read the data and build the trainer, so that faults of data and settings show before a
+        file is made."""
         self.config, self.runtime = config, runtime
         self.vocabulary = load_vocabulary(config)
         validation = load_validation(config)
@@ -4125,13 +4275,16 @@ class Run:
         facts = self.runtime.describe()
         self.log("machine: " + ", ".join(f"{name} {value}" for name, value in facts.items()))
         stored, extra = count_parameters(trainer.model), count_parameters(trainer.jepa)
-        self.log(f"run: {self.folder.path}  parameters: {stored:,} stored + {extra:,} training-only")
-        self.log(f"data: {len(trainer.stream):,} training tokens, {evaluator.targets:,} validation tokens = "
-                 f"{evaluator.bytes:,} bytes; documents begin with token {self.vocabulary.mark} (0 bytes)")
+        self.log(f"run: {self.folder.path}  parameters: {stored:,} stored + {extra:,} "
+                 "training-only")
+        self.log(f"data: {len(trainer.stream):,} training tokens, {evaluator.targets:,} validation "
+                 f"tokens = {evaluator.bytes:,} bytes; documents begin with token "
+                 f"{self.vocabulary.bos_id} (0 bytes)")
         if trainer.note:
             self.log(trainer.note)
-        self.log(f"scan: {trainer.kernels.name}; compile: {c.compile_mode}; step: {c.train_batch_tokens:,} "
-                 f"tokens in {c.micro_batches} micro-batches on {self.runtime.world} rank(s)")
+        self.log(f"scan: {trainer.kernels.name}; compile: {c.compile_mode}; step: "
+                 f"{c.train_batch_tokens:,} tokens in {c.micro_batches} micro-batches on "
+                 f"{self.runtime.world} rank(s)")
 
     def train(self) -> None:
         """The loop: agree on the clock, validate when due, step, log, save."""
@@ -4181,13 +4334,16 @@ class Run:
         values, norm = total.tolist(), float(parts[-1])
         seconds, scale = self.runtime.from_main(self.clock.seconds()), lr_scale(progress, c)
         active = loss_weights(progress.fraction, c).active
-        shown = [f"{name}:{value:.4f}" for name, value, on in zip(self.term_names(), values, active) if on]
-        self.log(f"step:{self.step}/{c.iterations} {' '.join(shown)} grad_norm:{norm:.3f} "
-                 f"lr_scale:{scale:.3f} time:{seconds:.1f}s step_avg:{1e3 * seconds / self.step:.1f}ms "
+        shown = " ".join(f"{name}:{value:.4f}" for name, value, on
+                         in zip(self.term_names(), values, active) if on)
+        self.log(f"step:{self.step}/{c.iterations} {shown} grad_norm:{norm:.3f} "
+                 f"lr_scale:{scale:.3f} time:{seconds:.1f}s "
+                 f"step_avg:{1e3 * seconds / self.step:.1f}ms "
                  f"tok/s:{self.trainer.tokens / max(seconds, 1e-9):.0f}")
         terms = {name: value if on else None for name, value, on in zip(TERMS, values, active)}
-        self.folder.metric(kind="train", step=self.step, progress=progress.fraction, **terms, grad_norm=norm,
-                           lr_scale=scale, seconds=seconds, skipped=int(self.trainer.optimizer.skipped))
+        self.folder.metric(kind="train", step=self.step, progress=progress.fraction, **terms,
+                           grad_norm=norm, lr_scale=scale, seconds=seconds,
+                           skipped=int(self.trainer.optimizer.skipped))
 
     def validate(self, elapsed: float) -> Score:
         """Standard score of the masters, or of their EMA where it has begun."""
@@ -4196,8 +4352,8 @@ class Run:
         self.log(f"step:{self.step}/{self.config.iterations} val_loss:{score.loss:.4f} "
                  f"val_bpb:{score.bpb:.4f} train_time:{elapsed:.1f}s")
         latent = self.latent_report() if self.config.diagnostics else {}
-        self.folder.metric(kind="validation", step=self.step, val_loss=score.loss, val_bpb=score.bpb,
-                           seconds=elapsed, **latent)
+        self.folder.metric(kind="validation", step=self.step, val_loss=score.loss,
+                           val_bpb=score.bpb, seconds=elapsed, **latent)
         self.score, self.validated = score, self.step
         return score
 
@@ -4209,25 +4365,29 @@ class Run:
         used = trainer.batches.values_per_step()
         trainer.weights.load(qat=qat_on(progress.fraction, c.qat_fraction))
         trainer.position -= used  # run the failing batch once more
-        parts = trainer.accumulate(progress.step, loss_weights(progress.fraction, c), keep_states=False)
+        weights = loss_weights(progress.fraction, c)
+        parts = trainer.accumulate(progress.step, weights, keep_states=False)
         trainer.position += used
         self.runtime.sum_(parts)
-        terms = [name for name, value in zip(self.term_names(), parts.tolist()) if not math.isfinite(value)]
+        terms = [name for name, value in zip(self.term_names(), parts.tolist())
+                 if not math.isfinite(value)]
         layers = [name for group in trainer.weights.groups if group.touched
-                  for name, grad in zip(group.names, group.grad) if not bool(torch.isfinite(grad).all())]
+                  for name, grad in zip(group.names, group.grad) if not grad.isfinite().all()]
         trainer.weights.zero_grad()
         self.save(self.clock.seconds())
         self.checkpoints.wait()
         raise RunStopped(
-            f"stopped at step {self.step}: {int(optimizer.skipped_in_row)} steps in a row had a non-finite gradient; "
-            f"terms: {', '.join(terms) or 'all finite'}; layers: {', '.join(layers[:4]) or 'none'}; "
-            "the weights before them are saved; lower MATRIX_LR or SCALAR_LR", 1)
+            f"stopped at step {self.step}: {int(optimizer.skipped_in_row)} steps in a row had a "
+            f"non-finite gradient; terms: {', '.join(terms) or 'all finite'}; "
+            f"layers: {', '.join(layers[:4]) or 'none'}; the weights before them are saved; "
+            "lower MATRIX_LR or SCALAR_LR", 1)
 
     def stop(self, number: int) -> None:
         """End on a signal: save and leave with 128 + its number."""
         self.save(self.clock.seconds())
         self.checkpoints.wait()
-        raise RunStopped(f"stopped by {signal.Signals(number).name} after step {self.step}; the same command with "
+        name = signal.Signals(number).name
+        raise RunStopped(f"stopped by {name} after step {self.step}; the same command with "
                          f"RUN_ID={self.folder.path.name} goes on from there", 128 + number)
 
     def save(self, seconds: float) -> None:
@@ -4237,13 +4397,15 @@ class Run:
         if not self.runtime.main:
             return
         averaged = weights.groups[0].average is not None
-        meta = dict(step=self.step, seconds=seconds, position=trainer.position, tokens=trainer.tokens,
-                    stage=self.stage, journals=self.folder.sizes(), fixed=self.config.fixed(),
-                    config=self.config.named(), averaged=averaged, validated=self.validated, score=self.score)
+        meta = dict(step=self.step, seconds=seconds, position=trainer.position,
+                    tokens=trainer.tokens, stage=self.stage, journals=self.folder.sizes(),
+                    fixed=self.config.fixed(), config=self.config.named(), averaged=averaged,
+                    validated=self.validated, score=self.score)
         parts = {"master": weights.tensors(), "optimizer": trainer.optimizer.state()}
         if averaged:
             parts["average"] = weights.tensors("average")
-        tensors = {f"{part}/{name}": t for part, named in parts.items() for name, t in named.items()}
+        tensors = {f"{part}/{name}": t
+                   for part, named in parts.items() for name, t in named.items()}
         tensors |= {"directions": trainer.directions, "rng": torch.get_rng_state()} | carried
         self.checkpoints.save(self.step, meta, tensors)
 
@@ -4257,29 +4419,32 @@ class Run:
         return {name: tensor for part in self.runtime.collect(own) for name, tensor in part.items()}
 
     def load_checkpoint(self, path: Path, note: Callable[[str], None]) -> dict | None:
-        """Restore the newest valid checkpoint and return its meta data; refuse one of another model or
-        data."""
+        """Restore the newest valid checkpoint and return its meta data; refuse one of another
+        model or data."""
         newest = self.checkpoints.newest(note)
         if newest is None:
             return None
         try:
             self.restore(path, *newest)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise UserError(f"{self.checkpoints.folder}: the newest checkpoint is not one of this run "
-                            f"({type(error).__name__}: {str(error)[:80]}); move it away") from error
+            raise UserError(
+                f"{self.checkpoints.folder}: the newest checkpoint is not one of this run "
+                f"({type(error).__name__}: {str(error)[:80]}); move it away") from error
         return newest[0]
 
     def restore(self, path: Path, meta: dict, tensors: dict[str, Tensor]) -> None:
-        """A checkpoint's contents into run and trainer; a foreign one raises an error that the caller
-        names."""
+        """A checkpoint's contents into run and trainer; a foreign one raises an error that the
+        caller names."""
         check_checkpoint_meta(meta)
         old, new = meta["fixed"], self.config.fixed()
-        any_grid = not old["QAT_FRACTION"] and not new["QAT_FRACTION"]  # training has not used the grid
+        any_grid = not old["QAT_FRACTION"] and not new["QAT_FRACTION"]  # no training on the grid
         if lines := differences(old, new, but=Config.tagged("grid") if any_grid else ()):
-            raise UserError(f"RUN_ID={path.name}: its checkpoint was made with other settings; undo these, or start "
-                            "another RUN_ID:\n" + "\n".join("  " + line for line in lines))
+            raise UserError(f"RUN_ID={path.name}: its checkpoint was made with other settings; "
+                            "undo these, or start another RUN_ID:\n"
+                            + "\n".join("  " + line for line in lines))
         trainer = self.trainer
-        part = lambda prefix: {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        part = lambda prefix: {name.removeprefix(prefix): t for name, t in tensors.items()
+                               if name.startswith(prefix)}
         trainer.weights.restore("master", part("master/"))
         if meta["averaged"]:
             trainer.weights.restore("average", part("average/"))
@@ -4287,9 +4452,12 @@ class Run:
         trainer.directions.copy_(checked_tensor(tensors, "directions", trainer.directions))
         torch.set_rng_state(tensors["rng"])
         for micro in trainer.micros if self.config.carry_state else ():
-            trainer.states[micro] = [
-                tuple(checked_tensor(tensors, f"state/{micro}/{layer}/{index}", empty).to(empty.device)
-                      for index, empty in enumerate(state)) for layer, state in enumerate(trainer.empty_states())]
+            states = trainer.empty_states()
+            for layer, state in enumerate(states):
+                for index, tensor in enumerate(state):
+                    name = f"state/{micro}/{layer}/{index}"
+                    tensor.copy_(checked_tensor(tensors, name, tensor))
+            trainer.states[micro] = states
         trainer.position, trainer.tokens = meta["position"], meta["tokens"]
         self.step, self.clock, self.stage = meta["step"], Stopwatch(meta["seconds"]), meta["stage"]
         self.validated = meta["validated"]
@@ -4312,16 +4480,21 @@ class Run:
         model_path = self.folder.path / "model.jepa"
         load_artifact_into(trainer.model, model_path)
         unseen = self.unseen_position()
-        calibration = None if unseen is None else calibration_tokens(trainer.stream, unseen, c.train_seq_len)
+        calibration = None
+        if unseen is not None:
+            calibration = calibration_tokens(trainer.stream, unseen, c.train_seq_len)
         scores = final_scores(self.evaluator, c, calibration, self.log)
         seconds = self.clock.seconds()
         result = dict(
             run_id=self.folder.path.name, steps=self.step, train_seconds=seconds,
-            ms_per_step=1e3 * seconds / max(self.step, 1), tokens_per_second=trainer.tokens / max(seconds, 1e-9),
-            val_loss=self.score.loss, val_bpb=self.score.bpb, **facts, **scores, **self.size_facts(report),
-            artifact_sha256=file_hash(model_path), script_sha256=hashlib.sha256(source_text().encode()).hexdigest(),
-            eval_params=count_parameters(trainer.model), train_only_params=count_parameters(trainer.jepa),
-            world_size=runtime.world, seed=c.seed, device=runtime.describe()["device"],
+            ms_per_step=1e3 * seconds / max(self.step, 1),
+            tokens_per_second=trainer.tokens / max(seconds, 1e-9),
+            val_loss=self.score.loss, val_bpb=self.score.bpb, **facts, **scores,
+            **self.size_facts(report), artifact_sha256=file_hash(model_path),
+            script_sha256=hashlib.sha256(source_text().encode()).hexdigest(),
+            eval_params=count_parameters(trainer.model),
+            train_only_params=count_parameters(trainer.jepa), world_size=runtime.world,
+            seed=c.seed, device=runtime.describe()["device"],
             skipped_steps=int(trainer.optimizer.skipped), peak_memory_bytes=runtime.peak_memory(),
             eval_seconds=now() - started, diagnostics=diagnostics, machine=runtime.describe())
         self.folder.write_json("result.json", result)
@@ -4338,19 +4511,22 @@ class Run:
         """Artifact and code against SIZE_LIMIT, logged and returned."""
         code = len(source_text().encode())
         total = report["bytes"] + code
-        self.log(f"size: artifact {report['bytes']:,} ({report['codec']}) + code {code:,} = {total:,} bytes: "
-                 f"{'FITS' if total <= SIZE_LIMIT else 'OVER'} {SIZE_LIMIT:,}")
-        return dict(artifact_bytes=report["bytes"], code_bytes=code, total_bytes=total, fits=total <= SIZE_LIMIT,
-                    codec=report["codec"], codec_bytes=report["codec_bytes"])
+        self.log(f"size: artifact {report['bytes']:,} ({report['codec']}) + code {code:,} = "
+                 f"{total:,} bytes: {'FITS' if total <= SIZE_LIMIT else 'OVER'} {SIZE_LIMIT:,}")
+        return dict(artifact_bytes=report["bytes"], code_bytes=code, total_bytes=total,
+                    fits=total <= SIZE_LIMIT, codec=report["codec"],
+                    codec_bytes=report["codec_bytes"])
 
     def write_model(self) -> dict[str, Any]:
         """Write model.jepa on rank 0; every rank gets its report."""
         c, trainer = self.config, self.trainer
         weights = trainer.weights.tensors("average")
-        header = dict(model=c.model_config(), vocabulary=self.vocabulary.pack(), position=self.unseen_position())
+        header = dict(model=c.model_config(), vocabulary=self.vocabulary.pack(),
+                      position=self.unseen_position())
 
         def write() -> dict:
-            tensors = artifact_tensors(((name, weights[name]) for name in trainer.plan), trainer.plan)
+            stored = ((name, weights[name]) for name in trainer.plan)
+            tensors = artifact_tensors(stored, trainer.plan)
             rounded = self.compensate(tensors) if c.rounding == "compensated" else None
             return write_artifact(self.folder.path / "model.jepa", header, tensors, given=rounded)
 
@@ -4368,13 +4544,15 @@ class Run:
 
     def compensate(self, tensors: dict[str, tuple[Tensor, Grid]]) -> dict[str, dict[str, Tensor]]:
         """Arrays of the INT matrices, rounded by their effect on the layer's output over
-        ROUNDING_TOKENS of training text. The moments are those of the model on its plain grid, which
-        is close to what the layers will see."""
+        ROUNDING_TOKENS of training text. The moments are those of the model on its plain grid,
+        which is close to what the layers will see."""
         c, trainer, started = self.config, self.trainer, now()
         trainer.weights.load("average", qat=True)
-        text = calibration_tokens(trainer.stream, trainer.position, c.train_seq_len, c.rounding_tokens)
-        moments = input_moments(trainer.model, text[:-1].view(-1, c.train_seq_len).split(self.evaluator.rows),
-                                lambda x: trainer.model(self.runtime.to_device(x), self.runtime.dtype))
+        text = calibration_tokens(trainer.stream, trainer.position, c.train_seq_len,
+                                  c.rounding_tokens)
+        batches = text[:-1].view(-1, c.train_seq_len).split(self.evaluator.sequences)
+        forward = lambda x: trainer.model(self.runtime.to_device(x), self.runtime.dtype)
+        moments = input_moments(trainer.model, batches, forward)
         arrays, shares = {}, []
         for name, (w, grid) in tensors.items():
             layer = name.partition("[")[0].removesuffix(".weight")
@@ -4382,28 +4560,32 @@ class Run:
                 arrays[name], share = round_compensated(w, grid, moments[layer])
                 shares.append(share)
         trainer.weights.load("average")
-        self.log(f"rounding: {len(arrays)} matrices compensated on {len(text) - 1:,} training tokens in "
-                 f"{now() - started:.1f}s; output error x{np.median(shares or [1]):.3f} of plain rounding's (median)")
+        self.log(f"rounding: {len(arrays)} matrices compensated on {len(text) - 1:,} training "
+                 f"tokens in {now() - started:.1f}s; output error "
+                 f"x{np.median(shares or [1]):.3f} of plain rounding's (median)")
         return arrays
 
     def latent_report(self) -> dict[str, float]:
-        """Statistics of h and z on one micro-batch of validation text, with the weights as loaded."""
+        """Statistics of h and z on a micro-batch of validation text, with the weights as loaded."""
         c, trainer, jepa = self.config, self.trainer, self.trainer.jepa
-        tokens = self.evaluator.tokens[:c.micro_rows * c.train_seq_len + 1]
-        x, y = (self.runtime.to_device(t.view(-1, c.train_seq_len)) for t in (tokens[:-1], tokens[1:]))
+        to = self.runtime.to_device
+        tokens = self.evaluator.tokens[:c.micro_sequences * c.train_seq_len + 1]
+        x, y = (to(t.view(-1, c.train_seq_len)) for t in (tokens[:-1], tokens[1:]))
         with torch.no_grad():
             h, _ = trainer.model(x, self.runtime.dtype)
             report = latent_statistics("h", h)
             if jepa is None:
                 return report
             z = jepa.project(h)
-            positions = self.runtime.to_device(torch.linspace(0, c.train_seq_len - 1, 64).long().unique())
+            positions = to(torch.linspace(0, c.train_seq_len - 1, 64).long().unique())
             value = float(sigreg(z[:, positions], trainer.directions, c.sigreg_knots))
             report |= latent_statistics("z", z) | dict(
-                z_dim=z.size(-1), sigreg=value, sigreg_over_null=value / sigreg_null(len(z), c.sigreg_knots))
+                z_dim=z.size(-1), sigreg=value,
+                sigreg_over_null=value / sigreg_null(len(z), c.sigreg_knots))
             if c.jepa_on:
                 pairs = rollout(jepa, z, c.jepa_steps)
-                report |= {f"predictability_{k}": predictability(*pair) for k, pair in enumerate(pairs, 1)}
+                report |= {f"predictability_{k}": predictability(*pair)
+                           for k, pair in enumerate(pairs, 1)}
         weights = loss_weights(0.5 if c.loss_schedule == "staged" else 0.0,
                                dataclasses.replace(c, sigreg_schedule=False))
         leaf = h.detach().requires_grad_()
@@ -4424,25 +4606,29 @@ class Run:
         tokens = evaluator.tokens[:rows * c.train_seq_len + 1]
         targets, hidden, hits = tokens[1:].to(self.runtime.device), [], torch.zeros(3)
         cosine, error, count = 0.0, 0.0, 0
-        for x in tokens[:-1].view(-1, c.train_seq_len).split(evaluator.rows):
+        for x in tokens[:-1].view(-1, c.train_seq_len).split(evaluator.sequences):
             h, _ = model(self.runtime.to_device(x), self.runtime.dtype)
             hidden.append(h.flatten(0, 1))
             if c.jepa_on:
                 prediction, target = next(rollout(trainer.jepa, trainer.jepa.project(h), 1))
-                cosine += float(F.cosine_similarity(prediction.float(), target.float(), dim=-1).sum())
-                error += float((prediction.float() - target.float()).square().mean(-1).sum())
+                prediction, target = prediction.float(), target.float()
+                cosine += float(F.cosine_similarity(prediction, target, dim=-1).sum())
+                error += float((prediction - target).square().mean(-1).sum())
                 count += target.size(0) * target.size(1)
         h = torch.cat(hidden)
         for part, ids in zip(h.split(1024), targets.split(1024)):
             right = model.logits(part).topk(min(10, c.vocab_size)).indices == ids.unsqueeze(-1)
             hits += torch.stack([right.float().cpu()[:, :k].sum() for k in (1, 5, 10)])
-        report |= dict(zip(("top1_accuracy", "top5_accuracy", "top10_accuracy"), (hits / len(targets)).tolist()))
+        accuracy = (hits / len(targets)).tolist()
+        report |= dict(zip(("top1_accuracy", "top5_accuracy", "top10_accuracy"), accuracy))
         if c.jepa_on:
             report |= dict(jepa_cosine=cosine / count, jepa_mse=error / count)
         if c.probe_steps:
             lengths = self.vocabulary.target_bytes(tokens[:-1], tokens[1:]).to(self.runtime.device)
-            report["probe_bpb"] = linear_probe(h, targets, lengths, c.vocab_size, c.probe_steps, c.seed)
-        self.log("diagnostics " + " ".join(f"{name}:{value:.4g}" for name, value in report.items()))
+            report["probe_bpb"] = linear_probe(h, targets, lengths, c.vocab_size, c.probe_steps,
+                                               c.seed)
+        shown = " ".join(f"{name}:{value:.4g}" for name, value in report.items())
+        self.log(f"diagnostics {shown}")
         return report
 
 
@@ -4453,7 +4639,8 @@ def check_checkpoint_meta(meta: dict) -> None:
     if not (all(map(whole, numbers)) and type(meta["validated"]) is int
             and type(meta["seconds"]) in (int, float) and meta["seconds"] >= 0
             and isinstance(meta["stage"], str) and isinstance(meta["averaged"], bool)
-            and isinstance(meta["config"], dict) and (meta["score"] is None or len(meta["score"]) == 2)):
+            and isinstance(meta["config"], dict)
+            and (meta["score"] is None or len(meta["score"]) == 2)):
         raise ValueError("its meta data")
 
 
@@ -4466,19 +4653,26 @@ def latent_statistics(name: str, x: Tensor) -> dict[str, float]:
 CALIBRATION = 65_536  # training tokens that the temperature is chosen on
 
 
-def calibration_tokens(stream: TokenStream, position: int, seq_len: int, count: int = CALIBRATION) -> Tensor:
-    """The next `count` training tokens after the run, in whole rows, for temperature and rounding."""
+def calibration_tokens(stream: TokenStream, position: int, seq_len: int,
+                       count: int = CALIBRATION) -> Tensor:
+    """About `count` training tokens from `position`, in whole sequences, for temperature and
+    rounding."""
     return torch.from_numpy(stream.read(position, max(count // seq_len, 1) * seq_len + 1))
+
+
+def shapes_of(tensors: dict[str, Tensor]) -> dict[str, tuple]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
 def load_artifact_into(model: LanguageModel, path: Path) -> None:
-    """Read the file and put its tensors into the model; UserError unless names and shapes are exactly
-    the model's."""
+    """Read the file and put its tensors into the model; UserError unless names and shapes are
+    exactly the model's."""
     _, parts, _ = read_artifact(path)
     parameters, tensors = dict(model.named_parameters()), whole_tensors(parts, path)
-    if {name: p.shape for name, p in parameters.items()} != {name: t.shape for name, t in tensors.items()}:
-        raise UserError(f"{path}: an artifact of another model (names or shapes differ from this configuration's)")
+    if shapes_of(parameters) != shapes_of(tensors):
+        raise UserError(f"{path}: an artifact of another model: names or shapes differ from this "
+                        "configuration's")
     for name, parameter in parameters.items():
         parameter.copy_(tensors[name])
 
@@ -4501,8 +4695,8 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def plot_curves(folder: Path) -> None:
-    """curves.png over steps: cross-entropy, the other loss terms (log scale), validation BPB. Without
-    matplotlib: none."""
+    """curves.png over steps: cross-entropy, the other loss terms (log scale), validation BPB.
+    Without matplotlib there is none."""
     try:
         import matplotlib
         matplotlib.use("Agg")
@@ -4517,7 +4711,8 @@ def plot_curves(folder: Path) -> None:
     for name, label in zip(TERMS, ("cross-entropy", "JEPA", "anti-collapse", "covariance")):
         if points := series("train", name):
             axes = left if name == "ce" else middle
-            axes.plot(*zip(*points), label=label, color=colors[name], marker="." if len(points) < 40 else None)
+            marker = "." if len(points) < 40 else None
+            axes.plot(*zip(*points), label=label, color=colors[name], marker=marker)
     left.set(xlabel="step", ylabel="nats per token", title="Training cross-entropy")
     middle.set(xlabel="step", ylabel="loss (log scale)", title="Latent terms, unweighted")
     if middle.lines:
@@ -4536,36 +4731,39 @@ def plot_curves(folder: Path) -> None:
     plt.close(figure)
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # evaluation alone and generation: from an artifact, on any machine
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 
 def config_of_artifact(c: Config, header: Any) -> Config:
     """The user's knobs with the artifact's model knobs in their place; UserError if those make no
     model."""
     model = header.get("model") if isinstance(header, dict) else None
     if not isinstance(model, dict) or set(model) != set(Config.tagged("model")):
-        raise UserError(f"ARTIFACT={c.artifact}: its header does not describe a model of this script")
+        raise UserError(f"ARTIFACT={c.artifact}: its header describes no model of this script")
     knobs = Config.knobs()
-    values = {name.lower(): parse_knob(name, knobs[name], format_knob(value)) for name, value in model.items()}
-    training_off = dict(train_batch_tokens=c.micro_batches * values["train_seq_len"], loss_schedule="joint",
-                        ce_weight=1.0, jepa_weight=0.0, sigreg_lambda=0.0, jepa_cov=0.0, carry_state=False)
+    values = {name.lower(): parse_knob(name, knobs[name], format_knob(value))
+              for name, value in model.items()}
+    training_off = dict(train_batch_tokens=c.micro_batches * values["train_seq_len"],
+                        loss_schedule="joint", ce_weight=1.0, jepa_weight=0.0, sigreg_lambda=0.0,
+                        jepa_cov=0.0, carry_state=False)
     return dataclasses.replace(c, **values, **training_off).validate()
 
 
 def meta_model(c: Config, shapes: dict[str, tuple], runtime: Runtime) -> LanguageModel:
     """The model of a configuration on the meta device (no memory); UserError unless its parameters
     have the names and shapes of the artifact's tensors."""
-    fault = UserError(f"{c.artifact}: its tensors are not those of the model that its header describes")
+    fault = UserError(f"{c.artifact}: its tensors are not those of the model in its header")
     if c.num_layers > len(shapes):  # before so many blocks are made
         raise fault
     try:
         with torch.device("meta"):
             model = LanguageModel(c, choose_kernels(c, runtime)[0])
-            parts = whole_tensors({name: torch.empty(shape) for name, shape in shapes.items()}, c.artifact)
+            parts = whole_tensors({name: torch.empty(shape) for name, shape in shapes.items()},
+                                  c.artifact)
     except (RuntimeError, ValueError, OverflowError):
         raise fault from None
-    if {name: p.shape for name, p in model.named_parameters()} != {name: t.shape for name, t in parts.items()}:
+    if shapes_of(dict(model.named_parameters())) != shapes_of(parts):
         raise fault
     return model
 
@@ -4589,8 +4787,8 @@ def open_artifact(c: Config, runtime: Runtime) -> tuple[Config, LanguageModel, V
 
 
 def evaluate_alone(c: Config) -> dict[str, Any]:
-    """MODE=eval: scores of an artifact on the validation shards at DATA_PATH, equal to those of the run
-    that wrote it."""
+    """MODE=eval: scores of an artifact on the validation shards at DATA_PATH, equal to those of
+    the run that wrote it."""
     with Runtime(c) as runtime:
         own, model, vocabulary, header = open_artifact(c, runtime)
         started, position = now(), header.get("position")
@@ -4610,8 +4808,9 @@ def evaluate_alone(c: Config) -> dict[str, Any]:
         facts = dict(artifact=str(c.artifact), artifact_bytes=os.path.getsize(c.artifact),
                      artifact_sha256=file_hash(c.artifact), eval_params=count_parameters(model),
                      val_tokens=evaluator.targets, val_bytes=evaluator.bytes)
-        log(f"artifact: {c.artifact} ({facts['artifact_bytes']:,} bytes), {facts['eval_params']:,} parameters; "
-            f"{evaluator.targets:,} validation tokens = {evaluator.bytes:,} bytes")
+        log(f"artifact: {c.artifact} ({facts['artifact_bytes']:,} bytes), "
+            f"{facts['eval_params']:,} parameters; {evaluator.targets:,} validation tokens = "
+            f"{evaluator.bytes:,} bytes")
         scores = final_scores(evaluator, own, calibration, log)
         return scores | facts | dict(eval_seconds=now() - started, world_size=runtime.world,
                                      device=runtime.describe()["device"])
@@ -4624,27 +4823,27 @@ def choose_token(logits: Tensor, c: Config, generator: torch.Generator) -> int:
         return int(logits.argmax())
     probability = torch.softmax(logits.float().cpu() / c.temperature, dim=-1)
     ranked, ids = probability.sort(descending=True)
-    likelier = ranked.cumsum(0) - ranked  # probability of the likelier ids; the first id always stays
+    likelier = ranked.cumsum(0) - ranked  # probability of the likelier ids; 0 for the first
     allowed = (torch.arange(len(ranked)) < (c.top_k or len(ranked))) & (likelier < c.top_p)
     return int(ids[torch.multinomial(ranked * allowed, 1, generator=generator)])
 
 
 class TextDecoder:
-    """Token ids to text as they come: whole UTF-8 characters, a replacement character for bytes that
-    make none."""
+    """Token ids to text as they come: whole UTF-8 characters, a replacement character for bytes
+    that make none."""
 
     def __init__(self, pieces=None):
         self.pieces, self.ids, self.shown = pieces, [], ""
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, token: int, last: bool = False) -> str:
-        """Text that `token` completes ("" within a character); last=True also gives what is left over
-        (then token -1 adds nothing)."""
+        """Text that `token` completes ("" within a character). last=True also gives what is left
+        over; token -1 adds nothing."""
         if self.pieces is None:
             return self.utf8.decode(bytes([token]) if token >= 0 else b"", final=last)
         self.ids += [token] if token >= 0 else []
         text = self.pieces.decode(self.ids)
-        if not last and text.endswith("\N{REPLACEMENT CHARACTER}"):  # byte pieces of an unfinished character
+        if not last and text.endswith("\N{REPLACEMENT CHARACTER}"):  # within a character
             return ""
         new, self.shown = text[len(self.shown):], text
         return new
@@ -4653,15 +4852,16 @@ class TextDecoder:
 @torch.no_grad()
 def generate(model: LanguageModel, prompt: list[int], count: int, runtime: Runtime,
              choose: Callable[[Tensor], int], stop: int) -> Iterator[int]:
-    """At most `count` ids after `prompt` (not empty), until `stop`. The chunked scan reads the prompt;
-    each id is then one step of the recurrence, constant in time and memory for Mamba-2 blocks."""
-    h, states = model(torch.tensor([prompt], device=runtime.device), runtime.dtype)
+    """At most `count` ids after `prompt` (not empty), until `stop`. The chunked scan reads the
+    prompt; each id is then one step of the recurrence."""
+    ids = lambda *tokens: torch.tensor([tokens], device=runtime.device)
+    h, states = model(ids(*prompt), runtime.dtype)
     for _ in range(count):
         token = choose(model.logits(h[0, -1]))
         if token == stop:
             return
         yield token
-        h, states = model(torch.tensor([[token]], device=runtime.device), runtime.dtype, states, step=True)
+        h, states = model(ids(token), runtime.dtype, states, step=True)
 
 
 def sample(c: Config) -> None:
@@ -4670,11 +4870,12 @@ def sample(c: Config) -> None:
         own, model, vocabulary, _ = open_artifact(c, runtime)
         pieces = load_sentencepiece(c.tokenizer_path) if own.tokenizer == "bpe" else None
         if pieces is not None and pieces.vocab_size() != own.vocab_size:
-            raise UserError(f"TOKENIZER_PATH={c.tokenizer_path}: has {pieces.vocab_size()} pieces, the artifact "
-                            f"{own.vocab_size}; take the tokenizer that it was trained with")
-        body = pieces.encode(c.prompt) if pieces else [b for b in c.prompt.encode() if b != vocabulary.mark]
+            raise UserError(f"TOKENIZER_PATH={c.tokenizer_path}: has {pieces.vocab_size()} pieces, "
+                            f"the artifact {own.vocab_size}; take the tokenizer of its training")
+        bos = vocabulary.bos_id
+        body = pieces.encode(c.prompt) if pieces else [b for b in c.prompt.encode() if b != bos]
         silent = vocabulary.boundary.clone()  # padding, unknown and unused ids are never drawn
-        silent[vocabulary.mark] = False       # the end of the document may be
+        silent[bos] = False                   # the end of the document may be
         for index in range(c.num_samples):
             generator, decoder = torch.Generator().manual_seed(c.seed + index), TextDecoder(pieces)
             choose = functools.partial(choose_audible, silent=silent, c=c, generator=generator)
@@ -4683,7 +4884,7 @@ def sample(c: Config) -> None:
             print(c.prompt, end="", flush=True)
             for token in body if pieces is not None else ():
                 decoder.feed(token)
-            for token in generate(model, [vocabulary.mark, *body], c.sample_tokens, runtime, choose, vocabulary.mark):
+            for token in generate(model, [bos, *body], c.sample_tokens, runtime, choose, bos):
                 print(decoder.feed(token), end="", flush=True)
             print(decoder.feed(-1, last=True), flush=True)
 
@@ -4693,14 +4894,16 @@ def choose_audible(logits: Tensor, silent: Tensor, c: Config, generator: torch.G
     return choose_token(logits.cpu().masked_fill(silent, -math.inf), c, generator)
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # describe, bench, main
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 
-COMPONENTS = {"in_proj": r"mixer\.in_proj", "out_proj": r"mixer\.out_proj", "attention q, k, v": r"mixer\.[qkv]_proj",
-              "MLP fc": r"mlp\.up", "MLP down": r"mlp\.down", "embedding": r"^token_embed|^lm_head_correction",
-              "embedding projections": r"^embed_proj|^adapter", "head": r"^lm_head$",
-              "predictor": r"^jepa\.(fc|out)", "projections of the latent": r"^jepa\.", "scalars": ""}
+COMPONENTS = {
+    "in_proj": r"mixer\.in_proj", "out_proj": r"mixer\.out_proj",
+    "attention q, k, v": r"mixer\.[qkv]_proj", "MLP fc": r"mlp\.up", "MLP down": r"mlp\.down",
+    "embedding": r"^token_embed|^lm_head_correction",
+    "embedding projections": r"^embed_proj|^adapter", "head": r"^lm_head$",
+    "predictor": r"^jepa\.(fc|out)", "projections of the latent": r"^jepa\.", "scalars": ""}
 
 
 def component(name: str) -> str:
@@ -4729,8 +4932,9 @@ class Drift(NamedTuple):
 def synthetic_weights(c: Config, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor): synthetic weights distributed like trained ones of this configuration."""
     drift, draw = Drift(), torch.Generator().manual_seed(0)
-    gpu = c.profile == "gpu" or c.profile == "auto" and c.device != "cpu" and torch.cuda.is_available()
-    by_clock = int((10.0 if gpu else 2.5) * c.max_wallclock_seconds)  # at a rough number of steps a second
+    host_gpu = c.device != "cpu" and torch.cuda.is_available()
+    gpu = host_gpu if c.profile == "auto" else c.profile == "gpu"
+    by_clock = int((10.0 if gpu else 2.5) * c.max_wallclock_seconds)  # rough steps a second
     steps = max(1, min(c.iterations, by_clock or c.iterations))
     scales = np.array([lr_scale(Progress(i, i / steps, steps - i), c) for i in range(steps)])
     normal = lambda *shape: torch.empty(shape).normal_(generator=draw)
@@ -4748,32 +4952,36 @@ def synthetic_weights(c: Config, model: nn.Module) -> Iterator[tuple[str, Tensor
         if owner == "matrix":
             path, start = decayed(lr, c.muon_wd)
             walk = drift.matrix * lr * path ** drift.matrix_path * w.size(1) ** -0.5
-            units = (drift.unit_spread * normal(1, w.size(1))).exp() if name.endswith("mlp.down.weight") else 1.0
-            yield name, start * w + walk * units * normal(*w.shape)
+            if name.endswith("mlp.down.weight"):
+                walk = walk * (drift.unit_spread * normal(1, w.size(1))).exp()
+            yield name, start * w + walk * normal(*w.shape)
         elif role in (EMBEDDING, HEAD, CORRECTION):
             path, start = decayed(lr, c.adam_wd)
-            shared = torch.zeros(())
-            direction = normal(1, w.size(1))
-            if role == EMBEDDING and c.tie_embeddings:
-                shared = drift.shared * len(w) ** drift.shared_vocab * path ** drift.shared_path * direction
-            spread = drift.row_spread * normal(len(w), 1) + drift.column_spread * normal(1, w.size(1))
-            own = drift.row * len(w) ** drift.row_vocab * path ** drift.row_path * spread.exp() * normal(*w.shape)
-            yield name, start * w + lr * (shared + own)
+            rows, columns = w.shape
+            shared = drift.shared * rows ** drift.shared_vocab * path ** drift.shared_path
+            shared = (shared if role == EMBEDDING and c.tie_embeddings else 0) * normal(1, columns)
+            spread = drift.row_spread * normal(rows, 1) + drift.column_spread * normal(1, columns)
+            row = drift.row * rows ** drift.row_vocab * path ** drift.row_path
+            yield name, start * w + lr * (shared + row * spread.exp() * normal(rows, columns))
         else:
             shift = drift.bias_shift if name == "vocab_bias" else 0.0
-            yield name, w + lr * scales.sum() ** drift.scalar_path * (shift + normal(*w.shape))
+            path = scales.sum() ** drift.scalar_path
+            yield name, w + lr * path * (shift + normal(*w.shape))
 
 
 def estimated_bytes(c: Config, model: nn.Module | None = None) -> int:
     """Expected bytes of this configuration's trained artifact, from entropies."""
     model = model or build_models(c)[0]
-    return estimate_bytes(artifact_tensors(synthetic_weights(c, model), storage_plan(model, c)))["bytes"]
+    tensors = artifact_tensors(synthetic_weights(c, model), storage_plan(model, c))
+    return estimate_bytes(tensors)["bytes"]
 
 
 def largest_fit(c: Config, name: str, step: int, budget: int) -> int | None:
     """The largest value of a size knob, in steps, whose artifact fits `budget` bytes; None if none
     does."""
-    fits = lambda value: value >= step and estimated_bytes(dataclasses.replace(c, **{name: value})) <= budget
+    def fits(value: int) -> bool:
+        return value >= step and estimated_bytes(dataclasses.replace(c, **{name: value})) <= budget
+
     low, high = 0, step
     while fits(high):
         low, high = high, 2 * high
@@ -4784,14 +4992,16 @@ def largest_fit(c: Config, name: str, step: int, budget: int) -> int | None:
 
 
 def describe(c: Config) -> dict[str, Any]:
-    """MODE=describe: knobs with their sources, parameters by component and storage, expected bytes."""
+    """MODE=describe: knobs with their sources, parameters by component, expected bytes."""
     model, jepa = build_models(c)
     plan, by_grid, rows = storage_plan(model, c), {}, {}
     print(c.render() + "\n")
-    for name, _, parameter in named_roles(model) + (named_roles(jepa, "jepa.") if jepa is not None else []):
-        rows.setdefault((component(name), plan.get(name, "not stored")), []).append(parameter.numel())
+    everything = named_roles(model) + (named_roles(jepa, "jepa.") if jepa is not None else [])
+    for name, _, parameter in everything:
+        grid, count = plan.get(name, "not stored"), parameter.numel()
+        rows.setdefault((component(name), grid), []).append(count)
         if name in plan:
-            by_grid[plan[name]] = by_grid.get(plan[name], 0) + parameter.numel()
+            by_grid[grid] = by_grid.get(grid, 0) + count
     print(f"{'component':<28}{'storage':<14}{'tensors':>8}{'parameters':>14}")
     by_component: dict[str, int] = {}
     for (label, grid), counts in sorted(rows.items(), key=lambda row: -sum(row[1])):
@@ -4801,16 +5011,19 @@ def describe(c: Config) -> dict[str, Any]:
     estimate, code = estimated_bytes(c, model), len(source_text().encode())
     fit = describe_fit(c, SIZE_LIMIT - code) if c.fit else None
     fits = estimate + code <= SIZE_LIMIT
-    print(f"\nstored {stored:,} + training-only {extra:,} parameters; artifact about {estimate:,} bytes (entropy of "
-          f"weights as training leaves them) + code {code:,} bytes: {'FITS' if fits else 'OVER'} {SIZE_LIMIT:,}")
-    return dict(eval_params=stored, train_only_params=extra, estimated_artifact_bytes=estimate, code_bytes=code,
-                fits=fits, parameters_by_storage=by_grid, parameters_by_component=by_component,
-                tokens_per_step=c.train_batch_tokens, micro_batches=c.micro_batches, largest_fit=fit)
+    print(f"\nstored {stored:,} + training-only {extra:,} parameters; artifact about {estimate:,} "
+          f"bytes (entropy of weights as training leaves them) + code {code:,} bytes: "
+          f"{'FITS' if fits else 'OVER'} {SIZE_LIMIT:,}")
+    return dict(eval_params=stored, train_only_params=extra, estimated_artifact_bytes=estimate,
+                code_bytes=code, fits=fits, parameters_by_storage=by_grid,
+                parameters_by_component=by_component, tokens_per_step=c.train_batch_tokens,
+                micro_batches=c.micro_batches, largest_fit=fit)
 
 
 def describe_fit(c: Config, budget: int) -> dict[str, int | None]:
-    """FIT=1: the largest MODEL_DIM and the largest MLP_MULT that fit, each with all else as it is."""
-    width = math.lcm(c.num_heads * 2 if "a" in c.pattern else 1, HEADDIM // math.gcd(HEADDIM, c.expand))
+    """FIT=1: the largest MODEL_DIM, and the largest MLP_MULT, that fit with all else as it is."""
+    width = HEADDIM // math.gcd(HEADDIM, c.expand)
+    width = math.lcm(width, 2 * c.num_heads) if "a" in c.pattern else width
     steps = {"MODEL_DIM": width} | ({"MLP_MULT": 1} if c.mlp_mult else {})
     fit = {name: largest_fit(c, name.lower(), step, budget) for name, step in steps.items()}
     print("\n" + "; ".join(f"the largest {name} that fits, all else as it is: {value or 'none'}"
@@ -4849,8 +5062,8 @@ class PartClock:
 def bench(c: Config, runtime: Runtime) -> dict[str, Any]:
     """MODE=bench: median ms per step on random tokens, then the share of its parts.
 
-    Whole steps are timed first; then again with a wait between the parts, which gives the shares. On
-    CUDA a profile names the largest kernels. The share of one H100 in the published runs:
+    Whole steps are timed first; then again with a wait between the parts, which gives the shares.
+    On CUDA a profile names the largest kernels. The share of one H100 in the published runs:
     TRAIN_BATCH_TOKENS=65536 MICRO_BATCHES=1."""
     trainer, clock = Trainer(c, runtime, SyntheticStream(c.vocab_size)), PartClock(runtime)
     trainer.run_phases()
@@ -4871,13 +5084,17 @@ def bench(c: Config, runtime: Runtime) -> dict[str, Any]:
         print(f"{'part':<16}{'ms':>10}{'share':>8}")
         for name, ms in sorted(per_part.items(), key=lambda row: -row[1]):
             print(f"{name:<16}{ms:>10.2f}{ms / total:>8.1%}")
-    return dict(ms_per_step=per_step, tokens_per_second=1e3 * c.train_batch_tokens / per_step, steps=steps,
-                tokens_per_step=c.train_batch_tokens, peak_memory_bytes=peak, parts_ms=per_part,
-                shares={name: ms / total for name, ms in per_part.items()}, model_tflops=flops / per_step * 1e-9,
-                mfu_of_h100=flops / per_step * 1e-9 / 989 / runtime.world if runtime.cuda else None,
-                gemm_floor_ms_at_800_tflops=flops / 800e12 * 1e3 / runtime.world if runtime.cuda else None,
-                largest_kernels=largest_kernels(trainer, progress) if runtime.cuda else None,
-                scan=trainer.kernels.name, compile_mode=c.compile_mode, **runtime.describe())
+    report = dict(ms_per_step=per_step, tokens_per_second=1e3 * c.train_batch_tokens / per_step,
+                  steps=steps, tokens_per_step=c.train_batch_tokens, peak_memory_bytes=peak,
+                  parts_ms=per_part, shares={name: ms / total for name, ms in per_part.items()},
+                  model_tflops=flops / per_step * 1e-9, mfu_of_h100=None,
+                  gemm_floor_ms_at_800_tflops=None, largest_kernels=None,
+                  scan=trainer.kernels.name, compile_mode=c.compile_mode, **runtime.describe())
+    if runtime.cuda:  # 989: peak bf16 TFLOP/s of an H100; 800: what a large product reaches
+        report |= dict(mfu_of_h100=flops / per_step * 1e-9 / 989 / runtime.world,
+                       gemm_floor_ms_at_800_tflops=flops / 800e12 * 1e3 / runtime.world,
+                       largest_kernels=largest_kernels(trainer, progress))
+    return report
 
 
 def time_parts(trainer: Trainer, progress: Progress, clock: PartClock) -> None:
@@ -4888,7 +5105,8 @@ def time_parts(trainer: Trainer, progress: Progress, clock: PartClock) -> None:
     for micro in trainer.micros:
         inputs = clock("data", functools.partial(trainer.step_inputs, progress.step, micro))
         trainer.weights.begin_micro(last=micro == trainer.micros[-1])
-        forward = functools.partial(trainer.losses, *inputs, numbers, trainer.states[micro], weights.active)
+        forward = functools.partial(trainer.losses, *inputs, numbers, trainer.states[micro],
+                                    weights.active)
         loss = clock("forward", forward)[0]
         clock("backward", (loss / c.micro_batches).backward)
     clock("gradient sums", trainer.weights.finish_gradients)
