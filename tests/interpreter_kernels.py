@@ -1,8 +1,8 @@
 """Triton kernels against float64 references in Triton's interpreter; test_kernels.py runs this file in a process of its
 own with TRITON_INTERPRET=1 and MAMBA_DETERMINISTIC=1, and borrows the references.
 
-fp32 and fp16 only: the interpreter's bf16 dot is wrong. Tolerances are relative to the largest entry: fp32 3e-6 (sums
-of some tens to thousands of rounded terms), fp16 4e-3 (inputs of the products rounded to 11 bits, several in a row)."""
+fp32 and fp16 only: the interpreter's bf16 dot is wrong. Tolerances are relative to the largest entry: fp32 sums of
+some hundred terms; in fp16 the roundings of the products' inputs count, up to four in a row."""
 import contextlib
 import os
 import types
@@ -10,12 +10,15 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerance import bound
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train_jepa as K
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs inside test_kernels.py")
-TOLERANCE = {torch.float32: 3e-6, torch.float16: 4e-3}
+TOLERANCE = {torch.float32: bound(256), torch.float16: bound(4, torch.float16)}
+# A logit is a sum of 16 products and reaches 16 where no cap holds it; its error is the relative error of exp(logit).
+HEAD_TOLERANCE = TOLERANCE | {torch.float32: bound(16, scale=16)}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=("fp32", "fp16"))
 
 
@@ -152,7 +155,7 @@ def cuda_stubs(monkeypatch):
 @pytest.mark.parametrize("softcap, kind, z_loss", ((15.0, "poly", 1e-2), (30.0, "tanh", 0.0), (0.0, "poly", 1e-4)))
 def test_head(dtype, V, n, rows, softcap, kind, z_loss):
     inputs, targets = head_inputs(dtype, n, V, bias=kind == "poly")
-    check_head(inputs, targets, softcap, kind, z_loss, TOLERANCE[dtype], rows)
+    check_head(inputs, targets, softcap, kind, z_loss, HEAD_TOLERANCE[dtype], rows)
 
 
 @pytest.mark.parametrize("softcap, kind", ((15.0, "poly"), (30.0, "tanh"), (0.0, "poly")))
@@ -180,7 +183,7 @@ def test_conv(dtype, T, initial):
 def test_conv_other_kernel_sizes():
     for k in (2, 3):
         inputs = [t.requires_grad_() for t in (torch.randn(1, 20, 8), torch.randn(8, 1, k), torch.randn(8))]
-        compare(lambda *a: K.causal_conv_silu_triton(*a), conv_naive, inputs, 3e-6)
+        compare(lambda *a: K.causal_conv_silu_triton(*a), conv_naive, inputs, TOLERANCE[torch.float32])
 
 
 def test_snap_bit_equal():
@@ -209,7 +212,7 @@ def test_ssd_fused_real_tile():
     with torch.no_grad():
         inputs[0][:, 5] = 0
         inputs[2][0], inputs[2][1] = -16.0, -1e-3
-    compare(ssd_by(K.ssd_triton, 64), ssd_naive, inputs, 3e-6)
+    compare(ssd_by(K.ssd_triton, 64), ssd_naive, inputs, TOLERANCE[torch.float32])
 
 
 @DTYPES
@@ -225,7 +228,7 @@ def test_gradient_through_one_output_alone(name, pick, cuda_stubs):
     used = inputs if pick == 0 else inputs[:4]  # C and D do not reach the state
     got = torch.autograd.grad(ssd_by(getattr(K, name), 16)(*inputs)[pick].sum(), used)
     want = torch.autograd.grad(ssd_naive(*inputs)[pick].sum(), used)
-    assert max(map(off, got, want)) <= 3e-6
+    assert max(map(off, got, want)) <= TOLERANCE[torch.float32]
 
 
 def test_opcheck(cuda_stubs):

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerance import bound
 
 import train_jepa as tj
 from train_jepa import causal_conv_silu, ssd_chunked, ssd_step
 
-# Relative to the largest entry: fp32 sums of some hundred terms, each rounded at 6e-8.
-FP32 = 2e-6
+FP32 = bound(256)  # relative to the largest entry: sums of some hundred terms
 
 
 def off(found, expected) -> float:
@@ -87,7 +87,7 @@ def test_gradients_are_those_of_the_recurrence(length, initial):
     found = torch.autograd.grad(loss(*ssd_chunked(*tensors, chunk=8, initial_state=state)), inputs)
     expected = torch.autograd.grad(loss(*recurrence(*tensors, state)), inputs)
     for name, a, b in zip(("x", "dt", "A", "B", "C", "D", "initial"), found, expected):
-        assert off(a, b) < 5e-6, name  # decay gradients are sums of differences: a little above the values themselves
+        assert off(a, b) < FP32, name
 
 
 @INITIAL
@@ -115,7 +115,8 @@ def test_bf16_keeps_the_state_in_fp32_and_stays_close():
     y, final = ssd_chunked(*low, chunk=16)
     expected, expected_final = recurrence(*low)
     assert y.dtype == torch.bfloat16 and final.dtype == torch.float32
-    assert off(y, expected) < 0.02 and off(final, expected_final) < 0.01  # bf16 keeps 8 bits: 0.4% per rounding
+    limit = bound(2, torch.bfloat16)  # factors and result are rounded to 8 bits, the sums are fp32
+    assert off(y, expected) < limit and off(final, expected_final) < limit / 2
 
 
 def test_a_sequence_cut_anywhere_with_its_state_carried_is_the_whole():
@@ -246,6 +247,7 @@ if importlib.util.find_spec("huggingface_hub") is None:
     sys.modules["huggingface_hub"] = types.SimpleNamespace(PyTorchModelHubMixin=type("PyTorchModelHubMixin", (), {}))
 from mamba_ssm.modules import mamba2 as theirs
 import train_jepa as tj
+from tolerance import bound
 
 assert theirs.causal_conv1d_fn is None, "causal_conv1d is installed; the reference must run without it"
 worst = {}
@@ -274,21 +276,24 @@ for dim, expand, length, d_state in ((64, 2, 24, 16), (128, 1, 19, 16)):  # per-
         error = float(((results[0][name] - value).abs().max() / value.abs().max()).detach())
         worst[name] = max(error, worst.get(name, 0.0))
 print({name: f"{value:.1e}" for name, value in worst.items()})
-bad = {name: value for name, value in worst.items() if not value <= 1e-5}
-sys.exit(f"relative error above 1e-5: {bad}" if bad else 0)
+# the gradients of decay and step sum over 24 positions, 64 channels and 16 states, partly cancelling
+limit = dict.fromkeys(worst, 1e-5) | dict.fromkeys(("A_log", "dt_bias"), bound(24 * 64 * 16))
+bad = {name: value for name, value in worst.items() if not value <= limit[name]}
+sys.exit(f"relative error above {limit}: {bad}" if bad else 0)
 '''
 
 
 @pytest.mark.slow
 def test_the_mixer_equals_mamba_ssms_mamba2_with_the_same_weights(tmp_path):
-    """Output and every gradient in fp32 to 1e-5; its kernels run in Triton's interpreter, in their own process."""
+    """Output and every gradient in fp32; its kernels run in Triton's interpreter, in their own process."""
     pytest.importorskip("triton", reason="mamba-ssm needs triton")
     if tj.importlib.util.find_spec("mamba_ssm") is None:
         pytest.skip("mamba_ssm is not installed")
     script = tmp_path / "compare.py"
     script.write_text(MAMBA_SSM)
     environ = os.environ | dict(TRITON_INTERPRET="1", MAMBA_DETERMINISTIC="1", OMP_NUM_THREADS="1",
-                                CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(Path(tj.__file__).parent),
+                                CUDA_VISIBLE_DEVICES="",
+                                PYTHONPATH=os.pathsep.join((str(Path(tj.__file__).parent), str(Path(__file__).parent))),
                                 TRITON_CACHE_DIR=str(tmp_path / "cache"))
     done = subprocess.run([sys.executable, str(script)], env=environ, cwd=tmp_path, capture_output=True, text=True,
                           timeout=300)
