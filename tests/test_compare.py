@@ -1,36 +1,47 @@
-"""Comparison: groups, mean and deviation, paired t-test against scipy, unfinished and broken runs, files, plot."""
+"""tools/compare.py: groups, deviation, paired t-test, unfinished and broken runs, files, figure."""
 import csv
-import dataclasses
 import json
 import math
+import sys
+from pathlib import Path
 
+import compare
 import numpy as np
 import pytest
-from scipy import stats
 
 import train_jepa as tj
 
 BASE = {42: 1.2566, 43: 1.2591, 44: 1.2548}
 OTHER = {42: 1.2449, 43: 1.2502, 44: 1.2447}
-
-
-def config(**knobs):
-    return tj.Config(**{name.lower(): value for name, value in knobs.items()})
+# 97.5% points of Student's t by degrees of freedom, as printed by NIST:
+# https://www.itl.nist.gov/div898/handbook/eda/section3/eda3672.htm
+T_TABLE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 11: 2.201, 29: 2.045,
+           100: 1.984}
+# Hours of sleep gained with two drugs (Student 1908, The Probable Error of a Mean). Their paired
+# t-test by R (data set `sleep`): mean 1.58, p = 0.002833, interval 0.7001142 to 2.4598858.
+SLEEP = ((0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0),
+         (1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4))
 
 
 def make_run(folder, seed, bpb=None, validations=((0, 7.9), (100, 1.9), (200, 1.4)), **knobs):
     """A run folder as training leaves it: finished if `bpb` is given, else still going on."""
     folder.mkdir(parents=True)
-    named = config(seed=seed, run_id=folder.name, **knobs).named()
-    (folder / "config.json").write_text(json.dumps(named))
-    lines = [json.dumps(dict(kind="validation", step=step, val_loss=bpb_, val_bpb=bpb_)) for step, bpb_ in validations]
+    config = tj.Config(seed=seed, run_id=folder.name, **knobs)
+    (folder / "config.json").write_text(json.dumps(config.named()))
+    lines = [json.dumps(dict(kind="validation", step=step, val_loss=value, val_bpb=value))
+             for step, value in validations]
     (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
     (folder / "log.txt").write_text("log\n")
     if bpb is not None:
-        (folder / "result.json").write_text(json.dumps(dict(
-            roundtrip_val_bpb=bpb + 0.015, sliding_val_bpb=bpb, total_bytes=15_500_000 + seed,
-            ms_per_step=98.0 + seed / 10, steps=200, device="cpu", world_size=1, script_sha256="x")))
+        result = dict(roundtrip_val_bpb=bpb + 0.015, sliding_val_bpb=bpb,
+                      total_bytes=15_500_000 + seed, ms_per_step=98.0 + seed / 10, steps=200,
+                      device="cpu", world_size=1, script_sha256="x")
+        (folder / "result.json").write_text(json.dumps(result))
     return folder
+
+
+def compared(runs, out="compare"):
+    return compare.compare(compare.Settings(runs=runs, out=out))
 
 
 @pytest.fixture
@@ -43,86 +54,118 @@ def six(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_t_distribution_matches_scipy():
-    for freedom in (1, 2, 3, 5, 10, 30, 200, 5000):
-        for t in (0.0, 1e-6, 0.1, 0.5, 1.0, 2.0, 4.3, 12.7, 50.0, 1e3, 1e6):
-            assert tj.t_tail(t, freedom) == pytest.approx(2 * stats.t.sf(t, freedom), rel=1e-10, abs=1e-300)
-            assert tj.t_tail(-t, freedom) == tj.t_tail(t, freedom)
-        assert tj.t_tail(math.inf, freedom) == 0
-        assert tj.t_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-10)
-        assert tj.t_quantile(freedom, 0.01) == pytest.approx(stats.t.ppf(0.995, freedom), rel=1e-10)
+@pytest.fixture
+def no_figure(monkeypatch):
+    """Half a second of matplotlib less."""
+    monkeypatch.setattr(compare, "plot_comparison", lambda *_: None)
 
 
-@pytest.mark.parametrize("n", [2, 3, 5, 12])
-def test_paired_test_matches_scipy(n):
-    generator = np.random.default_rng(n)
-    a, b = generator.normal(1.25, 0.01, n), generator.normal(1.24, 0.01, n)
-    ours, theirs = tj.paired((b - a).tolist()), stats.ttest_rel(b, a)
-    interval = theirs.confidence_interval(0.95)
-    assert ours["p"] == pytest.approx(theirs.pvalue, rel=1e-9)
-    assert (ours["low"], ours["high"]) == pytest.approx((interval.low, interval.high), rel=1e-9)
-    assert ours["difference"] == pytest.approx((b - a).mean()) and ours["n"] == n
+@pytest.fixture
+def figure(monkeypatch):
+    """The figure that the next comparison draws."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setattr(plt, "close", lambda *_: None)
+    yield plt.gcf
+    monkeypatch.undo()
+    plt.close("all")
+
+
+def test_interval_is_that_of_the_published_table():
+    for freedom, quantile in T_TABLE.items():
+        deltas = np.random.default_rng(freedom).normal(0.3, 1, freedom + 1)
+        test, error = compare.paired_test(deltas), deltas.std(ddof=1) / math.sqrt(freedom + 1)
+        assert test["high"] - test["difference"] == pytest.approx(quantile * error, rel=5e-4)
+        assert test["difference"] - test["low"] == pytest.approx(quantile * error, rel=5e-4)
+        assert test["difference"] == pytest.approx(deltas.mean()) and test["n"] == freedom + 1
+        assert test["std"] == pytest.approx(deltas.std(ddof=1)) and test["deltas"] == list(deltas)
+
+
+@pytest.mark.parametrize("deltas", [(0.3, 0.5), (-0.01, 0.02), (1e-5, 1.1e-5), (-3.0, -2.0)])
+def test_two_pairs_follow_the_cauchy_distribution(deltas):
+    """One degree of freedom: P(|T| > t) = 1 - 2 atan(t) / pi, and the quantile is tan(0.475 pi)."""
+    test = compare.paired_test(deltas)
+    mean, error = sum(deltas) / 2, abs(deltas[0] - deltas[1]) / 2
+    assert test["p"] == pytest.approx(1 - 2 / math.pi * math.atan(abs(mean) / error), rel=1e-9)
+    reach = math.tan(0.475 * math.pi) * error
+    assert (test["low"], test["high"]) == pytest.approx((mean - reach, mean + reach), rel=1e-9)
+
+
+def test_paired_test_of_students_data():
+    test = compare.paired_test(np.subtract(SLEEP[1], SLEEP[0]).tolist())
+    assert test["p"] == pytest.approx(0.002833, abs=5e-7)
+    assert test["difference"] == pytest.approx(1.58)
+    assert (test["low"], test["high"]) == pytest.approx((0.7001142, 2.4598858), abs=5e-8)
 
 
 def test_paired_without_a_distribution():
-    assert tj.paired([0.5])["p"] is None and tj.paired([0.5])["difference"] == 0.5
-    assert tj.paired([0.0, 0.0])["p"] is None
-    assert tj.paired([0.25, 0.25, 0.25])["p"] == 0 and tj.paired([0.25] * 3)["low"] == 0.25
+    assert compare.paired_test([0.5])["p"] is None
+    assert compare.paired_test([0.5])["difference"] == 0.5
+    assert compare.paired_test([0.0, 0.0])["p"] is None
+    assert compare.paired_test([0.25, 0.25, 0.25])["p"] == 0
+    assert compare.paired_test([0.25] * 3)["low"] == 0.25
 
 
-def test_six_runs_match_scipy(six, capsys):
-    report = tj.compare(config(runs="runs/a* runs/b*"))
+def test_six_runs_match_the_closed_form(six, capsys):
+    """Two degrees of freedom: P(|T| > t) = 1 - t / sqrt(2 + t^2)."""
+    report = compared("runs/a* runs/b*")
     base, other = report["groups"]
-    assert (base["name"], other["name"]) == ("JEPA_WEIGHT=0", "JEPA_WEIGHT=1") and base["n"] == other["n"] == 3
+    assert (base["name"], other["name"]) == ("JEPA_WEIGHT=0", "JEPA_WEIGHT=1")
+    assert base["n"] == other["n"] == 3
     for facts, values in ((base, BASE), (other, OTHER)):
         values = list(values.values())
         assert facts["sliding_val_bpb"]["mean"] == pytest.approx(np.mean(values), rel=1e-12)
         assert facts["sliding_val_bpb"]["std"] == pytest.approx(np.std(values, ddof=1), rel=1e-12)
-        assert facts["total_bytes"]["mean"] == 15_500_043 and facts["ms_per_step"]["mean"] == pytest.approx(102.3)
+        assert facts["total_bytes"]["mean"] == 15_500_043
+        assert facts["ms_per_step"]["mean"] == pytest.approx(102.3)
     assert report["knobs"] == {"JEPA_WEIGHT": [0.0, 1.0]}
     test = next(test for test in report["paired"] if test["column"] == "sliding_val_bpb")
-    witness = stats.ttest_rel(list(OTHER.values()), list(BASE.values()))
-    assert test["p"] == pytest.approx(witness.pvalue, rel=1e-9) and test["seeds"] == [42, 43, 44]
-    assert test["low"] == pytest.approx(witness.confidence_interval().low, rel=1e-9)
-    assert test["high"] == pytest.approx(witness.confidence_interval().high, rel=1e-9)
+    deltas = np.array(list(OTHER.values())) - list(BASE.values())
+    error = deltas.std(ddof=1) / math.sqrt(3)
+    t, quantile = abs(deltas.mean()) / error, 0.95 * math.sqrt(2 / (1 - 0.95 ** 2))
+    assert test["p"] == pytest.approx(1 - t / math.sqrt(2 + t * t), rel=1e-9)
+    assert test["seeds"] == [42, 43, 44]
+    assert test["low"] == pytest.approx(deltas.mean() - quantile * error, rel=1e-9)
+    assert test["high"] == pytest.approx(deltas.mean() + quantile * error, rel=1e-9)
     text = (six / "compare/compare.md").read_text()
-    assert text.strip() in capsys.readouterr().out and f"{test['p']:.2g}" in text and "1.25683 ± " in text
+    assert text.strip() in capsys.readouterr().out
+    assert f"{test['p']:.2g}" in text and "1.25683 ± " in text
     rows = list(csv.DictReader(open(six / "compare/compare.csv")))
     assert [row["configuration"] for row in rows] == ["JEPA_WEIGHT=0", "JEPA_WEIGHT=1"]
-    assert float(rows[1]["sliding_val_bpb_paired_p"]) == test["p"] and rows[0]["sliding_val_bpb_paired_p"] == ""
+    assert float(rows[1]["sliding_val_bpb_paired_p"]) == test["p"]
+    assert rows[0]["sliding_val_bpb_paired_p"] == ""
     assert (six / "compare/compare.png").stat().st_size > 10_000
     json.dumps(report, allow_nan=False)
 
 
-def test_pairs_are_by_seed_not_by_order(six):
+def test_pairs_are_by_seed_not_by_order(six, no_figure):
     for name in ("b42", "b43", "b44"):
         (six / "runs" / name).rename(six / "runs" / f"b{100 - int(name[1:])}")
     make_run(six / "runs/b7", 7, 9.0)  # a seed that the baseline lacks takes no part in the pairs
-    test = tj.compare(config(runs="runs/a* runs/b*", out="o"))["paired"][-1]
+    test = compared("runs/a* runs/b*", out="o")["paired"][-1]
     assert test["seeds"] == [42, 43, 44]
     assert test["difference"] == pytest.approx(np.mean([OTHER[s] - BASE[s] for s in BASE]))
 
 
-def test_free_knobs_do_not_split_but_length_and_data_do(tmp_path, monkeypatch):
+def test_free_knobs_do_not_split_but_length_and_data_do(tmp_path, monkeypatch, no_figure):
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "r/1", 1, 1.3, val_loss_every=5, data_path="/one/place/demo_bytes")
     make_run(tmp_path / "r/2", 2, 1.3, checkpoint_every=9, data_path="data/demo_bytes")
     make_run(tmp_path / "r/3", 1, 1.3, iterations=77, data_path="data/demo_bytes")
     make_run(tmp_path / "r/4", 1, 1.3, data_path="data/other")
-    groups = tj.compare(config(runs="r/*"))["groups"]
-    assert [group["n"] for group in groups] == [2, 1, 1]
+    assert [group["n"] for group in compared("r/*")["groups"]] == [2, 1, 1]
 
 
 def test_running_failed_and_broken_runs_are_told(six, capsys):
-    going = make_run(six / "runs/b45", 45, validations=((0, 8.0), (100, 1.8)), jepa_weight=1.0, iterations=10_000)
-    with open(going / "metrics.jsonl", "a") as file:
+    running = make_run(six / "runs/b45", 45, validations=((0, 8.0), (100, 1.8)), jepa_weight=1.0,
+                       iterations=10_000)
+    with open(running / "metrics.jsonl", "a") as file:
         file.write('{"kind": "validation", "step": 200, "val_')
     make_run(six / "runs/a46", 46, math.nan, jepa_weight=0.0)
     make_run(six / "runs/a47", 47, validations=(), jepa_weight=0.0)
     (six / "runs/a47/metrics.jsonl").unlink()
     (six / "runs/a47/result.json").write_text('{"roundtrip_')
     (six / "runs/a48").mkdir()
-    report = tj.compare(config(runs="runs/a* runs/b*"))
+    report = compared("runs/a* runs/b*")
     assert [(g["n"], g["unfinished"]) for g in report["groups"]] == [(3, 2), (3, 1)]
     states = report["unfinished"]
     assert set(states) == {"runs/a46", "runs/a47", "runs/a48", "runs/b45"}
@@ -133,53 +176,125 @@ def test_running_failed_and_broken_runs_are_told(six, capsys):
     json.dumps(report, allow_nan=False)
 
 
-def test_names_say_what_differs_from_the_baseline(six):
+def test_names_say_what_differs_from_the_baseline(six, no_figure):
     make_run(six / "runs/c1", 42, 1.2, jepa_weight=1.0, jepa_steps=3)
-    names = [group["name"] for group in tj.compare(config(runs="runs/*"))["groups"]]
+    names = [group["name"] for group in compared("runs/*")["groups"]]
     assert [sorted(name.split(", ")) for name in names] == [
         ["JEPA_STEPS=1", "JEPA_WEIGHT=0"], ["JEPA_WEIGHT=1"], ["JEPA_STEPS=3", "JEPA_WEIGHT=1"]]
 
 
-def test_many_knobs_repeated_seeds_and_one_run(six):
+def test_many_knobs_repeated_seeds_and_one_run(six, no_figure):
     make_run(six / "runs/c1", 42, 1.2, model_dim=256, num_layers=4, expand=1, d_state=16)
     make_run(six / "runs/c2", 42, 1.3, model_dim=256, num_layers=4, expand=1, d_state=16)
-    report = tj.compare(config(runs="runs/a* runs/c*"))
-    assert report["groups"][1]["name"] == "2: c1 etc." and set(report["knobs"]) >= {"MODEL_DIM", "D_STATE"}
+    report = compared("runs/a* runs/c*")
+    assert report["groups"][1]["name"] == "2: c1 etc."
+    assert set(report["knobs"]) >= {"MODEL_DIM", "D_STATE"}
     test = report["paired"][-1]
-    assert test["n"] == 1 and test["p"] is None and test["difference"] == pytest.approx(1.25 - BASE[42])
+    assert test["n"] == 1 and test["p"] is None
+    assert test["difference"] == pytest.approx(1.25 - BASE[42])
     assert "more than once" in (six / "compare/compare.md").read_text()
-    alone = tj.compare(config(runs="runs/a42 runs/a42", out="alone"))
-    assert alone["groups"][0]["name"] == "all runs" and alone["groups"][0]["n"] == 1 and not alone["paired"]
+    alone = compared("runs/a42 runs/a42", out="alone")
+    assert alone["groups"][0]["name"] == "all runs" and alone["groups"][0]["n"] == 1
+    assert not alone["paired"]
+
+
+def test_figure_names_runs_by_their_id(six, figure):
+    make_run(six / "runs/b45", 45, jepa_weight=1.0)
+    compared("runs/*")
+    left, right = figure().axes
+    labels = [text.get_text() for text in left.get_legend().get_texts()]
+    labels = [label.replace("\n", " ") for label in labels]
+    assert labels == ["a42, a43, a44: JEPA_WEIGHT=0 (baseline)",
+                      "b42 … b45: JEPA_WEIGHT=1 (4 runs, dashed: 1 unfinished)"]
+    curves = [line for line in left.lines if len(line.get_xdata())]
+    assert len(curves) == 7 and [line.get_linestyle() for line in curves].count("--") == 1
+    assert len({line.get_color() for line in curves}) == 2
+    text, = (text.get_text() for text in right.texts)
+    assert text.startswith("b42 … b45: JEPA_WEIGHT=1 (4 runs)\n-0.0102 sliding BPB, 3 pairs, p = ")
+
+
+def test_groups_are_told_apart_by_colour_and_marker():
+    groups = [compare.RunGroup(str(i), "", [], []) for i in range(49)]
+    styles = [tuple(style.values()) for style in compare.group_styles(groups).values()]
+    assert len(set(styles)) == 49 and len({color for color, _ in styles[:7]}) == 7
+    # Okabe and Ito, Color Universal Design: black, orange, sky blue, bluish green, blue, vermilion,
+    # reddish purple.
+    assert {color for color, _ in styles} == {
+        "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"}
+
+
+def test_without_matplotlib_one_line_and_no_figure(six, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert len(compared("runs/*")["groups"]) == 2
+    message, = capsys.readouterr().err.splitlines()
+    assert "matplotlib is not installed" in message and "compare.png" in message
+    names = sorted(path.name for path in (six / "compare").iterdir())
+    assert names == ["compare.csv", "compare.md"]
+
+
+def test_without_scipy_one_line(six, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    assert compare.main(["RUNS=runs/*"]) == 2
+    message, = capsys.readouterr().err.splitlines()
+    assert message.startswith("compare.py: scipy is not installed") and not Path("compare").exists()
+    assert compare.main(["RUNS=runs/a*"]) == 0  # nothing to test
 
 
 def test_wrong_input(six):
     with pytest.raises(tj.UserError, match="RUNS=runs/z\\*: no such folder"):
-        tj.compare(config(runs="runs/a* runs/z*"))
+        compared("runs/a* runs/z*")
     with pytest.raises(tj.UserError, match="RUNS=: no such folder"):
-        tj.compare(config())
+        compared("")
     (six / "empty").mkdir()
     with pytest.raises(tj.UserError, match="has begun"):
-        tj.compare(config(runs="empty"))
+        compared("empty")
     (six / "file").write_text("")
     with pytest.raises(tj.UserError, match="OUT=file"):
-        tj.compare(config(runs="runs/a*", out="file"))
+        compared("runs/a*", out="file")
 
 
-def test_other_ranks_stay_silent(six, monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
-    assert tj.run_mode(config(mode="compare", runs="runs/a*")) is None
-    assert not (six / "compare").exists() and not capsys.readouterr().out
+def test_command_line(six, no_figure, monkeypatch, capsys):
+    """Arguments win over the environment, an empty value is the default; JSON is the last line."""
+    monkeypatch.setenv("RUNS", "runs/a*")
+    monkeypatch.setenv("OUT", "")
+    assert compare.main([]) == 0
+    assert len(json.loads(capsys.readouterr().out.splitlines()[-1])["groups"]) == 1
+    assert compare.main(["RUNS=runs/*", "OUT=o"]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(report["groups"]) == 2 and report["out"] == "o"
+    assert Path("compare/compare.md").exists()
+    assert compare.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert "  RUNS= " in text and "  OUT=compare " in text and "tools/compare.py RUNS=" in text
 
 
-def test_mode_ends_with_json(six, capsys):
-    assert tj.main(["MODE=compare", "RUNS=runs/*"]) == 0
-    assert len(json.loads(capsys.readouterr().out.splitlines()[-1])["groups"]) == 2
+@pytest.mark.parametrize("argument", ["RUN=x", "MODE=compare", "runs/b1", "runs=x"])
+def test_unknown_argument_is_one_line_and_exit_code_2(argument, six, capsys):
+    assert compare.main(["RUNS=runs/*", argument]) == 2
+    out, error = capsys.readouterr()
+    assert not out and error.startswith(f"compare.py: {argument}: no such argument")
+    assert error.count("\n") == 1
+    assert not Path("compare").exists()
 
 
-def test_config_of_an_older_script_counts_missing_knobs_as_defaults(six):
+def test_config_of_an_older_script_counts_missing_knobs_as_defaults(six, no_figure):
     path = six / "runs/a42/config.json"
     named = json.loads(path.read_text())
-    del named["MUON_NS"]
+    del named["ROW_NORM"]
     path.write_text(json.dumps(named))
-    assert len(tj.compare(config(runs="runs/a*"))["groups"]) == 1
-    assert dataclasses.asdict(tj.Config())["muon_ns"] == "quintic"
+    assert len(compared("runs/a*")["groups"]) == 1
+    path.write_text(json.dumps(named | dict(ROW_NORM=False)))
+    assert len(compared("runs/a*")["groups"]) == 2
+
+
+def test_knobs_that_are_gone_split_only_away_from_their_default(six, no_figure, monkeypatch):
+    path = six / "runs/a42/config.json"
+    named = json.loads(path.read_text())
+    monkeypatch.setitem(compare.FORMER_DEFAULTS, "GONE", 3)
+    former = {name: value for name, value in compare.FORMER_DEFAULTS.items() if name not in named}
+    path.write_text(json.dumps(named | former | dict(AUTHOR="someone")))
+    assert len(compared("runs/a*")["groups"]) == 1
+    path.write_text(json.dumps(named | former | dict(GONE=4)))
+    report = compared("runs/a*")
+    assert report["knobs"] == {"GONE": [4, None]} and [g["n"] for g in report["groups"]] == [1, 2]
+    assert "| GONE | 4 | – |" in Path("compare/compare.md").read_text()
