@@ -1,7 +1,7 @@
 """Speed of the Mamba-2 mixer on CPU, side by side with Hugging Face transformers' Mamba-2 in one run.
 
     .venv/bin/python -m pip install -q --target .bench transformers==4.57.1    (for this script alone)
-    PYTHONPATH=.bench .venv/bin/python tests/bench_mixer.py [THREADS]
+    PYTHONPATH=.bench .venv/bin/python tools/bench_mixer.py [THREADS]
 
 Both mixers have the same sizes and the same weights; their outputs are compared first. Then one layer's forward and
 backward pass is timed, in turns, on the same input; medians, and their ratio. The last line is JSON."""

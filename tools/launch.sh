@@ -1,0 +1,222 @@
+#!/usr/bin/env bash
+# What the run scripts share. A run script sources this file and calls
+#   start_run "DEMO FINEWEB ..." "$@"    arguments, profile, preset, data (folders of data/datasets)
+#   default_to KNOB=VALUE ...            defaults, and as a table:
+#   defaults <<'TABLE'                   rows KNOB VALUE [VALUE OF THE CPU PROFILE]
+#   launch                               the training, in place of this shell
+# KEY=VALUE arguments win over exported variables, these over defaults. An empty value wins, too: it
+# means the default of train_jepa.py. Of two defaults for one knob the first holds.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source ./setup_jepa.sh
+
+# ---- system A: what run_jepa_bpe.sh and run_jepa_byte.sh have in common
+
+# A latent of 16 dimensions that keeps its rank: decorrelated, no gradient through the targets.
+NARROW_LATENT="JEPA_DIM=16 JEPA_COV=1 DETACH_TARGETS=1"
+# PRESET=best, which tools/experiments.sh measures: that latent; states that are carried from step
+# to step and through the evaluation, one pass in place of sliding windows; the activation; a
+# learning rate that ends at a tenth; the storage grid for the last part only.
+BEST_A="$NARROW_LATENT CARRY_STATE=1 EVAL_STATE=carry SLIDING_EVAL=0 ACTIVATION=leaky_relu2
+MIN_LR=0.1 QAT_FRACTION=0.3"
+
+# Published configuration: 10 minutes on 8 H100. CPU profile: 2 minutes on two cores.
+system_a() {
+    defaults <<'TABLE'
+# knob                        published  cpu
+NUM_LAYERS                    10         4
+EXPAND                        1
+MLP_EVERY                     2
+TIE_EMBEDDINGS                1
+SOFTCAP_TYPE                  poly
+LOGIT_SOFTCAP                 15
+
+JEPA_STEPS                    3          1
+JEPA_WEIGHT                   1
+CE_WEIGHT                     1
+SIGREG_LAMBDA                 1
+PREDICTOR_HIDDEN_MULT         4          1
+
+TRAIN_BATCH_TOKENS            524288     2048
+MICRO_BATCHES                 8          2
+ITERATIONS                    10000
+MAX_WALLCLOCK_SECONDS         600        120
+WARMUP_STEPS                  -          3
+WARMDOWN_FRACTION             0.15       1
+SEED                          42
+COMPILE_MODE                  -          off
+
+BETA2                         -          0.99
+MUON_BACKEND_STEPS            3
+MUON_MOMENTUM                 0.95
+MUON_MOMENTUM_WARMUP_START    0.85
+MUON_MOMENTUM_WARMUP_STEPS    500        100
+MUON_WD                       0.04
+ADAM_WD                       0.05
+GRAD_CLIP_NORM                1
+
+QUANT_BITS                    4
+FP_STORAGE                    FP8
+QAT_FRACTION                  1
+
+TEMP_SCALING                  1
+SLIDING_EVAL                  1
+VAL_MAX_TOKENS                0
+VAL_BATCH_SIZE                -          16384
+PROBE_STEPS                   -          20
+TABLE
+}
+
+# ---- arguments and defaults
+
+declare -A GIVEN=()    # knobs named by arguments
+ARGS=()                # arguments for train_jepa.py
+
+# Arguments are passed on to train_jepa.py. KEY=VALUE ones that the scripts read are exported; names
+# that only the scripts know are not passed on.
+take_arguments() {
+    local argument
+    for argument in "$@"; do
+        case "${argument%%=*}" in
+        PROFILE | PRESET | NPROC_PER_NODE | TORCHRUN_ARGS | SKIP_VENV | PYTHON)
+            export "${argument?}"
+            continue ;;
+        MODE | DATA_PATH | TOKENIZER_PATH | MICRO_BATCHES | MAX_WALLCLOCK_SECONDS | ITERATIONS | \
+            CE_PURE_FRAC)
+            [[ $argument == *=* ]] && export "${argument?}" ;;
+        esac
+        ARGS+=("$argument")
+        if [[ $argument =~ ^([A-Z][A-Z0-9_]*)= ]]; then GIVEN[${BASH_REMATCH[1]}]=1; fi
+    done
+    set_python
+}
+
+# Exports the knobs that neither the environment nor an argument sets, and lists their names in
+# RUN_SCRIPT_DEFAULTS, from which train_jepa.py knows where a value came from.
+default_to() {
+    local assignment name
+    for assignment in "$@"; do
+        name=${assignment%%=*}
+        [[ -v $name || -n ${GIVEN[$name]-} ]] && continue
+        export "${assignment?}"
+        RUN_SCRIPT_DEFAULTS+=" $name"
+    done
+}
+
+# Reads rows KNOB VALUE [CPU_VALUE]: VALUE holds in both profiles if it stands alone. The value "-"
+# leaves the knob to train_jepa.py. A row that begins with "# " is a comment.
+defaults() {
+    local knob value cpu_value
+    while read -r knob value cpu_value; do
+        [[ $PROFILE == cpu ]] && value=${cpu_value:-$value}
+        [[ -z $knob || $knob == "#" || $value == - ]] || default_to "$knob=$value"
+    done
+}
+
+# True if only the configuration or the help text is asked for: no data, one process.
+only_describes() {
+    local mode=${MODE-}
+    [[ ${mode,,} == describe || " ${ARGS[*]-} " == *" --help "* || " ${ARGS[*]-} " == *" -h "* ]]
+}
+
+reads_no_shards() { only_describes || [[ ${MODE-} == bench || ${MODE-} == sample ]]; }
+
+# ---- profile and data
+
+# Exports PROFILE and PRESET and sets GPUS; says in one line which and why. Empty values mean auto
+# and published.
+choose_profile() {
+    local why="by request" count=""
+    [[ ${PROFILE:=auto} =~ ^(auto|gpu|cpu)$ ]] || die "PROFILE=$PROFILE: it is auto, gpu or cpu" 2
+    [[ ${PRESET:=published} =~ ^(published|best)$ ]] ||
+        die "PRESET=$PRESET: it is published or best" 2
+    [[ ${NPROC_PER_NODE:-1} =~ ^[1-9][0-9]*$ ]] ||
+        die "NPROC_PER_NODE=$NPROC_PER_NODE: it is a number of ranks, 1 or more" 2
+    env_ready || bash setup_jepa.sh env || exit
+    GPUS=0
+    if [[ $PROFILE == auto ]] || { [[ $PROFILE == gpu ]] && ! only_describes; }; then
+        GPUS=$(cuda_devices)
+        count="$GPUS CUDA device(s)"
+        [[ $GPUS == 0 ]] && count="no CUDA device found"
+    fi
+    if [[ $PROFILE == auto ]]; then
+        why="auto: $count"
+        if [[ $GPUS == 0 ]]; then PROFILE=cpu; else PROFILE=gpu; fi
+    elif [[ $PROFILE == gpu && -n $count ]]; then
+        why="by request; $count"
+    fi
+    [[ $PROFILE == cpu ]] && why="$why; small model, demo corpus, about two minutes of training"
+    note "PROFILE=$PROFILE ($why), PRESET=$PRESET"
+    export PROFILE PRESET
+}
+
+is_complete() {
+    compgen -G "$1/fineweb_train_*.bin" >/dev/null &&
+        compgen -G "$1/fineweb_val_*.bin" >/dev/null && [[ ! -e $1/.partial ]]
+}
+
+first_complete() {
+    local folder
+    for folder in "$@"; do is_complete "$folder" && echo "$folder" && return; done
+    return 1
+}
+
+# choose_data DEMO FINEWEB...: defaults of DATA_PATH and TOKENIZER_PATH. In the gpu profile the
+# first FineWeb folder that is complete, downloaded if need be; the demo if that is not possible.
+choose_data() {
+    local demo=data/datasets/$1 fineweb=("${@:2}") folder
+    fineweb=("${fineweb[@]/#/data/datasets/}")
+    if [[ ! -v DATA_PATH ]]; then
+        reads_no_shards || fetch_data "$demo" "${fineweb[@]}"
+        folder=$demo
+        if [[ $PROFILE == gpu ]] && ! folder=$(first_complete "${fineweb[@]}"); then
+            folder=$demo
+            only_describes || note "no FineWeb in ${fineweb[0]}: training on the demo corpus" \
+                "(bash setup_jepa.sh fineweb gets it)"
+        fi
+        default_to "DATA_PATH=./$folder"
+    fi
+    # The demo shards are made with the embedded model, whatever tokenizer was downloaded since.
+    local tokenizer=data/tokenizers/fineweb_8192_bpe.model
+    [[ $DATA_PATH == "./$demo" || ! -f $tokenizer ]] && tokenizer=data/demo/fineweb_8192_bpe.model
+    default_to "TOKENIZER_PATH=./$tokenizer"
+}
+
+fetch_data() {    # demo folder, FineWeb folders
+    if [[ $PROFILE == cpu ]]; then
+        is_complete "$1" || bash setup_jepa.sh demo || exit
+    elif ! first_complete "${@:2}" >/dev/null; then
+        FINEWEB_KINDS="${FINEWEB_KINDS-${2##*fineweb10B_}}" bash setup_jepa.sh || exit
+    fi
+}
+
+# ---- start and launch
+
+start_run() {
+    RUN_SCRIPT_DEFAULTS=$SELF
+    take_arguments "${@:2}"
+    choose_profile
+    # shellcheck disable=SC2086 — folders are words
+    choose_data $1
+}
+
+# Replaces this shell by the training: one process, or torchrun with one rank per GPU. A number of
+# GPUs that does not divide MICRO_BATCHES is rounded down to one that does; NPROC_PER_NODE is taken
+# as it is. TORCHRUN_ARGS (several machines, restarts) replaces --standalone.
+launch() {
+    local ranks=${NPROC_PER_NODE:-$GPUS} micro=${MICRO_BATCHES:-8}
+    export RUN_SCRIPT_DEFAULTS
+    [[ $PROFILE == cpu && -z "${NPROC_PER_NODE-}" ]] && ranks=1
+    if only_describes || [[ $ranks == 0 ]]; then ranks=1; fi
+    if [[ -z "${NPROC_PER_NODE-}" && $ranks -gt 1 && $micro =~ ^[1-9][0-9]*$ ]]; then
+        while ((micro % ranks)); do ((ranks--)); done
+        [[ $ranks == "$GPUS" ]] ||
+            note "$ranks of $GPUS GPUs used: the ranks must divide MICRO_BATCHES=$micro"
+    fi
+    if [[ $ranks == 1 ]] && { [[ -z "${TORCHRUN_ARGS-}" ]] || only_describes; }; then
+        exec "$PY" train_jepa.py ${ARGS[@]+"${ARGS[@]}"}
+    fi
+    # shellcheck disable=SC2086 — arguments are words
+    exec "$PY" -m torch.distributed.run ${TORCHRUN_ARGS:---standalone} --nproc_per_node="$ranks" \
+        train_jepa.py ${ARGS[@]+"${ARGS[@]}"}
+}
