@@ -6,12 +6,12 @@
 #   PRESET=published|best      published: the challenge entry; best: with what our runs found better
 #   NPROC_PER_NODE=N           ranks (default: the GPUs found)
 # Everything below is a default: exported variables and KEY=VALUE arguments win. tools/launch.sh has
-# the rest of the defaults (system_a, BEST_A). Relative paths count from this folder.
+# the rest of the defaults (system_a, system_a_best). Relative paths count from this folder.
 source "$(dirname "${BASH_SOURCE[0]}")/tools/launch.sh"
 start_run "demo_sp8192 fineweb10B_sp8192" "$@"
 
 if [[ $PRESET == best ]]; then
-    default_to $BEST_A
+    system_a_best
     # An MLP in every block: published as better but too large; in our coding 9 such blocks fit
     # (RESULTS.md).
     [[ $PROFILE == gpu ]] && default_to NUM_LAYERS=9 MLP_EVERY=1 MLP_MULT=3

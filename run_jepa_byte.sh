@@ -6,11 +6,11 @@
 #   PRESET=published|best      published: the challenge entry; best: with what our runs found better
 #   NPROC_PER_NODE=N           ranks (default: the GPUs found)
 # Everything below is a default: exported variables and KEY=VALUE arguments win. tools/launch.sh has
-# the rest of the defaults (system_a, BEST_A). Relative paths count from this folder.
+# the rest of the defaults (system_a, system_a_best). Relative paths count from this folder.
 source "$(dirname "${BASH_SOURCE[0]}")/tools/launch.sh"
 start_run "demo_bytes fineweb10B_bytes fineweb10B_sp1024_bytes" "$@"
 
-[[ $PRESET == best ]] && default_to $BEST_A
+[[ $PRESET == best ]] && system_a_best
 defaults <<'TABLE'
 # knob                  published  cpu
 TOKENIZER               byte

@@ -80,8 +80,8 @@ make_venv() {
 
 # No nvcc needed: its SSD kernels are Triton. Its requirements are for parts that are not used here.
 install_mamba() {
-    local version='from importlib.metadata import version; print(version("mamba_ssm"))'
-    [[ "$("$PY" -c "$version" 2>/dev/null)" == "$MAMBA_SSM" ]] && return
+    local other="from importlib.metadata import version; exit(version('mamba_ssm') != '$MAMBA_SSM')"
+    "$PY" -c "$other" 2>/dev/null && return
     note "installing mamba-ssm $MAMBA_SSM without its CUDA build"
     MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE "$PY" -m pip install -q \
         --disable-pip-version-check --no-deps --no-build-isolation "mamba-ssm==$MAMBA_SSM" ||

@@ -94,11 +94,15 @@ def _warm() -> subprocess.Popen:
     return process
 
 
+_asking = threading.Lock()
+
+
 def _ask(**request):
-    process = _warm()
-    process.stdin.write(json.dumps(request) + "\n")
-    process.stdin.flush()
-    return json.loads(process.stdout.readline())
+    with _asking:
+        process = _warm()
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
 
 
 _count = iter(range(1, 1 << 30))

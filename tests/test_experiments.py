@@ -1,42 +1,89 @@
-"""run_experiments.sh: every form is a valid configuration; runs are made once, go on, and are compared."""
+"""tools/experiments.sh: every form is a valid configuration; runs are made once, go on, and are compared."""
+import functools
 import json
 import os
 import re
+import shutil
+import socketserver
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import harness
 import pytest
 
 import train_jepa as tj
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Stands for Python: a program becomes a fork of the harness's warm process, which has imported torch.
+FORKING_PYTHON = """#!%(python)s
+import json, os, socket, sys
+with socket.socket(socket.AF_UNIX) as connection:
+    connection.connect(%(address)r)
+    connection.sendall(json.dumps([os.getcwd(), *sys.argv[1:]]).encode() + b"\\n")
+    code, text = json.loads(connection.makefile().readline())
+print(text, end="")
+sys.exit(code)
+"""
+
+
+class Programs(socketserver.StreamRequestHandler):
+    """Answers a request [folder, program, NAME=value...] with [exit code, output] of the program."""
+
+    def handle(self):
+        folder, program, *arguments = json.loads(self.rfile.readline())
+        patch, knobs = f"os.chdir({folder!r})\n", {}
+        if program == "train_jepa.py":
+            knobs = dict(argument.split("=", 1) for argument in arguments)
+        else:
+            patch += f"import runpy; sys.argv = {[program, *arguments]}; runpy.run_path({program!r}, None, '__main__')"
+        child = harness.run(self.server.outputs, patch, {}, **knobs)
+        self.wfile.write(json.dumps([child.code, child.text()]).encode() + b"\n")
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    """Path of the forking Python."""
+    folder = tmp_path_factory.mktemp("python")
+    path, address = folder / "python", str(folder / "socket")
+    path.write_text(FORKING_PYTHON % dict(python=sys.executable, address=address))
+    path.chmod(0o755)
+    with socketserver.ThreadingUnixStreamServer(address, Programs) as server:
+        server.outputs = folder
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield path
+        server.shutdown()
+
 
 def script(*arguments, folder=ROOT, code=0, **env):
     base = {k: os.environ[k] for k in ("PATH", "HOME", "LANG") if k in os.environ}
     base |= {"SKIP_VENV": "1", "PYTHON": sys.executable, "MPLBACKEND": "Agg"}
-    done = subprocess.run(["bash", str(folder / "run_experiments.sh"), *arguments], capture_output=True, text=True,
+    done = subprocess.run(["bash", str(folder / "tools/experiments.sh"), *arguments], capture_output=True, text=True,
                           env=base | env, cwd="/", timeout=300)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
 def copy_scripts(folder):
-    for name in ("run_experiments.sh", "setup_jepa.sh", "requirements.txt", "train_jepa.py"):
-        (folder / name).write_bytes((ROOT / name).read_bytes())
+    shutil.copytree(ROOT / "tools", folder / "tools", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup_jepa.sh", "requirements.txt", "train_jepa.py"):
+        shutil.copy(ROOT / name, folder)
 
 
+@functools.cache
 def listed() -> list[tuple[str, str, dict]]:
     rows = [line.split() for line in script("list").splitlines()]
     return [(group, form, dict(knob.split("=", 1) for knob in knobs)) for group, form, *knobs in rows]
 
 
 def test_every_form_changes_known_knobs_to_a_configuration_that_makes_sense():
-    text = (ROOT / "run_experiments.sh").read_text()
+    text = (ROOT / "tools/experiments.sh").read_text()
     small = dict(word.split("=", 1) for word in text.split('SMALL="')[1].split('"')[0].split())
     seen = set()
     for group, form, knobs in listed():
+        knobs = dict(knobs)
         source = knobs.pop("FROM", None)
         assert source is None or any(other == source for same, other, _ in listed() if same == group)
         config = tj.Config.from_env({**small, **knobs, "ITERATIONS": "300"}).validate()
@@ -61,11 +108,11 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, arguments, why):
 
 
 @pytest.mark.slow
-def test_a_group_runs_once_per_form_and_seed_and_is_compared(tmp_path, demo_data):
+def test_a_group_runs_once_per_form_and_seed_and_is_compared(tmp_path, demo_data, python):
     copy_scripts(tmp_path)
     tiny = (f"DATA_PATH={demo_data.bytes} MODEL_DIM=64 NUM_LAYERS=2 D_STATE=16 TRAIN_SEQ_LEN=32 VAL_MAX_TOKENS=2000 "
             "TRAIN_BATCH_TOKENS=256 DIAGNOSTICS=0 JEPA_STEPS=1 PREDICTOR_HIDDEN_MULT=1")
-    env = dict(SEEDS="1 2", STEPS="4", BASE=tiny)
+    env = dict(SEEDS="1 2", STEPS="4", BASE=tiny, PYTHON=str(python))
     script("confirm", "off", "sigreg_alone", folder=tmp_path, **env)
     results = sorted(tmp_path.glob("runs/experiments/confirm/*/result.json"))
     assert [path.parent.name for path in results] == ["off-s1", "off-s2", "sigreg_alone-s1", "sigreg_alone-s2"]
@@ -73,17 +120,17 @@ def test_a_group_runs_once_per_form_and_seed_and_is_compared(tmp_path, demo_data
     results[0].unlink()  # as if killed at the very end: it goes on from its checkpoint
     script("confirm", "off", "sigreg_alone", folder=tmp_path, **env)
     assert results[0].exists() and [path.stat().st_mtime_ns for path in results[1:]] == times[1:]
-    report = script("report", "confirm", folder=tmp_path)
+    report = script("report", "confirm", folder=tmp_path, PYTHON=str(python))
     assert "Paired by seed, against SIGREG_LAMBDA=0" in report
     assert (tmp_path / "runs/experiments/confirm/compare.png").exists()
 
 
 @pytest.mark.slow
-def test_a_stored_form_takes_the_weights_of_another_and_trains_nothing(tmp_path, demo_data):
+def test_a_stored_form_takes_the_weights_of_another_and_trains_nothing(tmp_path, demo_data, python):
     copy_scripts(tmp_path)
     tiny = (f"DATA_PATH={demo_data.bytes} MODEL_DIM=64 NUM_LAYERS=2 D_STATE=16 TRAIN_SEQ_LEN=32 VAL_MAX_TOKENS=2000 "
             "TRAIN_BATCH_TOKENS=256 DIAGNOSTICS=0")
-    script("storage", "compensated", "absmax", folder=tmp_path, SEEDS="1", STEPS="4", BASE=tiny)
+    script("storage", "compensated", "absmax", folder=tmp_path, SEEDS="1", STEPS="4", BASE=tiny, PYTHON=str(python))
     result = {form: json.loads((tmp_path / f"runs/experiments/storage/{form}-s1/result.json").read_text())
               for form in ("absmax", "compensated")}
     same = ("val_bpb", "steps", "eval_params")
@@ -91,4 +138,4 @@ def test_a_stored_form_takes_the_weights_of_another_and_trains_nothing(tmp_path,
     assert result["absmax"]["roundtrip_val_bpb"] != result["compensated"]["roundtrip_val_bpb"]
     logs = [(tmp_path / f"runs/experiments/storage/{form}-s1/log.txt").read_text() for form in result]
     assert [bool(re.search(r"^rounding: \d+ matrices compensated", log, re.M)) for log in logs] == [False, True]
-    assert "ROUNDING=compensated" in script("report", "storage", folder=tmp_path)
+    assert "ROUNDING=compensated" in script("report", "storage", folder=tmp_path, PYTHON=str(python))

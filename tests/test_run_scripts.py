@@ -16,16 +16,14 @@ DEMO = {"run_jepa_bpe.sh": "demo_sp8192", "run_jepa_byte.sh": "demo_bytes", "run
 FINEWEB = {"run_jepa_bpe.sh": "fineweb10B_sp8192", "run_jepa_byte.sh": "fineweb10B_bytes",
            "run_bytejepa.sh": "fineweb10B_bytes"}
 
-# Stands for Python: answers the count of GPUs, notes how the trainer is started, runs anything else.
-STUB = '''#!/usr/bin/env bash
+# Stands for Python: answers the count of GPUs, writes down how the trainer is started, runs anything else.
+STUB = r'''#!/usr/bin/env bash
 if [[ "$1" == -c && "$2" == *device_count* ]]; then
     [[ -n "$FAKE_BROKEN" ]] && exit 1
     echo "${FAKE_GPUS:-0}"
 elif [[ "$*" == *train_jepa.py* ]]; then
-    "$REAL" - "$@" <<'PY' >"$TRACE"
-import json, os, sys
-print(json.dumps({"env": dict(os.environ), "args": sys.argv[1:], "cwd": os.getcwd()}))
-PY
+    printf '%s\0' "$PWD" "$@" >"$TRACE.args"
+    env -0 >"$TRACE"
     exit "${FAKE_EXIT:-0}"
 else
     exec "$REAL" "$@"
@@ -56,9 +54,9 @@ class Scripts:
 
     def __init__(self, folder):
         self.root, self.trace, self.python = folder / "my repo", folder / "trace", folder / "python stub"
-        self.root.mkdir()
-        for name in [*SCRIPTS, "setup_jepa.sh", "requirements.txt"]:
-            shutil.copy(ROOT / name, self.root)
+        (self.root / "tools").mkdir(parents=True)
+        for name in [*SCRIPTS, "setup_jepa.sh", "tools/launch.sh", "requirements.txt"]:
+            shutil.copy(ROOT / name, self.root / name)
         path, mark = self.root / "setup_jepa.sh", 'if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then'
         text = path.read_text()
         assert text.count(mark) == 1
@@ -84,8 +82,10 @@ class Scripts:
         done = subprocess.run(["bash", str(self.root / script), *arguments], capture_output=True, text=True,
                               env=base, cwd="/")
         assert done.returncode == code, done.stdout + done.stderr
-        got = json.loads(self.trace.read_text()) if self.trace.exists() else {"env": {}, "args": None, "cwd": None}
-        got["text"], got["err"] = done.stdout, done.stderr
+        got = {"env": {}, "args": None, "cwd": None, "text": done.stdout, "err": done.stderr}
+        if self.trace.exists():
+            got["cwd"], *got["args"] = Path(f"{self.trace}.args").read_text().split("\0")[:-1]
+            got["env"] = dict(line.split("=", 1) for line in self.trace.read_text().split("\0")[:-1])
         plain = {"PWD", "OLDPWD", "SHLVL", "_", "LC_CTYPE", *base}
         got["set"] = {k: v for k, v in got["env"].items() if k not in plain}
         return got
@@ -111,7 +111,7 @@ PUBLISHED = {
         TOKENIZER="byte", MODEL_DIM=768, MLP_MULT=3, EMBED_DIM=256, VOCAB_SIZE=256, TRAIN_SEQ_LEN=8192,
         VAL_LOSS_EVERY=0, TRAIN_LOG_EVERY=1000, SLIDING_EVAL_STRIDE=128, SLIDING_BATCH_SIZE=128),
     "run_bytejepa.sh": dict(
-        TOKENIZER="byte", MIXER="attention", MODEL_DIM=512, NUM_LAYERS=9, MLP_MULT=2, MLP_EVERY=1, EMBED_DIM=512,
+        TOKENIZER="byte", MIXER="attention", MODEL_DIM=512, NUM_LAYERS=9, MLP_MULT=2, MLP_EVERY=1, EMBED_DIM=0,
         VOCAB_SIZE=256, TIE_EMBEDDINGS=1, TRAIN_SEQ_LEN=4096, TRAIN_BATCH_TOKENS=524288, PREDICTOR_HIDDEN_MULT=1,
         JEPA_STEPS=1, SOFTCAP_TYPE="tanh", LOGIT_SOFTCAP=30, LOSS_SCHEDULE="staged", ANTICOLLAPSE="covariance",
         SIGREG_WEIGHT=0.05, QUANT_BITS=8, STORAGE="int8", WARMDOWN="iters", WARMDOWN_ITERS=2000, SLIDING_EVAL=0,
@@ -169,13 +169,30 @@ def test_what_the_user_sets_wins(scripts, script, profile):
 @pytest.mark.parametrize("profile", ["gpu", "cpu"])
 @pytest.mark.parametrize("script", ["run_jepa_bpe.sh", "run_jepa_byte.sh"])
 def test_best_is_published_but_for_what_the_experiments_tested(scripts, script, profile):
-    """run_experiments.sh compares BEST with the published form: the preset sets these knobs and no others."""
+    """tools/experiments.sh compares BEST_A with the published form: the preset sets these knobs and no others."""
     plain, best = (scripts.run(script, PROFILE=profile, PRESET=preset)["env"] for preset in ("published", "best"))
-    forms = subprocess.check_output(["bash", str(ROOT / "run_experiments.sh"), "list"], text=True)
+    forms = subprocess.check_output(["bash", str(ROOT / "tools/experiments.sh"), "list"], text=True)
     tested = dict(word.split("=") for word in re.search(r"^best_64  best (.*) MODEL_DIM=64 ", forms, re.M)[1].split())
     if script == "run_jepa_bpe.sh" and profile == "gpu":    # the size, from published figures
         tested |= dict(NUM_LAYERS="9", MLP_EVERY="1", MLP_MULT="3")
     assert {k: v for k, v in best.items() if plain.get(k) != v and k not in ("PRESET", "RUN_SCRIPT_DEFAULTS")} == tested
+
+
+def test_system_b_follows_the_knobs_that_others_depend_on(scripts):
+    """No projections around the embedding at any width; the average starts with the stage of pure cross-entropy."""
+    run = lambda *arguments, **env: scripts.run("run_bytejepa.sh", *arguments, PROFILE="gpu", **env)["env"]
+    assert run(MODEL_DIM="384")["EMBED_DIM"] == "0" and run(EMBED_DIM="64")["EMBED_DIM"] == "64"
+    for env, start in (({}, "0.80"), (dict(CE_PURE_FRAC="0.6"), "0.6"), (dict(CE_PURE_FRAC=""), "0.80"),
+                       (dict(CE_PURE_FRAC="0.6", SWA_START="0.9"), "0.9")):
+        assert run(**env)["SWA_START"] == start
+    assert run("CE_PURE_FRAC=0.7")["SWA_START"] == "0.7"
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "tools/launch.sh"])
+def test_a_table_has_one_row_per_knob(script):
+    for table in re.findall(r"<<'?TABLE'?\n(.*?)\nTABLE", (ROOT / script).read_text(), re.S):
+        rows = [line.split() for line in table.splitlines() if line and line[0] != "#"]
+        assert all(len(row) in (2, 3) for row in rows) and len({row[0] for row in rows}) == len(rows) > 10
 
 
 def test_origin_of_values_is_passed_on(scripts):
@@ -219,7 +236,7 @@ def test_bad_choices_are_one_line_and_code_2(scripts, env):
     (dict(FAKE_GPUS="6"), 4), (dict(FAKE_GPUS="3", NPROC_PER_NODE="3"), 3), (dict(FAKE_GPUS="0", PROFILE="gpu"), 1),
     (dict(FAKE_GPUS="0", NPROC_PER_NODE="2"), 2), (dict(FAKE_GPUS="8", NPROC_PER_NODE="1"), 1),
     (dict(FAKE_GPUS="6", MICRO_BATCHES="6"), 6), (dict(FAKE_GPUS="8", PROFILE="cpu"), 1),
-    (dict(FAKE_GPUS="8", MODE="describe"), 1), (dict(FAKE_GPUS="8", DRY_RUN="1"), 1),
+    (dict(FAKE_GPUS="8", MODE="describe"), 1),
 ])
 def test_ranks(scripts, env, ranks):
     args = scripts.run("run_jepa_bpe.sh", "SEED=1", **env)["args"]
@@ -301,14 +318,14 @@ def test_fresh_clone_sets_up_then_rests(fresh, scripts):
 
 def test_fresh_clone_on_gpus_asks_for_what_it_needs(fresh):
     assert fresh("run_jepa_byte.sh", FAKE_GPUS="1")["calls"][1].strip() == "kinds=bytes"
-    for mode in ("bench", "sample", "submit", "compare"):   # they read no shards
+    for mode in ("bench", "sample"):   # they read no shards
         assert fresh("run_jepa_bpe.sh", FAKE_GPUS="1", MODE=mode)["calls"] == []
     # demo shards that are there, from the tests or a CPU run, do not stand in for FineWeb
     assert fresh("run_jepa_bpe.sh", FAKE_GPUS="1")["calls"][0].strip() == "kinds=sp8192"
 
 
 def test_describe_needs_no_data(fresh, scripts):
-    for more in (dict(MODE="describe"), dict(DRY_RUN="1"), dict(MODE="Describe")):
+    for more in (dict(MODE="describe"), dict(MODE="Describe")):
         got = fresh("run_jepa_bpe.sh", PROFILE="gpu", **more)
         assert got["args"] == ["train_jepa.py"] and all(call.startswith("env ") for call in got["calls"])
     assert fresh("run_jepa_bpe.sh", "MODE=describe")["args"] == ["train_jepa.py", "MODE=describe"]
@@ -332,15 +349,24 @@ COUNTS = {"run_jepa_bpe.sh": (32_816_684, 4_099_200), "run_jepa_byte.sh": (37_00
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_describe_counts_the_published_parameters(script):
-    pytest.importorskip("train_jepa")
+def test_published_parameters(scripts, script):
+    tj = pytest.importorskip("train_jepa")
+    got = scripts.run(script, PROFILE="gpu", MODE="describe")
+    config = tj.Config.from_env({k: got["env"][k] for k in got["set"] if k in tj.Config.knobs()}).validate()
+    with tj.torch.device("meta"):
+        counts = tuple(map(tj.count_parameters, tj.build_models(config)))
+    assert counts == COUNTS[script]
+
+
+def test_describe_counts_the_published_parameters():
+    """The whole way, once: script, trainer, last line of its output."""
     knobs = re.compile(r"[A-Z][A-Z0-9_]*_(WEIGHT|LR|DIM)|MODE|SEED")
     env = {k: v for k, v in os.environ.items() if not knobs.fullmatch(k)}
     env |= {"PROFILE": "gpu", "MODE": "describe", "SKIP_VENV": "1", "PYTHON": sys.executable}
-    done = subprocess.run(["bash", str(ROOT / script)], capture_output=True, text=True, env=env, cwd="/")
+    done = subprocess.run(["bash", str(ROOT / "run_bytejepa.sh")], capture_output=True, text=True, env=env, cwd="/")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
-    assert (report["eval_params"], report["train_only_params"]) == COUNTS[script]
+    assert (report["eval_params"], report["train_only_params"]) == COUNTS["run_bytejepa.sh"]
 
 
 def test_stamp_is_the_hash_of_the_requirements(scripts):

@@ -1,5 +1,8 @@
-"""setup_jepa.sh: environment, demo shards, download through a stubbed hub, byte conversion, restart."""
+"""setup_jepa.sh and tools/prepare_data.py: environment, demo shards, download through a stubbed hub, byte conversion,
+restart. Most tests call prepare_data.main in this process; those of the shell script run it."""
+import contextlib
 import hashlib
+import io
 import json
 import lzma
 import os
@@ -7,9 +10,11 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
+import prepare_data
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,23 +79,29 @@ def read_shard(path):
     return np.frombuffer(data[1024:], "<u2")
 
 
+ALONE = ("setup_jepa.sh", "requirements.txt", "tools/prepare_data.py")    # what set-up consists of
+VARIABLES = ("TRAIN_SHARDS", "FINEWEB_KINDS", "SOURCE_PATH", "SOURCE_TOKENIZER", "BYTES_PATH", "TEXT_PATH", "TEXT_NAME",
+             "TEXT_PIECE")
+
+
 class Copy:
-    """A copy of the repository's scripts in a folder with a space, run with stubs before the installed packages."""
+    """Set-up and the embedded corpus in a folder with a space, over stubs of torch and of the hub's client."""
 
     def __init__(self, folder):
         self.root = folder / "my repo"
         self.stubs, self.hub = folder / "stubs", folder / "hub"
-        (self.root / "data").mkdir(parents=True)
+        (self.root / "tools").mkdir(parents=True)
         self.hub.mkdir()
         self.stubs.mkdir()
-        for name in ("setup_jepa.sh", "requirements.txt"):
-            shutil.copy(ROOT / name, self.root)
+        for name in ALONE:
+            shutil.copy(ROOT / name, self.root / name)
         shutil.copytree(ROOT / "data/demo", self.root / "data/demo")
         (self.stubs / "huggingface_hub.py").write_text(FAKE_HUB)
         (self.stubs / "torch.py").write_text(FAKE_TORCH)
         self.datasets = self.root / "data/datasets"
 
     def setup(self, *arguments, code=0, **env):
+        """Output of setup_jepa.sh."""
         base = {k: os.environ[k] for k in ("PATH", "HOME", "LANG") if k in os.environ}
         base |= {"SKIP_VENV": "1", "PYTHON": sys.executable, "PYTHONPATH": str(self.stubs), "FAKE_HUB": str(self.hub)}
         done = subprocess.run(["bash", str(self.root / "setup_jepa.sh"), *arguments], capture_output=True, text=True,
@@ -98,6 +109,24 @@ class Copy:
         assert done.returncode == code, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
         return done.stdout + done.stderr
+
+    def prepare(self, action, code=0, **env):
+        """Output of `prepare_data.py action`, in this process."""
+        with pytest.MonkeyPatch.context() as patch, io.StringIO() as output:
+            for name in VARIABLES:
+                patch.delenv(name, raising=False)
+            for name, value in ({"FAKE_HUB": str(self.hub)} | env).items():
+                patch.setenv(name, value)
+            for name, source in (("huggingface_hub", FAKE_HUB), ("torch", FAKE_TORCH)):
+                module = types.ModuleType(name)
+                exec(source, module.__dict__)
+                patch.setitem(sys.modules, name, module)
+            patch.setattr(prepare_data, "ROOT", self.root)
+            patch.chdir("/")
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+                got = prepare_data.main([action])
+            assert got == code, output.getvalue()
+            return output.getvalue()
 
     def downloads(self):
         log = self.hub / "log"
@@ -146,19 +175,11 @@ def fill_hub(hub, train=3, listed=None):
 
 # ---- text of the script
 
-def test_embedded_python_is_clean(tmp_path):
-    code = re.search(r"<<'PYTHON'\n(.*?)\nPYTHON\n", (ROOT / "setup_jepa.sh").read_text(), re.S)[1] + "\n"
-    (tmp_path / "tool.py").write_text(code)
-    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--config", str(ROOT / "tests/ruff.toml"),
-                           str(tmp_path / "tool.py")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-
-
 @pytest.mark.parametrize("name", ["setup_jepa.sh", "run_jepa_bpe.sh", "run_jepa_byte.sh", "run_bytejepa.sh",
-                                  "run_experiments.sh", "tests/run.sh", ".ci/run"])
+                                  "tools/launch.sh", "tools/experiments.sh", "tests/run.sh", ".ci/run"])
 def test_shell_syntax_and_line_length(name):
     assert subprocess.run(["bash", "-n", str(ROOT / name)]).returncode == 0
-    assert max(map(len, (ROOT / name).read_text().splitlines())) <= 120
+    assert max(map(len, (ROOT / name).read_text().splitlines())) <= 100
 
 
 def test_requirements_are_pinned_and_justified():
@@ -166,6 +187,17 @@ def test_requirements_are_pinned_and_justified():
         if line and not line.startswith("#"):
             assert re.match(r"[A-Za-z_-]+==[\w.]+(; platform_system == \"Linux\")? +# \S", line), line
             assert "transformers" not in line
+
+
+# ---- shards
+
+@pytest.mark.parametrize("tokens", [np.arange(5), iter([np.arange(3), np.array([3, 4], "<u2")]), [np.arange(5)]])
+def test_write_shard_takes_an_array_or_several(tmp_path, tokens):
+    path = tmp_path / "new/fineweb_train_000000.bin"
+    assert prepare_data.write_shard(path, tokens) == 5
+    assert read_shard(path).tolist() == prepare_data.read_shard(path).tolist() == [0, 1, 2, 3, 4]
+    assert list(path.parent.iterdir()) == [path]           # no temporary file
+    assert prepare_data.write_shard(str(path), np.array([], int)) == 0 and read_shard(path).size == 0
 
 
 # ---- demo
@@ -204,12 +236,12 @@ def test_demo_bpe_decodes_to_the_normalized_text(demo):
 def test_demo_repeats_without_work_and_repairs(copy, demo):
     with_demo(copy, demo)
     state = copy.state()
-    assert "document(s)" not in copy.setup("demo")
+    assert "document(s)" not in copy.prepare("demo")
     assert copy.state() == state
     target = copy.datasets / "demo_bytes/fineweb_train_000000.bin"
     whole = target.read_bytes()
     target.write_bytes(whole[:-2])
-    copy.setup("demo")
+    copy.prepare("demo")
     assert target.read_bytes() == whole
     assert copy.datasets / "demo_sp8192/fineweb_val_000000.bin" in state.keys() & copy.state().keys()
 
@@ -221,21 +253,40 @@ def test_summary_and_usage(copy, demo):
     assert "usage: bash setup_jepa.sh" in copy.setup("nonsense", code=2)
 
 
+def test_command_line_of_prepare_data(copy):
+    command = [sys.executable, str(copy.root / "tools/prepare_data.py")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/")
+    assert done.returncode == 2 and done.stderr.startswith("prepare_data.py: usage") and done.stderr.count("\n") == 1
+    shutil.rmtree(copy.root / "data/demo")
+    done = subprocess.run([*command, "demo"], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("prepare_data.py: data/demo/fineweb_8192_bpe.model is missing")
+
+
+def test_set_up_starts_in_a_folder_without_data(copy):
+    shutil.rmtree(copy.root / "data")
+    copy.setup("env")
+    text = copy.setup("demo", code=1)
+    assert "is missing" in text and len(text.splitlines()) == 1
+    fill_hub(copy.hub)
+    assert "fineweb10B_sp8192: train 3 shard(s)" in copy.setup("fineweb")
+
+
 # ---- text
 
 def test_text_makes_both_kinds_once_with_the_first_pieces_held_out(copy, tmp_path):
     pieces = [f"Piece {i} begins.\nIt has two lines, caf\u00e9 and \u2014 a dash.\n" for i in range(120)]
     source = tmp_path / "own text.txt.xz"
     source.write_bytes(lzma.compress("\f\n".join(pieces).encode()))
-    copy.setup("text", TEXT_PATH=str(source), TEXT_NAME="own")
+    copy.prepare("text", TEXT_PATH=str(source), TEXT_NAME="own")
     values = {split: read_shard(copy.datasets / f"own_bytes/fineweb_{split}_000000.bin") for split in ("train", "val")}
     for split, part in (("val", pieces[:2]), ("train", pieces[2:])):
         assert bytes(values[split].astype(np.uint8)).decode() == "".join("\0" + piece for piece in part)
         tokens = read_shard(copy.datasets / f"own_sp8192/fineweb_{split}_000000.bin")
         assert (tokens == 1).sum() == len(part) and tokens[0] == 1 and tokens.max() < 8192
     before = copy.state()
-    assert "complete" in copy.setup("text", TEXT_PATH=str(source), TEXT_NAME="own") and copy.state() == before
-    copy.setup("text", TEXT_PATH=str(source), TEXT_NAME="own", TEXT_PIECE="10")   # no blank line in them: not cut
+    assert "complete" in copy.prepare("text", TEXT_PATH=str(source), TEXT_NAME="own") and copy.state() == before
+    copy.prepare("text", TEXT_PATH=str(source), TEXT_NAME="own", TEXT_PIECE="10")   # no blank line in them: not cut
     cut = read_shard(copy.datasets / "own_bytes/fineweb_train_000000.bin")
     documents = bytes(cut.astype(np.uint8)).decode().split("\0")[1:]
     assert documents != (pieces[2:]) and sorted(documents) == sorted(piece + "\n\n" for piece in pieces[2:])
@@ -245,12 +296,12 @@ def test_a_text_is_cut_before_paragraphs_and_the_held_out_part_stays_apart(copy,
     paragraphs = [f"{part} paragraph {i} of a longer text." for part in "ABC" for i in range(40)]
     source = tmp_path / "t.txt"
     source.write_text("\f\n".join("\n\n".join(paragraphs[at:at + 40]) for at in (0, 40, 80)))
-    copy.setup("text", TEXT_PATH=str(source), TEXT_NAME="t", TEXT_PIECE="100")
+    copy.prepare("text", TEXT_PATH=str(source), TEXT_NAME="t", TEXT_PIECE="100")
     found = {split: bytes(read_shard(copy.datasets / f"t_bytes/fineweb_{split}_000000.bin").astype(np.uint8)).decode()
              .split("\0")[1:] for split in ("train", "val")}
     assert {document[0] for document in found["val"]} == {"A"} and all(len(d) < 200 for d in found["train"])
     assert sorted(p for d in found["train"] for p in d.split("\n\n") if p) == sorted(paragraphs[40:])
-    assert "TEXT_PIECE=a few" in copy.setup("text", TEXT_PATH=str(source), TEXT_PIECE="a few", code=1)
+    assert "TEXT_PIECE=a few" in copy.prepare("text", TEXT_PATH=str(source), TEXT_PIECE="a few", code=2)
 
 
 @pytest.mark.parametrize("content, why", [(None, "names a UTF-8 text file"), (b"one piece", "one piece cannot"),
@@ -259,7 +310,7 @@ def test_a_text_that_will_not_do_is_one_line(copy, tmp_path, content, why):
     source = tmp_path / "t.txt"
     if content is not None:
         source.write_bytes(content)
-    text = copy.setup("text", TEXT_PATH=str(source), code=1)
+    text = copy.prepare("text", TEXT_PATH=str(source), code=2)
     assert why in text and f"TEXT_PATH={source}" in text and not list(copy.datasets.glob("t_*"))
 
 
@@ -267,7 +318,7 @@ def test_a_text_that_will_not_do_is_one_line(copy, tmp_path, content, why):
 
 def test_fineweb_downloads_checks_and_rests(copy):
     fill_hub(copy.hub, train=3)
-    text = copy.setup("fineweb")
+    text = copy.prepare("fineweb") + copy.prepare("summary")
     source = copy.hub / "kevclark/parameter-golf/datasets/datasets/fineweb10B_sp8192"
     for path in source.iterdir():
         assert (copy.datasets / "fineweb10B_sp8192" / path.name).read_bytes() == path.read_bytes()
@@ -276,63 +327,63 @@ def test_fineweb_downloads_checks_and_rests(copy):
     assert "fineweb10B_sp8192: train 3 shard(s), 303 tokens; val 1 shard(s), 50 tokens" in text
     assert not list(copy.root.rglob(".partial")) and not (copy.root / "data/.download").exists()
     copy.downloads()
-    copy.setup("fineweb", FAKE_OFFLINE="1")                # complete: asks nobody
+    copy.prepare("fineweb", FAKE_OFFLINE="1")                # complete: asks nobody
     assert copy.downloads() == []
 
 
 def test_fineweb_takes_the_manifest_count_and_the_limit(copy):
     fill_hub(copy.hub, train=4, listed=3)
     folder = copy.datasets / "fineweb10B_sp8192"
-    copy.setup("fineweb", TRAIN_SHARDS="1", FINEWEB_KINDS="sp8192")
+    copy.prepare("fineweb", TRAIN_SHARDS="1", FINEWEB_KINDS="sp8192")
     assert sorted(p.name for p in folder.glob("*.bin")) == ["fineweb_train_000000.bin", "fineweb_val_000000.bin"]
     copy.downloads()
-    copy.setup("fineweb", FINEWEB_KINDS="sp8192")
+    copy.prepare("fineweb", FINEWEB_KINDS="sp8192")
     assert len(list(folder.glob("*train*.bin"))) == 3      # the fourth is there but not counted
     assert "fineweb_train_000000.bin" not in copy.downloads()
-    assert "TRAIN_SHARDS=no" in copy.setup("fineweb", TRAIN_SHARDS="no", code=1)
-    assert "FINEWEB_KINDS" in copy.setup("fineweb", FINEWEB_KINDS="sp99", code=1)
+    assert "TRAIN_SHARDS=no" in copy.prepare("fineweb", TRAIN_SHARDS="no", code=2)
+    assert "FINEWEB_KINDS" in copy.prepare("fineweb", FINEWEB_KINDS="sp99", code=2)
 
 
 def test_fineweb_missing_shards_and_missing_manifest(copy):
     fill_hub(copy.hub, train=2, listed=5)
-    assert "holds 2 train shards of fineweb10B_sp8192, 5 are wanted" in copy.setup("fineweb", code=1)
+    assert "holds 2 train shards of fineweb10B_sp8192, 5 are wanted" in copy.prepare("fineweb", code=1)
     (copy.hub / "kevclark/parameter-golf/datasets/manifest.json").unlink()
-    assert "no manifest.json" in copy.setup("fineweb")
+    assert "no manifest.json" in copy.prepare("fineweb")
     assert len(list((copy.datasets / "fineweb10B_sp8192").glob("*train*.bin"))) == 2
 
 
 def test_fineweb_damaged_download_is_fetched_again(copy):
     fill_hub(copy.hub)
-    assert "is damaged" in copy.setup("fineweb", FAKE_DAMAGE="sp8192/fineweb_train_000001.bin")
+    assert "is damaged" in copy.prepare("fineweb", FAKE_DAMAGE="sp8192/fineweb_train_000001.bin")
     assert copy.downloads().count("fineweb_train_000001.bin") == 3      # twice for sp8192, once for bytes
     read_shard(copy.datasets / "fineweb10B_sp8192/fineweb_train_000001.bin")
     damaged = copy.datasets / "fineweb10B_sp8192/fineweb_train_000002.bin"
     damaged.write_bytes(damaged.read_bytes()[:500])
-    copy.setup("fineweb")
+    copy.prepare("fineweb")
     assert read_shard(damaged).size == 102
     assert copy.downloads().count("fineweb_train_000002.bin") == 1
 
 
 def test_fineweb_damaged_for_good(copy):
     fill_hub(copy.hub)
-    text = copy.setup("fineweb", code=1, FAKE_DAMAGE="sp8192/fineweb_train_000001.bin", FAKE_DAMAGE_TIMES="9")
+    text = copy.prepare("fineweb", code=1, FAKE_DAMAGE="sp8192/fineweb_train_000001.bin", FAKE_DAMAGE_TIMES="9")
     assert "damaged" in text and "twice" in text
     assert not (copy.datasets / "fineweb10B_sp8192/fineweb_train_000001.bin").exists()
 
 
 def test_fineweb_resumes_after_a_broken_download(copy):
     fill_hub(copy.hub)
-    text = copy.setup("fineweb", code=1, FAKE_BREAK="sp8192/fineweb_train_000002.bin")
+    text = copy.prepare("fineweb", code=1, FAKE_BREAK="sp8192/fineweb_train_000002.bin")
     assert "broke off (connection reset); repeat this command" in text and "second line" not in text
     assert (copy.datasets / "fineweb10B_sp8192/.partial").exists()
     copy.downloads()
-    copy.setup("fineweb")
+    copy.prepare("fineweb")
     names = copy.downloads()
     assert names.count("fineweb_train_000002.bin") == 1 and names.count("fineweb_train_000000.bin") == 1    # of bytes
 
 
 def test_no_network_is_one_line(copy):
-    text = copy.setup("fineweb", code=1, FAKE_OFFLINE="1")
+    text = copy.prepare("fineweb", code=3, FAKE_OFFLINE="1")
     lines = [line for line in text.splitlines() if "cannot reach" in line]
     assert len(lines) == 1 and "bash setup_jepa.sh demo" in lines[0]
 
@@ -392,7 +443,7 @@ def test_bytes_from_sentencepiece_shards(copy, small_model, kind):
     write_shard(source / "fineweb_train_000000.bin", tokens[:cut + 1])
     write_shard(source / "fineweb_train_000001.bin", tokens[cut + 1:])
     write_shard(source / "fineweb_val_000000.bin", [1, *model.encode("val text"), 3, *model.encode("on"), 2, 0])
-    copy.setup("bytes", SOURCE_PATH="sp", SOURCE_TOKENIZER=str(small_model[kind]), BYTES_PATH="out dir")
+    copy.prepare("bytes", SOURCE_PATH="sp", SOURCE_TOKENIZER=str(small_model[kind]), BYTES_PATH="out dir")
     out = copy.root / "out dir"
     values = np.concatenate([read_shard(out / f"fineweb_train_{i:06d}.bin") for i in range(2)])
     expected = [model.decode(model.encode(t)).replace("\0", "").encode() for t in TEXTS]
@@ -408,7 +459,7 @@ def test_bytes_restart_and_refusals(copy, small_model):
         write_shard(source / f"fineweb_train_{i:06d}.bin", [1, *model.encode("some text " * (i + 1))])
     env = {"SOURCE_PATH": str(source), "SOURCE_TOKENIZER": str(path)}
     write_shard(source / "fineweb_val_000000.bin", [1, 60000])
-    text = copy.setup("bytes", code=1, **env)
+    text = copy.prepare("bytes", code=1, **env)
     assert "token id 60000, but the tokenizer has 400 pieces" in text
     out = copy.datasets / "sp_bytes"
     assert (out / ".partial").exists() and not (out / "fineweb_val_000000.bin").exists()
@@ -416,23 +467,23 @@ def test_bytes_restart_and_refusals(copy, small_model):
     assert len(before) == 3
     os.truncate(out / "fineweb_train_000001.bin", 1030)    # as if damaged since
     write_shard(source / "fineweb_val_000000.bin", [1, *model.encode("now sound")])
-    copy.setup("bytes", **env)
+    copy.prepare("bytes", **env)
     after = copy.state()
     changed = {p.name for p in after if after[p] != before.get(p)}
     assert changed == {"fineweb_train_000001.bin", "fineweb_val_000000.bin"}
     assert documents_of(read_shard(out / "fineweb_train_000001.bin")) == [b"some text some text"]
-    copy.setup("bytes", **env)
+    copy.prepare("bytes", **env)
     assert copy.state() == after and not (out / ".partial").exists()
-    assert "SOURCE_TOKENIZER" in copy.setup("bytes", code=1, SOURCE_PATH=str(source))
-    assert "no SentencePiece model" in copy.setup("bytes", code=1, SOURCE_PATH=str(source), SOURCE_TOKENIZER="/nil")
-    assert "not made by this conversion" in copy.setup("bytes", code=1, BYTES_PATH=str(source), **env | {
+    assert "SOURCE_TOKENIZER" in copy.prepare("bytes", code=2, SOURCE_PATH=str(source))
+    assert "no SentencePiece model" in copy.prepare("bytes", code=1, SOURCE_PATH=str(source), SOURCE_TOKENIZER="/nil")
+    assert "not made by this conversion" in copy.prepare("bytes", code=2, BYTES_PATH=str(source), **env | {
         "SOURCE_PATH": str(out)})
 
 
 def test_bytes_of_the_embedded_corpus(copy, demo):
     from sentencepiece import SentencePieceProcessor
     with_demo(copy, demo)
-    text = copy.setup("bytes", FAKE_OFFLINE="1")
+    text = copy.prepare("bytes", FAKE_OFFLINE="1")
     assert "decoding the demo corpus instead" in text
     model = SentencePieceProcessor(model_file=str(MODEL))
     for split in ("train", "val"):
@@ -449,7 +500,7 @@ def test_bytes_from_the_hub(copy, small_model):
         write_shard(root / f"datasets/fineweb10B_sp1024/fineweb_{split}_000000.bin", [1, *model.encode(f"a {split}")])
     (root / "tokenizers").mkdir()
     shutil.copy(small_model["plain"], root / "tokenizers/fineweb_1024_bpe.model")
-    copy.setup("bytes")
+    copy.prepare("bytes")
     shard = copy.datasets / "fineweb10B_sp1024_bytes/fineweb_val_000000.bin"
     assert documents_of(read_shard(shard)) == [b"a val"]
 

@@ -21,6 +21,7 @@
 # JEPA_CHUNK, JEPA_ACTION, SIGREG_RESAMPLE, SIGREG_SCALE, MUON_NS=polar, SEQ_LEN_START and
 # BATCH_TOKENS_START. Those come from v0.1 (commit 1dab51f), whose run_experiments.sh repeats them.
 called_from=$PWD
+# shellcheck source=tools/launch.sh
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
 # A small byte model of system A's make, with its published losses, storage and optimizers.
@@ -133,7 +134,7 @@ train_one() {    # group form seed
         cp -r "$source"/{checkpoints,log.txt,metrics.jsonl,config.json} "$folder/$name/"
     fi
     note "$1: $name"
-    # shellcheck disable=SC2086 — knobs are words
+    # shellcheck disable=SC2086  # words are KNOB=VALUE
     env -u SEEDS OMP_NUM_THREADS="${THREADS:-1}" "$PY" train_jepa.py $SMALL RUNS_DIR="$folder" \
         RUN_ID="$name" SEED="$3" ITERATIONS="$STEPS" ${BASE-} $knobs >"$folder/$name.txt" 2>&1 ||
         note "$1: $name failed: $(tail -n 1 "$folder/$name.txt")"
@@ -146,6 +147,8 @@ run_group() {    # group form...
     for form in "$@"; do
         grep -qx "$form" <<<"$names" || die "$form: no form of $group (list shows them)" 2
     done
+    # shellcheck disable=SC2086  # words are forms
+    [[ $# -gt 0 ]] || set -- $names
     case "$group" in
     screen) : "${SEEDS:=1 2}" "${STEPS:=200}" ;;
     confirm) : "${SEEDS:=1 2 3 4 5}" "${STEPS:=300}" ;;
@@ -155,7 +158,7 @@ run_group() {    # group form...
     stored=$(forms "$group" | awk '/ FROM=/ { print $1 }')
     for stage in train store; do    # forms FROM another come when its weights are there
         for seed in $SEEDS; do
-            for form in ${@:-$names}; do
+            for form in "$@"; do
                 if grep -qx "$form" <<<"$stored"; then
                     [[ $stage == store ]] || continue
                 else

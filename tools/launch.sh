@@ -20,6 +20,11 @@ NARROW_LATENT="JEPA_DIM=16 JEPA_COV=1 DETACH_TARGETS=1"
 BEST_A="$NARROW_LATENT CARRY_STATE=1 EVAL_STATE=carry SLIDING_EVAL=0 ACTIVATION=leaky_relu2
 MIN_LR=0.1 QAT_FRACTION=0.3"
 
+system_a_best() {
+    # shellcheck disable=SC2086  # words are KNOB=VALUE
+    default_to $BEST_A
+}
+
 # Published configuration: 10 minutes on 8 H100. CPU profile: 2 minutes on two cores.
 system_a() {
     defaults <<'TABLE'
@@ -196,7 +201,7 @@ start_run() {
     RUN_SCRIPT_DEFAULTS=$SELF
     take_arguments "${@:2}"
     choose_profile
-    # shellcheck disable=SC2086 — folders are words
+    # shellcheck disable=SC2086  # words are folders
     choose_data $1
 }
 
@@ -216,7 +221,7 @@ launch() {
     if [[ $ranks == 1 ]] && { [[ -z "${TORCHRUN_ARGS-}" ]] || only_describes; }; then
         exec "$PY" train_jepa.py ${ARGS[@]+"${ARGS[@]}"}
     fi
-    # shellcheck disable=SC2086 — arguments are words
+    # shellcheck disable=SC2086  # words are arguments
     exec "$PY" -m torch.distributed.run ${TORCHRUN_ARGS:---standalone} --nproc_per_node="$ranks" \
         train_jepa.py ${ARGS[@]+"${ARGS[@]}"}
 }
