@@ -1889,9 +1889,8 @@ def choose_kernels(c: Config, runtime: Runtime) -> tuple[Kernels, str]:
 MATRIX, MLP_MATRIX, IN_PROJ = "matrix", "MLP matrix", "in_proj"
 MATRICES = MATRIX, MLP_MATRIX, IN_PROJ  # trained by Muon; stored as INT rows, on three grids
 EMBEDDING, HEAD, CORRECTION = "embedding", "head", "correction"
-SCALAR, CONTROL, STATE = "scalar", "control", "state"
-# AdamW at SCALAR_LR trains the last four; system B stores control tensors (scales, mixes, gains)
-# in fp32; STATE has no weight decay.
+SCALAR, STATE = "scalar", "state"       # STATE: of a recurrence, without weight decay
+CONTROL = "control"                     # scales, mixes and gains, which system B stores in fp32
 
 FP32_EPS = torch.finfo(torch.float32).eps
 State = tuple[Tensor, ...]  # what a mixer carries from one call to the next, batch first
@@ -1905,9 +1904,7 @@ def named_roles(module: nn.Module, prefix: str = "") -> list[tuple[str, str, nn.
 
 
 def rms_norm(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
-    """x / sqrt(mean x^2 + eps) over the last dimension, times weight.
-
-    Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467."""
+    """x / sqrt(mean x^2 + eps), over the last dimension (https://arxiv.org/abs/1910.07467)."""
     if eager_on_cpu(x):
         return _RMSNorm.apply(x, eps, weight)
     return F.rms_norm(x, (x.size(-1),), weight, eps)
@@ -1938,8 +1935,7 @@ class _RMSNorm(torch.autograd.Function):
 class Linear(nn.Module):
     """y = x W^T (+ b) with W (out, in) and torch's Linear init; W is cast to x's type at use."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool = False, zero: bool = False,
-                 role: str = MATRIX):
+    def __init__(self, inputs: int, outputs: int, bias=False, zero=False, role=MATRIX):
         super().__init__()
         self.roles = {"weight": role, "bias": SCALAR}
         self.weight = nn.Parameter(torch.zeros(outputs, inputs))
@@ -1960,10 +1956,9 @@ class Linear(nn.Module):
 
 
 class Mamba2(nn.Module):
-    """Mamba-2 mixer (Dao & Gu 2024, https://arxiv.org/abs/2405.21060).
-
-    Weight-compatible with mamba_ssm.modules.mamba2.Mamba2(headdim=64, ngroups=1). Its state: the
-    last K-1 inputs of the convolution (B,K-1,C), and the SSM state (B,H,P,N) in fp32."""
+    """Mamba-2 (Dao & Gu 2024, https://arxiv.org/abs/2405.21060), weight-compatible with
+    mamba_ssm.modules.mamba2.Mamba2(headdim=64, ngroups=1). Its state: the convolution's last K-1
+    inputs (B,K-1,C) and the SSM state (B,H,P,N), in fp32."""
     roles = {"dt_bias": STATE, "A_log": STATE, "D": STATE}
 
     def __init__(self, dim: int, d_state: int, d_conv: int, expand: int, kernels: Kernels,
@@ -2250,7 +2245,7 @@ class LanguageModel(nn.Module):
 
 
 def map_states(function: Callable[..., Tensor], *states: list[State]) -> list[State]:
-    """`function` over the tensors of one or more lists of states, as `map` does."""
+    """A model's states with `function` of each tensor, or of those at one place of several."""
     return [tuple(map(function, *layer)) for layer in zip(*states)]
 
 
@@ -2830,14 +2825,11 @@ class Group:
             self.raw.zero_()
 
 
-OWNER = dict.fromkeys(MATRICES, "matrix") | {
-    EMBEDDING: "embed", HEAD: "head", CORRECTION: "scalar", SCALAR: "scalar", CONTROL: "scalar",
-    STATE: "state"}
-
-
 def owner_of(role: str, c: Config) -> str:
-    """matrix (trained by the matrix optimizer), or AdamW's embed, head, scalar or state."""
-    return "matrix" if role == HEAD and c.embed_style == "projected" else OWNER[role]
+    """Who trains tensors of this role: matrix = Muon; embed, head, scalar, state = AdamW."""
+    if role in MATRICES or role == HEAD and c.embed_style == "projected":
+        return "matrix"
+    return {EMBEDDING: "embed", HEAD: "head", STATE: "state"}.get(role, "scalar")
 
 
 def base_rates(c: Config) -> dict[str, float]:
@@ -2848,8 +2840,8 @@ def base_rates(c: Config) -> dict[str, float]:
 
 
 def checked_tensor(tensors: dict[str, Tensor], name: str, reference: Tensor) -> Tensor:
-    """tensors[name], of a file, after checking that shape and dtype are those of `reference`:
-    the kernels do not check them. KeyError or ValueError."""
+    """tensors[name], read from a file, after checking shape and dtype, which the kernels do not
+    check. KeyError where it is missing, ValueError where it is another's."""
     tensor = tensors[name]
     if tensor.shape != reference.shape or tensor.dtype != reference.dtype:
         raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}")
@@ -2861,37 +2853,32 @@ class Weights:
 
     def __init__(self, stored: nn.Module, extra: nn.Module | None, plan: dict[str, str],
                  config: Config, runtime: Runtime):
-        self.runtime = runtime
-        everything = named_roles(stored)
-        if extra is not None:
-            everything += named_roles(extra, "jepa.")
-        members: dict[tuple, list] = {}
+        self.runtime, self.last_micro = runtime, False
+        self.fused_snap: list[FusedSnap] | None = None
+        members: dict[tuple, dict[str, nn.Parameter]] = {}  # by what a group has in common
+        everything = named_roles(stored) + (named_roles(extra, "jepa.") if extra else [])
         for name, role, parameter in everything:
             key = owner_of(role, config), plan.get(name, ""), tuple(parameter.shape)
-            members.setdefault(key, []).append((name, parameter))
-        self.groups = [self._make(owner, grid, pairs)
-                       for (owner, grid, _), pairs in members.items()]
+            members.setdefault(key, {})[name] = parameter
+        self.groups = [self._make(*key[:2], named) for key, named in members.items()]
         unique = len({id(parameter) for *_, parameter in everything})
         assert unique == len(everything), "a parameter without exactly one owner"
-        self.last_micro = False
-        self.fused_snap: list[FusedSnap] | None = None
 
-    def _make(self, owner: str, grid: str, pairs: list[tuple[str, nn.Parameter]]) -> Group:
-        names, parameters = zip(*pairs)
-        device = self.runtime.device
-        master = torch.stack([parameter.detach().float() for parameter in parameters]).to(device)
+    def _make(self, owner: str, grid: str, named: dict[str, nn.Parameter]) -> Group:
+        master = torch.stack([parameter.detach().float() for parameter in named.values()])
+        master = master.to(self.runtime.device)
         dtype = self.runtime.dtype if owner in ("matrix", "embed", "head") else torch.float32
         compute, grad = master.to(dtype, copy=True), torch.zeros_like(master)
         raw = grad if dtype == torch.float32 else torch.zeros_like(compute)
-        group = Group(list(names), owner, grid, master, compute, grad, raw)
-        for index, parameter in enumerate(parameters):
+        group = Group(list(named), owner, grid, master, compute, grad, raw)
+        arrived = functools.partial(self._arrived, group)
+        for index, parameter in enumerate(named.values()):
             parameter.data, parameter.grad = compute[index], raw[index]
-            arrived = functools.partial(self._arrived, group)
             parameter.register_post_accumulate_grad_hook(arrived)
         return group
 
     def _arrived(self, group: Group, _: nn.Parameter) -> None:
-        """Autograd has added a gradient. After a group's last one in the step, its sum starts."""
+        """Autograd has added a gradient; after the group's last one, its sum over ranks starts."""
         group.touched = True
         group.waiting -= 1
         if self.last_micro and group.waiting == 0:
@@ -2971,7 +2958,7 @@ class Weights:
 
     @torch.no_grad()
     def restore(self, which: str, tensors: dict[str, Tensor]) -> None:
-        """Put back a checkpoint's masters or averages, as `tensors` named them."""
+        """Put back what `tensors` gave, masters or averages; errors of `checked_tensor`."""
         for group in self.groups:
             if which == "average" and group.average is None:
                 group.average = torch.empty_like(group.master)
@@ -2985,10 +2972,8 @@ class Weights:
 
 
 class Muon:
-    """Orthogonalized Nesterov momentum with decoupled weight decay, for groups of matrices.
-
-    Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/. Another optimizer for matrices
-    is a class with the same `init` and `update`."""
+    """Orthogonalized Nesterov momentum (https://kellerjordan.github.io/posts/muon/) with decoupled
+    weight decay. Another optimizer for matrices is a class with the same `init` and `update`."""
 
     def __init__(self, config: Config, runtime: Runtime):
         self.config, self.runtime = config, runtime
@@ -2997,9 +2982,8 @@ class Muon:
         group.state["momentum"] = torch.zeros_like(group.master)
 
     def update(self, groups: list[Group], scale: float, momentum: float, ok: Tensor) -> None:
-        """Update the masters at LR `scale`; where ok (0-dim) is 0, nothing changes.
-
-        Each rank orthogonalizes its share of a group; gathers overlap the next group."""
+        """Update the masters at LR `scale`; where ok (0-dim) is 0, nothing changes. Each rank
+        orthogonalizes its share of a group; gathers overlap the next group."""
         c = self.config
         lr = c.matrix_lr * scale
         pending = [(group, *self.runtime.gather(self._share(group, momentum, ok)))
@@ -3013,8 +2997,7 @@ class Muon:
             group.master.add_(update[:len(group.names)].float() * factor)
 
     def _share(self, group: Group, momentum: float, ok: Tensor) -> Tensor:
-        """Update the momentum; the orthogonalized updates of this rank's matrices (n,rows,cols),
-        n the same on every rank."""
+        """Update the momentum; orthogonalized updates of this rank's matrices (n,rows,columns)."""
         c, world, rank = self.config, self.runtime.world, self.runtime.rank
         grad, buffer = torch.where(ok > 0, group.grad, 0.0), group.state["momentum"]
         buffer.mul_(1 - ok * (1 - momentum)).add_(grad)
@@ -3030,14 +3013,13 @@ class Muon:
 
 class Optimizer:
     """Muon for the matrices, fused AdamW for the rest, one clip; a non-finite gradient leaves
-    everything as it was.
-
-    All on the device: the norm, the clip and the verdict are 0-dim tensors, so no step waits for
-    the host."""
+    everything as it was. All on the device: the norm, the clip and the verdict are 0-dim tensors,
+    so no step waits for the host."""
 
     def __init__(self, weights: Weights, config: Config):
         self.weights, self.config = weights, config
-        c, device, rates = config, weights.runtime.device, base_rates(config)
+        c, rates, zero = config, base_rates(config), torch.zeros((), device=weights.runtime.device)
+        self.skipped, self.skipped_in_row = zero.clone(), zero.clone()  # steps without an update
         self.matrix = Muon(c, weights.runtime)
         self.matrix_groups = [group for group in weights.groups if group.owner == "matrix"]
         for group in self.matrix_groups:
@@ -3049,17 +3031,13 @@ class Optimizer:
              for group in self.adam_groups],
             lr=1.0, betas=(c.beta1, c.beta2), eps=c.adam_eps, fused=True)
         for group, settings in zip(self.adam_groups, self.adam.param_groups):
-            group.state = dict(step=torch.zeros((), device=device),
-                               exp_avg=torch.zeros_like(group.master),
-                               exp_avg_sq=torch.zeros_like(group.master))
-            self.adam.state[settings["params"][0]] = group.state  # else made at the first step
-        self.skipped = torch.zeros((), device=device)         # steps skipped so far
-        self.skipped_in_row = torch.zeros((), device=device)
+            moments = {key: torch.zeros_like(group.master) for key in ("exp_avg", "exp_avg_sq")}
+            group.state = dict(step=zero.clone(), **moments)
+            self.adam.state[settings["params"][0]] = group.state  # the same dict, and tensors
 
     @torch.no_grad()
     def step(self, scale: float, momentum: float, clip: bool = True) -> tuple[Tensor, Tensor]:
-        """Update the masters at LR `scale`; returns the gradient norm and whether it was finite
-        (0-dim tensors)."""
+        """Update the masters at LR `scale`; the gradient norm and whether it is finite (0-dim)."""
         c, norm = self.config, self.weights.norm()
         ok = torch.isfinite(norm).float()
         limit = c.grad_clip_norm if clip and c.grad_clip_norm else math.inf
@@ -3099,7 +3077,7 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what `state` gave."""
+        """Put back what `state` gave; errors of `checked_tensor`."""
         for name, tensor in self.state().items():
             tensor.copy_(checked_tensor(tensors, name, tensor))
 

@@ -1,4 +1,5 @@
 """Knobs: the table of the specification, where values come from, what is refused, and the exact parameter counts."""
+import itertools
 import re
 import subprocess
 import sys
@@ -28,14 +29,14 @@ NUM_HEADS=8 NUM_KV_HEADS=4 ROPE_BASE=10000 QK_GAIN_INIT=1.5 TIED_EMBED_LR=0.05 T
 SIGREG_WEIGHT=0.05 JEPA_PURE_FRAC=0.10 CE_PURE_FRAC=0.80 SWA_DECAY=0.995 WARMDOWN_ITERS=2000
 MODE=train MIXER=mamba2 LOSS_SCHEDULE=joint ANTICOLLAPSE=sigreg STORAGE=intn MICRO_BATCHES=8 SWA_START=1
 WARMUP_ROLLBACK=weights Z_LOSS=1e-4 VOCAB_BIAS=1 ROW_NORM=1 SSD_KERNEL=auto CHECKPOINT_KEEP=2 SIGREG_AXIS=batch
-SIGREG_SYNC=0 SIGREG_RESAMPLE=0 CARRY_STATE=0 EVAL_STATE=reset MIN_LR=0 MUON_NS=quintic QUANT_STEP=absmax OVERWRITE=0
+CARRY_STATE=0 EVAL_STATE=reset MIN_LR=0 QUANT_STEP=absmax OVERWRITE=0 PROFILE=auto
 """
-NAMED_WITHOUT_DEFAULT = "SSD_CHUNK JEPA_DIM JEPA_TARGET JEPA_ANNEAL".split()
+NAMED_WITHOUT_DEFAULT = "SSD_CHUNK JEPA_DIM JEPA_ANNEAL".split()
 CHOICES = dict(TOKENIZER="byte bpe", ACTIVATION="relu2 swiglu", SOFTCAP_TYPE="poly tanh", PROJECTOR_TYPE="linear mlp",
-               FP_STORAGE="BF16 FP8", MODE="train describe bench eval sample submit compare",
+               FP_STORAGE="BF16 FP8", MODE="train describe bench eval sample",
                LOSS_SCHEDULE="joint staged", ANTICOLLAPSE="sigreg covariance", STORAGE="intn int8",
                WARMUP_ROLLBACK="weights all", SSD_KERNEL="auto mamba_ssm fused torch", SIGREG_AXIS="batch time both",
-               EVAL_STATE="reset carry", MUON_NS="quintic polar", QUANT_STEP="absmax sigma",
+               EVAL_STATE="reset carry", QUANT_STEP="absmax sigma", PROFILE="auto gpu cpu",
                TIE_EMBEDDINGS="0 1 2 3", MIXER="mamba2 attention mmmmmmammmmm")
 
 BPE = dict(TOKENIZER="bpe", VOCAB_SIZE=8192, MODEL_DIM=640, NUM_LAYERS=10, EXPAND=1, MLP_MULT=4, MLP_EVERY=2,
@@ -73,8 +74,8 @@ def test_every_knob_of_the_specification_has_its_default(entry):
 
 def test_knobs_named_without_a_default_and_those_of_the_run_scripts_exist():
     assert set(NAMED_WITHOUT_DEFAULT) <= set(Config.knobs())
-    assert {"PROFILE", "PRESET"} <= set(tj.SCRIPT_KNOBS)
-    Config.from_env({"PROFILE": "gpu", "PRESET": "best", "NPROC_PER_NODE": "2"})
+    assert "PRESET" in tj.SCRIPT_KNOBS
+    Config.from_env({"PRESET": "best", "NPROC_PER_NODE": "2"})
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -130,12 +131,46 @@ def test_all_errors_come_at_once_each_on_its_line():
     ("MAX_WALLCLOCK_SECOND", "MAX_WALLCLOCK_SECONDS"), ("SIGREG_LAMDBA", "SIGREG_LAMBDA"), ("MODELDIM", "MODEL_DIM"),
     ("LOGIT_SOFT_CAP", "LOGIT_SOFTCAP"), ("NUM_LAYER", "NUM_LAYERS"), ("VOCAB_SIZ", "VOCAB_SIZE"),
     ("TIE_EMBEDDING", "TIE_EMBEDDINGS"), ("MUON_WEIGHT_WD", None)])
-def test_a_misspelled_name_is_caught_with_the_nearest_knob(wrong, meant):
-    for environ, argv in (({wrong: "1"}, []), ({}, [f"{wrong}=1"])):
-        if meant is None and environ:
-            continue  # far from every knob: in the environment it is a foreign name, as an argument a mistake
-        lines = refusal(Config.from_env, environ, argv)
-        assert len(lines) == 1 and lines[0].startswith(wrong) and (meant is None or meant in lines[0])
+def test_a_misspelled_argument_is_refused_with_the_nearest_knob(wrong, meant):
+    lines = refusal(Config.from_env, {}, [f"{wrong}=1"])
+    assert len(lines) == 1 and lines[0].startswith(wrong) and (meant is None or meant in lines[0])
+
+
+@pytest.mark.parametrize("wrong, meant", [  # one edit each: swap, deletion, substitution, insertion
+    ("JEPA_WIEGHT", "JEPA_WEIGHT"), ("SIGREG_LAMDBA", "SIGREG_LAMBDA"), ("QUANT_BIT", "QUANT_BITS"),
+    ("NUM_LAYER", "NUM_LAYERS"), ("VOCAB_SIZ", "VOCAB_SIZE"), ("MUON_VD", "MUON_WD"), ("TOP_KK", "TOP_K"),
+    ("TRAIN_SEQ_LENS", "TRAIN_SEQ_LEN"), ("WARMDOWN_ITER", "WARMDOWN_ITERS"), ("TRAIN_SHARD", "TRAIN_SHARDS")])
+def test_a_knob_of_a_family_misspelled_by_one_edit_in_the_environment_is_an_error(wrong, meant, capsys):
+    assert refusal(Config.from_env, {wrong: "1"}) == [f"{wrong}: no such knob; did you mean {meant}?"]
+    assert capsys.readouterr().err == ""
+
+
+def test_names_in_the_environment_that_may_be_foreign_are_warned_of_in_one_line(capsys):
+    names = dict(DEVICES="DEVICE", AUTHORS=None, SEEDS="SEED", LOGIT_SOFT_CAP="LOGIT_SOFTCAP", MODELDIM="MODEL_DIM",
+                 TIE_EMBEDDING="TIE_EMBEDDINGS", MAX_WALLCLOCK_SECOND="MAX_WALLCLOCK_SECONDS", RUNSDIR="RUNS_DIR")
+    assert Config.from_env(dict.fromkeys(names, "1")) == Config()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("warning: ")
+    for name, meant in names.items():
+        assert (f"{name} (did you mean {meant}?)" in lines[0]) == (meant is not None), name
+    Config.from_env({"DEVICES": "0,1", "RANK": "1"})  # one rank says it
+    assert capsys.readouterr().err == ""
+
+
+def test_two_edits_are_a_foreign_name(capsys):
+    for name in ("JEPA_WIEGHTS", "MUON_VDD", "NUM_WORKERS", "TRAIN_FILE", "MODEL_NAME", "DATA_DIR", "NODE", "BIT"):
+        Config.from_env({name: "1"})
+    assert capsys.readouterr().err == ""
+
+
+def test_one_edit_apart_against_the_definition():
+    letters, word = "abcd", "abca"
+    near = {word[:i] + word[i + 1:] for i in range(4)} | {word[:i] + x + word[i:] for i in range(5) for x in letters}
+    near |= {word[:i] + x + word[i + 1:] for i in range(4) for x in letters}
+    near |= {word[:i] + word[i + 1] + word[i] + word[i + 2:] for i in range(3)}
+    every = ["".join(w) for n in range(7) for w in itertools.product(letters, repeat=n)]
+    assert {w for w in every if tj.one_edit_apart(w, word)} | {word} == near
+    assert {w for w in every if tj.one_edit_apart(word, w)} | {word} == near
 
 
 @pytest.mark.parametrize("argument", ["--seed=1", "seed=1", "SEED", "-x", ""])
@@ -143,9 +178,9 @@ def test_an_argument_that_is_no_known_assignment_is_refused(argument):
     assert "NAME=value" in refusal(Config.from_env, {}, [argument])[0]
 
 
-def test_normal_environments_pass():
+def test_normal_environments_pass(capsys):
     names = """PATH HOME LANG LC_ALL USER LOGNAME SHELL TERM PWD OLDPWD SHLVL HOSTNAME EDITOR PAGER DISPLAY TMPDIR TZ
-    PS1
+    PS1 LINES COLUMNS
     NCCL_DEBUG NCCL_SOCKET_IFNAME NCCL_IB_DISABLE CUDA_VISIBLE_DEVICES CUDA_HOME CUDA_DEVICE_ORDER CUDA_LAUNCH_BLOCKING
     NVIDIA_VISIBLE_DEVICES NVIDIA_DRIVER_CAPABILITIES LD_LIBRARY_PATH PYTHONPATH PYTHONUNBUFFERED VIRTUAL_ENV
     CONDA_PREFIX CONDA_DEFAULT_ENV OMP_NUM_THREADS MKL_NUM_THREADS MASTER_ADDR MASTER_PORT RANK WORLD_SIZE LOCAL_RANK
@@ -166,17 +201,13 @@ def test_normal_environments_pass():
             Config.from_env({name: "anything"})
         except UserError as error:
             caught[name] = str(error)
-    assert not caught
+    assert not caught and capsys.readouterr().err == ""
 
 
 def test_choices_ignore_case_and_take_the_written_form():
     config = read(FP_STORAGE="fp8", SOFTCAP_TYPE="TANH", TOKENIZER="Byte", MODE="Train", SLIDING_EVAL="True")
     assert (config.fp_storage, config.softcap_type, config.tokenizer, config.mode, config.sliding_eval) == \
         ("FP8", "tanh", "byte", "train", True)
-
-
-def test_dry_run_means_describe():
-    assert read(DRY_RUN=1).mode == "describe"
 
 
 @pytest.mark.parametrize("knobs, named", [
@@ -198,22 +229,18 @@ def test_dry_run_means_describe():
     (dict(CE_WEIGHT=0, JEPA_STEPS=0), "CE_WEIGHT"),
     (dict(CE_WEIGHT=0, JEPA_ANNEAL=0.5), "CE_WEIGHT"),
     (BYTEJEPA | dict(CE_WEIGHT=0), "CE_WEIGHT"),
-    (dict(CARRY_RESET=1, EVAL_STATE="carry", MIXER="attention"), "CARRY_STATE"),
+    (dict(EVAL_STATE="carry", MIXER="attention"), "CARRY_STATE"),
+    (dict(CARRY_STATE=1, MIXER="mma", NUM_LAYERS=3), "CARRY_STATE"),
     (dict(LOSS_SCHEDULE="staged", JEPA_WEIGHT=0), "LOSS_SCHEDULE"),
     (dict(LOSS_SCHEDULE="staged", JEPA_PURE_FRAC=0.9), "JEPA_PURE_FRAC"),
     (dict(LOSS_SCHEDULE="staged", JEPA_PURE_FRAC=0.8), "JEPA_PURE_FRAC"),
     (dict(JEPA_STEPS=4096), "JEPA_STEPS"),
     (dict(SLIDING_EVAL=1, SLIDING_EVAL_STRIDE=5000), "SLIDING_EVAL_STRIDE"),
     (dict(CARRY_STATE=1, MIXER="attention"), "CARRY_STATE"),
-    (dict(CARRY_RESET=1), "CARRY_RESET"),
-    (dict(CARRY_RESET=1, CARRY_STATE=1, SSD_KERNEL="fused"), "SSD_KERNEL"),
-    (dict(SEQ_LEN_START=48), "SEQ_LEN_START"),
-    (dict(SEQ_LEN_START=8192), "SEQ_LEN_START"),
-    (dict(SEQ_LEN_START=1024, CARRY_STATE=1), "SEQ_LEN_START"),
-    (dict(BATCH_TOKENS_START=65536, LANES=1), "BATCH_TOKENS_START"),
-    (dict(SEQ_LEN_START=4, JEPA_STEPS=4), "JEPA_STEPS"),
-    (dict(BATCH_TOKENS_START=131072 * 3), "BATCH_TOKENS_START"),
-    (dict(BATCH_TOKENS_START=16384), "BATCH_TOKENS_START"),  # less than a row per micro-batch
+    (dict(JEPA_DIM=16, PROJECTOR_TYPE="none"), "JEPA_DIM"),
+    (dict(ANTICOLLAPSE="covariance", SIGREG_AXIS="time"), "SIGREG_AXIS"),
+    (dict(STORAGE="int8", QUANT_BITS=8, QUANT_STEP="sigma"), "QUANT_STEP"),
+    (dict(INT8_FLOOR=1), "INT8_FLOOR"),
     (dict(MLP_GRID="int3"), "MLP_GRID"),
     (dict(DT_GRID="int8"), "DT_GRID"),  # system B's rows have no training kernel
     (dict(EMBED_GRID="int4", STORAGE="int8", QUANT_BITS=8), "EMBED_GRID"),
@@ -235,8 +262,7 @@ def test_validate_reports_all_faults_at_once():
     dict(MIXER="attention", MODEL_DIM=200, NUM_HEADS=4, NUM_KV_HEADS=2),       # no Mamba-2 head to fill
     dict(NUM_HEADS=7),                                                         # no attention
     dict(MIXER="mmmmmmammmmm"), dict(MLP_MULT=0), dict(JEPA_STEPS=0), dict(JEPA_WEIGHT=0, SIGREG_LAMBDA=0),
-    dict(SEQ_LEN_START=512, BATCH_TOKENS_START=65536), dict(PROJ_GRID="int4s0.35", DT_GRID="int8a", EMBED_GRID="int6"),
-    dict(CARRY_RESET=1, CARRY_STATE=1), dict(CARRY_RESET=1, EVAL_STATE="carry"),
+    dict(PROJ_GRID="int4s0.35", DT_GRID="int8a", EMBED_GRID="int6"), dict(CARRY_STATE=1), dict(EVAL_STATE="carry"),
     dict(CE_WEIGHT=0), dict(STORAGE="int8", QUANT_BITS=8), dict(SLIDING_EVAL_STRIDE=5000), BPE, BYTE, BYTEJEPA
 ], ids=str)
 def test_combinations_that_make_sense_pass(knobs):
@@ -270,12 +296,51 @@ def test_help_lists_every_knob_with_its_default():
     text = tj.help_text()
     for _, name, default, _ in tj.knob_table():
         assert re.search(rf"^  {name}={re.escape(default)}\s", text, re.M), name
-    assert all(name in text for name in tj.SCRIPT_KNOBS)
+    assert {name for _, name, _, _ in tj.knob_table()} == {*Config.knobs(), *tj.SCRIPT_KNOBS}
 
 
 def test_every_knob_has_a_group_and_help():
     for group, name, _, text in tj.knob_table():
         assert group and len(text) > 3, name
+    groups = dict.fromkeys(group for group, *_ in tj.knob_table())
+    assert list(groups) == ["run", "data", "model", "losses", "training", "optimizers", "storage", "evaluation",
+                            "checkpoints", "people", "run scripts"]
+
+
+# -- tags --------------------------------------------------------------------------------------------------------------
+
+def test_tags_are_the_known_words_and_go_together():
+    tags = {name: set(f.metadata["tags"]) for name, f in Config.knobs().items()}
+    assert set().union(*tags.values()) == {"free", "result", "model", "grid", "eval"}
+    for name, words in tags.items():
+        assert not words & {"model", "grid"} or "free" not in words, name  # a resumed run keeps model and storage
+        assert "result" not in words or "free" in words, name
+
+
+def test_the_tagged_knobs_are_those_that_artifacts_and_resumed_runs_rely_on():
+    assert Config.tagged("model") == (
+        "TOKENIZER VOCAB_SIZE MODEL_DIM NUM_LAYERS MIXER D_STATE D_CONV EXPAND NUM_HEADS NUM_KV_HEADS ROPE_BASE "
+        "EMBED_DIM MLP_MULT MLP_EVERY ACTIVATION MLP_NORM NORM_EPS TIE_EMBEDDINGS VOCAB_BIAS LOGIT_SOFTCAP "
+        "SOFTCAP_TYPE TRAIN_SEQ_LEN").split()
+    assert Config.tagged("grid") == ("STORAGE QUANT_BITS QUANT_STEP QUANT_K INT8_FLOOR FP_STORAGE MLP_GRID PROJ_GRID "
+                                     "DT_GRID EMBED_GRID").split()
+    assert set(Config.tagged("result")) == set(
+        "ITERATIONS MAX_WALLCLOCK_SECONDS DATA_PATH TOKENIZER_PATH VAL_MAX_TOKENS SSD_KERNEL SSD_CHUNK COMPILE_MODE "
+        "SLIDING_EVAL_STRIDE TEMP_SCALING TEMP_CALIB ROUNDING ROUNDING_TOKENS".split())
+    assert set(Config.tagged("eval")) == set(
+        "VAL_MAX_TOKENS VAL_BATCH_SIZE MICRO_BATCHES SLIDING_BATCH_SIZE EVAL_STATE TEMP_CALIB DTYPE SSD_KERNEL "
+        "SSD_CHUNK COMPILE_MODE".split())
+    config = read(SEED=7, MODEL_DIM=128)
+    assert config.fixed() == {name: value for name, value in config.named().items()
+                              if name not in Config.tagged("free")}
+    assert config.fixed()["SEED"] == 7 and "MODE" not in config.fixed() and "PROFILE" not in config.fixed()
+    assert config.model_config()["MODEL_DIM"] == 128 and list(config.model_config()) == Config.tagged("model")
+
+
+def test_checks_of_later_sections_are_reported_with_those_of_the_configuration(monkeypatch):
+    monkeypatch.setattr(tj, "CHECKS", [*tj.CHECKS, lambda c: [f"SEED={c.seed}: unlucky"] if c.seed == 13 else []])
+    assert len(refusal(read(VOCAB_SIZE=300, MIXER="mmx", QUANT_BITS=3, SEED=13).validate)) == 4
+    read(SEED=12).validate()
 
 
 def test_readme_table_is_the_knob_table():

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import train_jepa as tj
 
 ALONE = type("Alone", (), dict(rank=0, world=1, main=True, dtype=torch.float32, device=torch.device("cpu"),
-                               to_device=staticmethod(lambda t: t)))()
+                               to_device=staticmethod(lambda t: t), sum_host=staticmethod(lambda t: t)))()
 
 
 def ranks(world):
@@ -156,7 +156,7 @@ def test_bpb_of_bytes_is_the_loss_over_ln_2(model):
 
 def test_a_document_mark_counts_no_bytes_but_its_loss_counts(model):
     e = evaluator(model, 96)
-    e.tokens[50] = tj.BYTE_MARK
+    e.tokens[50] = tj.BYTE_BOS
     e = tj.Evaluator(model, e.tokens, tj.byte_vocabulary(), 24, 72, ALONE)
     score = e.standard()[0]
     assert e.bytes == 95 and score.bpb == pytest.approx(score.loss * 96 / 95 / math.log(2), rel=1e-14)

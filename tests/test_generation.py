@@ -14,7 +14,7 @@ import train_jepa as tj
 TINY = dict(model_dim=64, num_layers=3, d_state=8, expand=1, mlp_mult=1, train_seq_len=32, ssd_chunk=8, num_heads=4,
             num_kv_heads=2)
 ALONE = type("Alone", (), dict(rank=0, world=1, main=True, dtype=torch.float32, device=torch.device("cpu"),
-                               to_device=staticmethod(lambda t: t)))()
+                               to_device=staticmethod(lambda t: t), sum_host=staticmethod(lambda t: t)))()
 
 
 def lively(**knobs):

@@ -15,9 +15,7 @@ def table() -> str:
             rows.append(f"| **{group}** | | |")
             last = group
         shown = f"`{default}`" if default else ""
-        rows.append(f"| `{name}` | {shown} | {text.replace('|', ', ')} |")
-    rows += [f"| `{name}` | | run scripts: {text.replace('|', ', ')} |"
-             for name, text in train_jepa.SCRIPT_KNOBS.items()]
+        rows.append(f"| `{name}` | {shown} | {text} |")
     return "\n".join(rows) + "\n"
 
 
