@@ -111,7 +111,7 @@ SCRIPT_KNOBS = {
     "TORCHRUN_ARGS": "arguments of torchrun instead of --standalone: several machines, restarts",
     "TRAIN_SHARDS": "training shards that setup_jepa.sh downloads (default: all in the manifest)"}
 
-# Checks of the knobs of later sections, which append them: Config -> a message per fault.
+# Later sections append checks of their own knobs: each yields one message per fault.
 CHECKS: list[Callable[[Config], Iterable[str]]] = []
 
 
@@ -156,14 +156,14 @@ def check_spelling(environ: dict[str, str], known: Sequence[str]) -> list[str]:
     """An error per misspelled knob in the environment; a warning for names that may be foreign.
 
     A name that is one edit away from a knob is an error if several knobs begin with its first
-    word (JEPA_, MUON_); others (DEVICES, AUTHORS) get one line on stderr."""
+    word (JEPA_, MUON_); all others (DEVICES, SEEDS) share one line on stderr."""
     words = [name.split("_")[0] for name in known if "_" in name]
     errors, ignored = [], []
     for name in sorted(set(environ).difference(known)):
         near = [other for other in known if one_edit_apart(name, other)]
         if near and "_" in name and words.count(name.split("_")[0]) > 1:
             errors.append(f"{name}: no such knob; did you mean {near[0]}?")
-        elif near and len(name) > 4:  # shorter names are close to too much
+        elif near and len(name) > (6 if len(name) == len(near[0]) else 4):  # not LINES, NODE
             ignored.append(f"{name} (did you mean {near[0]}?)")
     if ignored and environ.get("RANK", "0") == "0":
         print("warning: ignored in the environment, no such knob:", ", ".join(ignored),
@@ -187,7 +187,8 @@ class Config:
                        choices="auto cpu cuda")
     dtype: str = knob("auto", "compute type (auto: bf16 on CUDA, fp32 on CPU)", "eval",
                       choices="auto fp32 bf16")
-    collective_timeout: int = knob(600, "seconds to wait for a missing rank", "free", low=1)
+    collective_timeout: int = knob(600, "seconds after which a missing rank ends the run",
+                                   "free", low=1)
 
     tokenizer: str = knob("byte", "kind of tokens", "model", choices="byte bpe", group="data")
     tokenizer_path: str = knob("", "SentencePiece model (TOKENIZER=bpe)", "free result")
@@ -214,7 +215,7 @@ class Config:
     num_heads: int = knob(8, "attention heads", "model", low=1)
     num_kv_heads: int = knob(4, "attention heads of keys and values", "model", low=1)
     rope_base: float = knob(10000.0, "base of the rotary angles", "model", low=1)
-    qk_gain_init: float = knob(1.5, "initial gain of the queries, per head", low=-math.inf)
+    qk_gain_init: float = knob(1.5, "initial gain of the queries, per head")
     embed_dim: int = knob(0, "width E of the embedding (0 = MODEL_DIM)", "model")
     embed_style: str = knob(
         "projected", "projected: std 0.02, EMBED_LR, untied unembedding by Muon; tied: "
@@ -238,12 +239,11 @@ class Config:
     predictor_hidden_mult: int = knob(2, "hidden width of the predictor / latent width", low=1)
     predictor_norm: bool = knob(False, "1 = RMSNorm before the predictor, no biases (system B)")
 
-    loss_schedule: str = knob("joint", "constant weights, or pure JEPA, bridge, pure CE",
-                              choices="joint staged", group="losses")
+    loss_schedule: str = knob("joint", "joint: constant weights; staged: pure JEPA, bridge, "
+                              "pure CE", choices="joint staged", group="losses")
     jepa_weight: float = knob(1.0, "weight of the latent prediction")
     jepa_steps: int = knob(1, "horizons of the latent rollout (0 = off)")
     jepa_dim: int = knob(0, "width of the latent (0 = MODEL_DIM)")
-    jepa_loss: str = knob("mse", "distance of prediction and target", choices="mse smooth_l1")
     jepa_anneal: float = knob(
         0.0, "fraction of the run at which JEPA_WEIGHT has fallen to 0 (0 = never)", high=1)
     detach_targets: bool = knob(False, "1 = no gradient into the targets")
@@ -264,7 +264,8 @@ class Config:
 
     train_seq_len: int = knob(4096, "tokens per sequence", "model", low=1, group="training")
     train_batch_tokens: int = knob(524_288, "tokens per optimizer step, all ranks", low=1)
-    micro_batches: int = knob(8, "parts of a step, divisible by the number of ranks", "eval", low=1)
+    micro_batches: int = knob(8, "micro-batches per step; the number of ranks must divide it",
+                              "eval", low=1)
     iterations: int = knob(10_000, "maximum number of steps", "free result", low=1)
     max_wallclock_seconds: float = knob(0.0, "maximum training time (0 = no limit)", "free result")
     warmup_steps: int = knob(10, "steps that are run before training and rolled back")
@@ -272,8 +273,9 @@ class Config:
                                 choices="weights all")
     warmdown: str = knob("fraction", "LR falls to MIN_LR over WARMDOWN_FRACTION or WARMDOWN_ITERS",
                          choices="fraction iters")
-    warmdown_fraction: float = knob(0.15, "last fraction of the run", high=1)
-    warmdown_iters: int = knob(2000, "last steps (with a time limit: at the mean step time so far)")
+    warmdown_fraction: float = knob(0.15, "length of the warmdown / length of the run", high=1)
+    warmdown_iters: int = knob(2000, "steps of the warmdown (under MAX_WALLCLOCK_SECONDS: at the "
+                               "mean step time so far)")
     min_lr: float = knob(0.0, "LR at the end / base LR", high=1)
     lanes: bool = knob(
         False, "1 = contiguous batches: each sequence continues its own slice of the data")
@@ -292,7 +294,7 @@ class Config:
     embed_lr: float = knob(0.01, "AdamW's LR: the embedding")
     tied_embed_lr: float = knob(0.05, "AdamW's LR: the embedding with EMBED_STYLE=tied")
     head_lr: float = knob(0.008, "AdamW's LR: the untied unembedding with EMBED_STYLE=tied")
-    muon_momentum: float = knob(0.95, "final momentum", high=0.9999)
+    muon_momentum: float = knob(0.95, "Muon's final momentum", high=0.9999)
     muon_momentum_warmup_start: float = knob(0.85, "momentum at step 0", high=0.9999)
     muon_momentum_warmup_steps: int = knob(500, "steps until the final momentum")
     muon_backend_steps: int = knob(3, "Newton-Schulz iterations", low=1, high=20)
@@ -318,13 +320,13 @@ class Config:
     mlp_grid: str = knob("", "grid of the MLP matrices: int4, int5, int6, int8a, int4s0.35 (step "
                          "of 0.35 σ), fp8, bf16 (empty: QUANT_BITS and QUANT_STEP)", "grid")
     proj_grid: str = knob("", "grid of all other matrices: projections of mixers and embedding, "
-                          "untied unembedding (empty: as MLP_GRID)", "grid")
+                          "untied unembedding (empty: QUANT_BITS and QUANT_STEP)", "grid")
     dt_grid: str = knob("", "grid of the rows of in_proj that make dt (empty: as in_proj)", "grid")
     embed_grid: str = knob("", "grid of embedding and tie correction (empty: FP_STORAGE)", "grid")
     qat_fraction: float = knob(1.0, "last fraction of the run that trains on the storage grid",
                                high=1)
-    rounding: str = knob("nearest", "rounding of the final weights: nearest, or GPTQ",
-                         "free result", choices="nearest compensated")
+    rounding: str = knob("nearest", "rounding of the final weights: nearest, or compensated "
+                         "(GPTQ)", "free result", choices="nearest compensated")
     rounding_tokens: int = knob(65_536, "training tokens for GPTQ's moments", "free result", low=1)
     fit: bool = knob(
         False, "1 = MODE=describe finds the largest MODEL_DIM and MLP_MULT that fit", "free")
@@ -489,7 +491,8 @@ def help_text() -> str:
     lines, last = ["Every knob is an environment variable or a NAME=value argument "
                    "(arguments win).", ""], ""
     for group, name, default, text in knob_table():
-        lines += [f"{group}:"] if group != last else []
+        if group != last:
+            lines.append(f"{group}:")
         lines.append(f"  {name}={default} ".ljust(38) + text)
         last = group
     return "\n".join(lines)

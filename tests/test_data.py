@@ -166,7 +166,7 @@ def test_the_ranks_of_any_number_together_read_the_same_micro_batches(world, lan
     stream, seen = TokenStream([shard(np.arange(200))], 256), {}
     for rank in range(world):
         trainer = tj.Trainer(config, SimpleNamespace(**{**vars(RANK_0), "rank": rank, "world": world}), stream)
-        for micro in trainer.mine:
+        for micro in trainer.micros:
             assert micro not in seen
             seen[micro] = [t.tolist() for t in trainer.step_inputs(5, micro)]
     reference = tj.Trainer(config, RANK_0, stream)
@@ -183,7 +183,7 @@ def test_carried_states_read_the_same_rows_as_lanes_alone(shard):
                                          TRAIN_BATCH_TOKENS="64", COMPILE_MODE="off", DEVICE="cpu", **knobs)).validate()
         trainer = tj.Trainer(config, RANK_0, stream)
         trainer.position = 4
-        seen.append([trainer.step_inputs(1, micro)[0].tolist() for micro in trainer.mine])
+        seen.append([trainer.step_inputs(1, micro)[0].tolist() for micro in trainer.micros])
     assert seen[0] == seen[1] != seen[2]
 
 

@@ -131,8 +131,8 @@ def test_synchronized_sigreg_trains_and_ranks_agree(tmp_path, mode):
 def test_a_poisoned_rank_is_skipped_by_all_and_named(tmp_path):
     """The jepa term is NaN on rank 1 alone: all ranks skip, stop together, and the report names the term."""
     patch = """
-real = tj.latent_rollout
-tj.latent_rollout = lambda *a: real(*a) * (float("nan") if os.environ["RANK"] == "1" else 1.0)
+real = tj.jepa_loss
+tj.jepa_loss = lambda *a: real(*a) * (float("nan") if os.environ["RANK"] == "1" else 1.0)
 """
     ranks = run_ranks(tmp_path, 2, patch, NONFINITE_LIMIT=2)
     assert [child.code for child in ranks] == [1, 1], ranks[0].text()[-1500:]

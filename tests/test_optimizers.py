@@ -337,7 +337,7 @@ def test_another_matrix_optimizer_needs_no_other_change(monkeypatch):
 def test_gradients_of_micro_batches_add_up_to_that_of_the_whole_batch():
     t = trainer(JEPA_WEIGHT=0, SIGREG_LAMBDA=0, Z_LOSS=0)
     t.weights.load()
-    t.accumulate(0, tj.LossWeights(1.0, 0.0, 0.0, "joint"))
+    t.accumulate(0, tj.LossWeights(1.0, 0.0, 0.0, 0.0, "joint"))
     x, y = (torch.cat(part) for part in zip(*(t.batches(0, micro) for micro in range(4))))
     t2 = trainer(JEPA_WEIGHT=0, SIGREG_LAMBDA=0, Z_LOSS=0)
     t2.weights.load()
@@ -354,9 +354,9 @@ def test_bf16_gradients_are_summed_over_micro_batches_in_fp32():
     parts = []
     for micros in ([0], [1], [2], [3], range(4)):
         t = trainer(DTYPE="bf16")
-        t.mine = micros
+        t.micros = micros
         t.weights.load()
-        t.accumulate(0, tj.LossWeights(1.0, 1.0, 1.0, "joint"))
+        t.accumulate(0, tj.LossWeights(1.0, 1.0, 1.0, 0.0, "joint"))
         parts.append({name: g.clone() for group in t.weights.groups for name, g in zip(group.names, group.grad)})
     for name, whole in parts[4].items():
         assert torch.equal(whole, sum(part[name] for part in parts[:4])) or \
@@ -383,13 +383,13 @@ def test_parameters_that_no_loss_reached_keep_their_weights_and_moments():
 def test_carried_states_are_those_of_the_rows_so_far_and_hold_no_graph():
     t = trainer(CARRY_STATE=1, JEPA_WEIGHT=0, SIGREG_LAMBDA=0)
     t.weights.load()
-    rows = {micro: [] for micro in t.mine}
+    rows = {micro: [] for micro in t.micros}
     for step in range(3):
-        for micro in t.mine:
+        for micro in t.micros:
             rows[micro].append(t.step_inputs(step, micro)[0])
-        t.accumulate(step, tj.LossWeights(1.0, 0.0, 0.0, "joint"))
+        t.accumulate(step, tj.LossWeights(1.0, 0.0, 0.0, 0.0, "joint"))
         t.position += t.batches.values_per_step()
-    for micro in t.mine:
+    for micro in t.micros:
         _, expected = t.model(torch.cat(rows[micro], 1), torch.float32)
         for state, whole in zip(t.states[micro], expected):
             for carried, tensor in zip(state, whole, strict=True):
@@ -526,21 +526,23 @@ def test_the_training_loss_is_the_weighted_sum_of_its_terms():
     x, y, positions = t.step_inputs(0, 1)
     assert positions.shape == (16,) and t.directions.shape == (64, 64)
     assert torch.allclose(t.directions.norm(dim=1), torch.ones(64))
-    weights = torch.tensor([2.0, 3.0, 0.5])
-    total, parts, _ = t.losses(x, y, positions, weights, None, tj.Active(True, True, True))
+    weights = torch.tensor([2.0, 3.0, 0.5, 0.25])
+    total, parts, _ = t.losses(x, y, positions, weights, None, tj.Active(True, True, True, True))
     h = t.model(x, torch.float32)[0]
     out = t.model.logits(h).double().flatten(0, 1)
     ce = F.cross_entropy(out, y.flatten())
     z = t.jepa.project(h)
-    jepa = tj.latent_rollout(t.jepa, z, 2, "mse", True)
+    jepa = tj.jepa_loss(t.jepa, z, 2, True)
     anti = tj.sigreg(z[:, positions], t.directions)
     expected = 2 * (ce + 1e-4 * out.logsumexp(-1).square().mean()) + 3 * jepa + 0.5 * anti
+    cov = tj.covariance_term(z)
+    expected = expected + 0.25 * cov
     assert total.item() == pytest.approx(expected.item(), rel=1e-5)  # fp32 sums
-    assert parts.tolist() == pytest.approx([ce.item(), jepa.item(), anti.item()], rel=1e-5)
+    assert parts.tolist() == pytest.approx([ce.item(), jepa.item(), anti.item(), cov.item()], rel=1e-5)
 
 
-@pytest.mark.parametrize("weights, forbidden", [((1, 0, 0), "project latent_rollout sigreg"), ((1, 1, 0), "sigreg"),
-                                                ((0, 1, 1), "token_loss_fused"), ((1, 0, 1), "latent_rollout")])
+@pytest.mark.parametrize("weights, forbidden", [((1, 0, 0), "project jepa_loss sigreg"), ((1, 1, 0), "sigreg"),
+                                                ((0, 1, 1), "token_loss_fused"), ((1, 0, 1), "jepa_loss")])
 def test_a_term_of_weight_zero_is_not_computed(weights, forbidden, monkeypatch):
     t = trainer()
     def fail(*args, **kwargs):
@@ -551,13 +553,13 @@ def test_a_term_of_weight_zero_is_not_computed(weights, forbidden, monkeypatch):
         else:
             monkeypatch.setattr(tj, name, fail)
     t.weights.load()
-    assert t.accumulate(0, tj.LossWeights(*map(float, weights), "joint")).isfinite().all()
+    assert t.accumulate(0, tj.LossWeights(*map(float, weights), 0.0, "joint")).isfinite().all()
 
 
 def test_the_covariance_term_alone_trains_the_projector():
     t = trainer(JEPA_WEIGHT=0, SIGREG_LAMBDA=0, JEPA_COV=1)
     t.weights.load()
-    t.accumulate(0, tj.LossWeights(1.0, 0.0, 0.0, "joint"))
+    t.accumulate(0, tj.LossWeights(1.0, 0.0, 0.0, 1.0, "joint"))
     grads = {name: grad for group in t.weights.groups for name, grad in zip(group.names, group.grad)}
     assert grads["jepa.projector.weight"].abs().max() > 0
 
@@ -573,7 +575,7 @@ def test_tokens_for_the_temperature_are_unseen_or_none(knobs, monkeypatch):
     monkeypatch.setattr(t.stream, "read", read, raising=False)
     verdicts = []
     for step in range(60):
-        for micro in t.mine:
+        for micro in t.micros:
             t.step_inputs(step, micro)
         t.position += t.batches.values_per_step()
         at = tj.Run.unseen_position(SimpleNamespace(trainer=t))
