@@ -54,6 +54,7 @@ import time
 import types
 import warnings
 import zlib
+from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -2485,48 +2486,147 @@ def averaging_on(p: float, start: float) -> bool:
 # storage: the grid of every stored tensor; training snaps to exactly what the artifact decodes to
 # ------------------------------------------------------------------------------
 
-INT8_CLIP = 0.9999984                      # system B: the 99.99984th percentile of a row's magnitudes
-PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-GRID_NAME = re.compile(r"int([456]|8a|8)(?:s([0-9][0-9.e-]{0,15}))?|int8f?|fp8|bf16|fp16|fp32")
-
-
 @dataclass(frozen=True)
 class Grid:
-    """How one tensor is stored; str() and parse() give the short name that the artifact carries.
+    """Fake-quantization grid: the values that a stored tensor can take, and how the file holds them.
 
-    intN, int8a   symbols times one bf16 scale per row, scale = absmax / (2^(bits-1) - 1), value rounded to bf16
-    intNsK        the same with scale = K times the row's root mean square, symbols up to +-127 ("int4s0.35")
-    int8, int8f   system B: clipped at a percentile, fp16 scale = clip / 127 (f: at least 1/127), value in fp32
-    fp8           e4m3fn, saturating at +-448;  bf16, fp16, fp32: plain
+    A kind of grid is a subclass in GRIDS. On rows (R, C) in fp32: encode(rows) gives the file's arrays,
+    decode(arrays) the values, snap(rows, out) writes decode(encode(rows)) to out.
     """
-    kind: str                              # intn, int8, fp8, bf16, fp16, fp32
-    bits: int = 0                          # intn only
-    k: float = 0.0                         # intn only: step in units of the row's deviation; 0: from its maximum
-    floor: bool = False                    # int8 only: the published lower limit of the scale
+    name: str        # as in the artifact: "int4", "fp8"
+    pattern = ""     # regular expression of the kind's names
+    symbols = True   # whether array q holds an int8 symbol per weight, -qmax..qmax
+    qmax = 0
+    top = 255        # the largest q + qmax; below 16, two share a byte
+    dtype = None     # of the other array, if there is one
+    values = "v"     # its name: s for scales (R,), v for plain values (R, C)
+    fused = None     # format and parameter for FusedSnap, if it has a kernel
 
     def __str__(self) -> str:
-        if self.kind == "intn":
-            return f"int{self.bits}" + ("a" if self.bits == 8 and not self.k else f"s{self.k:.12g}" if self.k else "")
-        return self.kind + "f" * self.floor
+        return self.name
 
     @staticmethod
     def parse(name: str) -> Grid:
-        m = GRID_NAME.fullmatch(name) if isinstance(name, str) else None
-        try:
-            if m and m[1] and name != "int8":
-                grid = Grid("intn", int(m[1][0]), float(m[2] or 0))
-            else:
-                grid = Grid(name.removesuffix("f"), floor=name.endswith("f")) if m else None
-        except ValueError:
-            grid = None
-        if grid is None or str(grid) != name or grid.k and not 1e-3 <= grid.k <= 10:
-            raise UserError(f"storage grid {str(name)[:40]!r} is unknown; int4, int5, int6, int8a, int4s0.35, int8, "
-                            "int8f, fp8, bf16, fp16, fp32 are known")
-        return grid
+        """The grid of that name; UserError if there is none."""
+        for kind in GRIDS:
+            if isinstance(name, str) and re.fullmatch(kind.pattern, name):
+                return kind(name)
+        raise UserError(f"storage grid {ascii(name)[:60]} is unknown; int4, int5, int6, int7, int8a, "
+                        "int4s0.35, int8, int8f, fp8, bf16, fp16, fp32 are known")
 
-    @property
-    def qmax(self) -> int:
-        return 127 if self.k or self.kind == "int8" else 2 ** (self.bits - 1) - 1
+
+class PlainGrid(Grid):
+    """Numbers of a smaller type."""
+    pattern, symbols, key = "bf16|fp16|fp32", False, "v"
+    types = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
+    dtype = type = property(lambda self: self.types[self.name])
+    fused = property(lambda self: ("bf16", 0.0) if self.name == "bf16" else None)
+
+    def cast(self, rows: Tensor) -> Tensor:
+        return rows.to(self.type)
+
+    def snap(self, rows: Tensor, out: Tensor) -> None:
+        out.copy_(self.cast(rows))
+
+    def encode(self, rows: Tensor) -> dict[str, Tensor]:
+        return {self.key: self.cast(rows)}
+
+    def decode(self, arrays: dict[str, Tensor]) -> Tensor:
+        return arrays[self.key].view(self.type).float()
+
+
+class Fp8Grid(PlainGrid):
+    """e4m3fn (https://arxiv.org/abs/2209.05433), saturating at +-448; bit patterns are the symbols."""
+    pattern, symbols, key = "fp8", True, "q"
+    dtype, type, fused = None, torch.float8_e4m3fn, ("fp8", 0.0)
+
+    def cast(self, rows: Tensor) -> Tensor:
+        return rows.clamp(-448, 448).to(self.type)
+
+
+class RowGrid(Grid):
+    """Integers times one scale per row. A subclass has scales(rows, work): (R, 1) fp32, each exactly
+    a number of `dtype`, with scratch memory (R, C)."""
+    values, dtype = "s", torch.bfloat16
+    value_dtype = torch.bfloat16   # the product is rounded to it
+    qmax = 127
+    top = property(lambda self: 2 * self.qmax)
+    clamps = True                  # False: |w| / scale cannot exceed qmax
+
+    def rounded(self, rows: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yields (slice, symbols (r, C) fp32 in scratch memory, scales (r, 1)), on CPU in blocks that
+        stay in cache."""
+        if not rows.numel():
+            return
+        size = max(1, (1 << 18) // rows.shape[1]) if rows.device.type == "cpu" else len(rows)
+        scratch = torch.empty_like(rows[:size])
+        for start in range(0, len(rows), size):
+            part = rows[start:start + size]
+            work = scratch[:len(part)]
+            scale = self.scales(part, work)
+            torch.div(part, scale, out=work).round_()
+            if self.clamps:
+                work.clamp_(-self.qmax, self.qmax)
+            yield slice(start, start + len(part)), work, scale
+
+    def snap(self, rows: Tensor, out: Tensor) -> None:
+        for part, symbols, scale in self.rounded(rows):
+            symbols.mul_(scale).add_(0.0)  # the file has no -0
+            out[part].copy_(symbols.to(self.value_dtype))
+
+    def encode(self, rows: Tensor) -> dict[str, Tensor]:
+        q = torch.zeros_like(rows, dtype=torch.int8)
+        s = rows.new_zeros(len(rows), dtype=self.dtype)
+        for part, symbols, scale in self.rounded(rows):
+            q[part], s[part] = symbols, scale[:, 0]
+        return {"q": q, "s": s}
+
+    def decode(self, arrays: dict[str, Tensor]) -> Tensor:
+        q, s = (arrays[key].to(self.value_dtype) for key in "qs")
+        return (q * s[:, None]).float()    # a bf16 product is the rounded fp32 product
+
+
+class AbsmaxGrid(RowGrid):
+    """intN: scale = absmax / qmax, qmax = 2^(N-1) - 1. (int8 is system B's, so this one is int8a.)"""
+    pattern = "int([4-7]|8a)"
+    qmax = property(lambda self: 2 ** (int(self.name[3]) - 1) - 1)
+    clamps = False                 # absmax / bf16(scale) <= qmax (1 + 2^-8), which rounds to qmax
+    fused = property(lambda self: ("int", self.qmax))
+
+    def scales(self, rows: Tensor, work: Tensor) -> Tensor:
+        peak = torch.abs(rows, out=work).amax(1, keepdim=True).clamp_min_(1e-8)
+        divisor = peak.new_tensor(self.qmax)   # CUDA divides by a Python number inexactly
+        return (peak / divisor).bfloat16().float()
+
+
+class SigmaGrid(RowGrid):
+    """intNsK: scale = K times the row's root mean square, K from 0.001 to 10."""
+    pattern = r"int[4-8]s(10|[1-9](\.\d{0,14}[1-9])?|0\.(?!000)\d{0,14}[1-9])"
+    k = property(lambda self: float(self.name.partition("s")[2]))
+    fused = property(lambda self: ("sigma", self.k))
+
+    def scales(self, rows: Tensor, work: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
+        rms = norm / math.sqrt(rows.shape[1])  # fp64: the same bf16 in any order of summing
+        return (rms * self.k).float().clamp_min_(1e-8).bfloat16().float()
+
+
+class PercentileGrid(RowGrid):
+    """System B: scale = 99.99984th percentile of |row| / 127, with int8f at least 1/127."""
+    pattern = "int8f?"
+    dtype, value_dtype = torch.float16, torch.float32
+    floor = property(lambda self: 1 / 127 if self.name == "int8f" else 2.0 ** -24)
+
+    def scales(self, rows: Tensor, work: Tensor) -> Tensor:
+        n = rows.shape[1]
+        place = 0.9999984 * (n - 1)            # between two order statistics
+        largest = torch.abs(rows, out=work).topk(n - int(place), dim=1).values
+        above = largest[:, -2:-1] if n > 1 else largest
+        clip = torch.lerp(largest[:, -1:], above, place - int(place))
+        return (clip / 127).clamp_min_(self.floor).half().float()
+
+
+GRIDS = (AbsmaxGrid, SigmaGrid, PercentileGrid, Fp8Grid, PlainGrid)
 
 
 def rows_columns(shape) -> tuple[int, int]:
@@ -2535,182 +2635,132 @@ def rows_columns(shape) -> tuple[int, int]:
 
 
 def as_rows(w: Tensor) -> Tensor:
-    return w.detach().float().reshape(rows_columns(w.shape))           # (R, C)
-
-
-def row_scales(rows: Tensor, grid: Grid, work: Tensor) -> Tensor:
-    """(R, 1) fp32 steps, each exactly a bf16 (intn) or fp16 (int8) number; work: (R, C) scratch."""
-    n = rows.shape[1]
-    if grid.kind == "int8":
-        at = INT8_CLIP * (n - 1)                               # linear interpolation between order statistics
-        top = torch.abs(rows, out=work).topk(n - int(at), dim=1).values      # two of them below 600,000 columns
-        clip = torch.lerp(top[:, -1:], top[:, -2:-1] if n > 1 else top, at - int(at))
-        return (clip / 127).clamp_min_(1 / 127 if grid.floor else 2.0 ** -24).half().float()
-    if grid.k:                                                 # fp64: the same bf16 whatever the order of summing
-        rms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64) / math.sqrt(n)
-        return (rms * grid.k).float().clamp_min_(1e-8).bfloat16().float()
-    peak = torch.abs(rows, out=work).amax(1, keepdim=True).clamp_min_(1e-8)
-    return (peak / peak.new_tensor(grid.qmax)).bfloat16().float()  # by a tensor: CUDA divides by a number inexactly
-
-
-def row_blocks(rows: Tensor, grid: Grid):
-    """Yields (slice, symbols (r, C) fp32 in scratch memory, scale (r, 1)); on CPU in blocks that stay in cache."""
-    size = max(1, (1 << 18) // rows.shape[1]) if rows.device.type == "cpu" else len(rows)
-    scratch = torch.empty_like(rows[:size])
-    for start in range(0, len(rows), size):
-        part = rows[start:start + size]
-        work = scratch[:len(part)]
-        scale = row_scales(part, grid, work)
-        torch.div(part, scale, out=work).round_()
-        if grid.k or grid.kind == "int8":      # an absmax grid stays in its range: absmax / scale <= qmax (1 + 2^-8)
-            work.clamp_(-127, 127)
-        yield slice(start, start + len(part)), work, scale
+    return w.detach().float().reshape(rows_columns(w.shape))
 
 
 def snap(w: Tensor, grid: Grid, out: Tensor | None = None) -> Tensor:
-    """The grid values of w in fp32, bit for bit decode(encode(w)); out: fp32, contiguous, may be w itself.
-
-    Called every training step: about 1.5 ns per INT4 weight on two cores. NaN in gives NaN out.
-    """
-    out = torch.empty_like(w, dtype=torch.float32, memory_format=torch.contiguous_format) if out is None else out
-    if grid.kind == "fp8":
-        return out.copy_(w.detach().float().clamp(-448, 448).to(torch.float8_e4m3fn))
-    if grid.kind in PLAIN:
-        return out.copy_(w.detach().to(PLAIN[grid.kind]))
-    if w.numel():
-        rows, target = as_rows(w), out.detach().view(rows_columns(w.shape))
-        for at, q, scale in row_blocks(rows, grid):
-            q.mul_(scale).add_(0.0)            # the file knows no -0
-            target[at].copy_(q.bfloat16() if grid.kind == "intn" else q)
+    """The grid values of w in fp32 or in out (contiguous, may be w itself): bit for bit
+    decode(encode(w)), at about 1.5 ns per INT4 weight on two cores. NaN gives NaN."""
+    if out is None:
+        out = torch.empty(w.shape, dtype=torch.float32, device=w.device)
+    grid.snap(as_rows(w), out.detach().view(rows_columns(w.shape)))
     return out
 
 
 def all_finite(t: Tensor) -> bool:
-    return not t.numel() or bool(torch.stack((t.amin(), t.amax())).isfinite().all())     # NaN spreads; no mask is made
+    """Without a mask of t's size."""
+    return not t.numel() or bool(torch.stack((t.amin(), t.amax())).isfinite().all())
 
 
 def encode(w: Tensor, grid: Grid, name: str = "tensor") -> dict[str, Tensor]:
-    """Raw arrays: q int8 (R, C) and s (R,) bf16 or fp16; or q uint8 (fp8's bit patterns); or v in its own type.
-
-    NaN, infinity and what overflows the grid's type are refused by name. Use the device that training used.
-    """
+    """The file's arrays. UserError with the name for NaN, infinity and what overflows the grid.
+    Use the device that training used."""
     rows = as_rows(w)
     if not all_finite(rows):
         raise UserError(f"{name} holds NaN or infinity and cannot be stored")
-    if grid.kind == "fp8":
-        return {"q": rows.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)}
-    if grid.kind in PLAIN:
-        arrays = {"v": rows.to(PLAIN[grid.kind])}
-    else:
-        half = torch.float16 if grid.kind == "int8" else torch.bfloat16
-        arrays = {"q": torch.zeros_like(rows, dtype=torch.int8), "s": rows.new_zeros(len(rows), dtype=half)}
-        for at, q, scale in row_blocks(rows, grid) if rows.numel() else ():
-            arrays["q"][at], arrays["s"][at] = q, scale[:, 0]
-    widest = arrays["s"].float() * grid.qmax if "s" in arrays else arrays["v"]
-    if not all_finite(widest.bfloat16() if grid.kind == "intn" else widest):
+    arrays = grid.encode(rows)
+    largest = rows.new_full((len(rows), 1), grid.qmax, dtype=torch.int8)
+    if not all_finite(grid.decode(arrays | {"q": largest})):
         raise UserError(f"{name} holds values too large for {grid}")
     return arrays
 
 
 def decode(arrays: dict[str, Tensor], grid: Grid, shape) -> Tensor:
     """fp32 grid values of the given shape from encode's arrays."""
-    if grid.kind == "fp8":
-        return arrays["q"].view(torch.float8_e4m3fn).float().reshape(shape)
-    if grid.kind in PLAIN:
-        return arrays["v"].float().reshape(shape)
-    if grid.kind == "intn":                                    # a bf16 product is the rounded fp32 product
-        return (arrays["q"].bfloat16() * arrays["s"][:, None]).float().reshape(shape)
-    return (arrays["q"] * arrays["s"].float()[:, None]).reshape(shape)
+    return grid.decode(arrays).reshape(shape)
 
 
 def storage_plan(model: nn.Module, c: Config) -> dict[str, str]:
-    """How each stored tensor is kept, by name: decided once, used by training, describe and the artifact.
+    """How each stored tensor is kept, by name; training, describe and the artifact use this plan.
 
-    intn: matrices of at least 4096 elements as INT rows; the embedding, the tie correction and small matrices as
-    FP8 under FP_STORAGE=FP8; all else bf16. int8 (system B): 2-D tensors above 65,536 elements as INT8 rows; control
-    tensors fp32; all else fp16."""
+    intn: matrices of at least 4096 elements as INT rows; the embedding, the tie correction and small
+    matrices as FP8 under FP_STORAGE=FP8; all else bf16. int8 (system B): 2-D tensors above 65,536
+    elements as INT8 rows; control tensors fp32; all else fp16.
+    """
     step = f"int{c.quant_bits}" + (f"s{c.quant_k:.12g}" if c.quant_step == "sigma" else "")
     plan = {}
     for name, role, parameter in named_roles(model):
+        matrix, table = role in (*MATRICES, HEAD), role in (EMBEDDING, CORRECTION)
         if c.storage == "int8":
-            large = parameter.ndim == 2 and parameter.numel() > 65_536 and role != CONTROL
-            plan[name] = ("int8f" if c.int8_floor else "int8") if large else "fp32" if role == CONTROL else "fp16"
-        elif role in (*MATRICES, HEAD) and parameter.numel() >= 4096:
+            large = parameter.ndim == 2 and parameter.numel() > 65_536
+            grid = ("int8f" if c.int8_floor else "int8") if large else "fp16"
+            plan[name] = "fp32" if role == CONTROL else grid
+        elif matrix and parameter.numel() >= 4096:
             plan[name] = (c.mlp_grid if role == MLP_MATRIX else c.proj_grid) or step
             if role == IN_PROJ and c.dt_grid:
                 plan[name] += f"+{c.d_inner // HEADDIM}x{c.dt_grid}"
-        elif role in (EMBEDDING, CORRECTION) and c.embed_grid:
+        elif table and c.embed_grid:
             plan[name] = c.embed_grid
         else:
-            small = role in (*MATRICES, HEAD, EMBEDDING, CORRECTION)
-            plan[name] = "fp8" if small and c.fp_storage == "FP8" else "bf16"
+            plan[name] = "fp8" if (matrix or table) and c.fp_storage == "FP8" else "bf16"
     return plan
 
 
 @functools.cache
 def row_grids(plan: str, rows: int) -> tuple[tuple[slice, Grid], ...]:
-    """An entry of the plan as (rows, grid) pairs: "int4" is one grid, "int4+10xint8a" has another for the last 10."""
+    """An entry of the plan as (rows, grid) pairs: "int4+10xint8a" has int8a for the last 10 rows."""
     head, _, tail = plan.partition("+")
-    count, _, other = tail.partition("x")
     if not tail:
         return ((slice(0, rows), Grid.parse(head)),)
-    return (slice(0, rows - int(count)), Grid.parse(head)), (slice(rows - int(count), rows), Grid.parse(other))
+    count, _, other = tail.partition("x")
+    first = rows - int(count)
+    return (slice(0, first), Grid.parse(head)), (slice(first, rows), Grid.parse(other))
 
 
 def stored_parts(name: str, w: Tensor, plan: str) -> Iterator[tuple[str, Tensor, Grid]]:
-    """The tensor as the artifact keeps it: whole, or its last rows apart, named by their first row ("in_proj[202]")."""
+    """The tensor as the artifact keeps it: whole, or its last rows apart, named by the first of them:
+    "in_proj[202]"."""
     for part, grid in row_grids(plan, len(w) if w.ndim else 1):
         yield (f"{name}[{part.start}]" if part.start else name), (w[part] if w.ndim else w), grid
 
 
-def artifact_tensors(weights: Iterable[tuple[str, Tensor]], plan: dict[str, str]) -> dict[str, tuple[Tensor, Grid]]:
+def artifact_tensors(weights: Iterable[tuple[str, Tensor]],
+                     plan: dict[str, str]) -> dict[str, tuple[Tensor, Grid]]:
     """{name: (rows, grid)} of named tensors, as `write_artifact` and `estimate_bytes` take them."""
-    return {part: (rows, grid) for name, w in weights for part, rows, grid in stored_parts(name, w, plan[name])}
+    return {part: (rows, grid) for name, w in weights
+            for part, rows, grid in stored_parts(name, w, plan[name])}
 
 
 def whole_tensors(parts: dict[str, Tensor], path) -> dict[str, Tensor]:
-    """Inverse of `stored_parts` over the tensors of an artifact; UserError where the parts do not join."""
+    """Inverse of `stored_parts` over an artifact's tensors; UserError where parts do not join."""
     whole: dict[str, Tensor] = {}
     for name, tensor in parts.items():
         base, _, start = name.partition("[")
         if start:
-            before = whole.get(base)
-            if before is None or not before.ndim or start != f"{len(before)}]" or before.shape[1:] != tensor.shape[1:]:
-                raise UserError(f"{path}: the parts of {base[:60]} do not join")
-            tensor = torch.cat((before, tensor))
+            first = whole.get(base, torch.empty(()))
+            fits = first.ndim and first.shape[1:] == tensor.shape[1:] and start == f"{len(first)}]"
+            if not fits:
+                raise UserError(f"{path}: the parts of {ascii(base)[:60]} do not join")
+            tensor = torch.cat((first, tensor))
         whole[base] = tensor
     return whole
 
 
 def grid_pairs(compute: Tensor, master: Tensor, plan: str) -> list[tuple[Tensor, Tensor, Grid]]:
-    """Views (compute, master, grid) of stacks (k, *shape): all rows at once where they share a grid."""
+    """Views (compute, master, grid) of stacks (k, *shape), all rows at once if they share a grid."""
     pieces = row_grids(plan, master.size(1) if master.ndim > 1 else 1)
     if len(pieces) > 1:
         return [(c[part], m[part], grid) for c, m in zip(compute, master) for part, grid in pieces]
-    flat = (compute.flatten(0, 1), master.flatten(0, 1)) if master.ndim > 2 else (compute, master)
-    return [(*flat, pieces[0][1])]
+    if master.ndim > 2:
+        compute, master = compute.flatten(0, 1), master.flatten(0, 1)
+    return [(compute, master, pieces[0][1])]
 
 
 def snap_into(compute: Tensor, master: Tensor, plan: str) -> None:
     """Write the grid values of a stack of masters (k, *shape) into the compute weights."""
     for target, source, grid in grid_pairs(compute, master, plan):
-        if target.dtype == torch.float32:
-            snap(source, grid, out=target)
-        else:
-            target.copy_(snap(source, grid))
+        snap(source, grid, out=target)
 
 
 def fused_form(grid: Grid) -> tuple[str, float] | None:
-    """Format and parameter of a grid for FusedSnap, or None where it has no kernel (system B's INT8, fp16, fp32)."""
-    if grid.kind == "intn":
-        return ("sigma", grid.k) if grid.k else ("int", grid.qmax)
-    return (grid.kind, 0.0) if grid.kind in ("fp8", "bf16") else None
+    """Format and parameter of a grid for FusedSnap; None without a kernel (int8, fp16, fp32)."""
+    return grid.fused
 
 
 def fits_training(name: str) -> bool:
-    """Whether a grid can be asked for by a knob: known, and with a fused kernel."""
+    """Whether a knob can ask for that grid: it exists and has a fused kernel."""
     with contextlib.suppress(UserError):
-        return fused_form(Grid.parse(name)) is not None
+        return Grid.parse(name).fused is not None
     return False
 
 
@@ -2737,34 +2787,39 @@ CHECKS.append(check_grids)
 
 
 @torch.no_grad()
-def round_compensated(w: Tensor, grid: Grid, moments: Tensor) -> tuple[dict[str, Tensor], float]:
-    """encode's arrays for an INT grid, rounded so that the layer's output changes least (GPTQ, Frantar et al. 2022),
-    and the output's squared error as a share of plain rounding's.
+def round_compensated(w: Tensor, grid: RowGrid, moments: Tensor) -> tuple[dict[str, Tensor], float]:
+    """GPTQ (https://arxiv.org/abs/2210.17323): encode's arrays, rounded so that the layer's output
+    changes least, and the output's squared error as a share of plain rounding's.
 
-    w (R,C); moments (C,C): mean of x x^T over the layer's inputs x. Columns are rounded by falling input power; each
-    one's error is spread over the columns still to come, as the inverse of the moments says. The row's step stays.
-    A row that plain rounding serves better, (w - q) moments (w - q)^T, keeps plain rounding."""
-    plain, rows = encode(w, grid), as_rows(w).double()
-    scale, limit = plain["s"].double(), grid.qmax
-    power = moments.double().diagonal()
+    w (R, C); moments (C, C): mean of x x^T over the layer's inputs x. Columns are rounded in order of
+    falling input power; each one's error is spread over the later columns by the inverse of the moments.
+    Scales stay as they are, and so do rows whose error (w - q) moments (w - q)^T would grow.
+    """
+    plain, rows, moments = encode(w, grid), as_rows(w).double(), moments.double()
+    scale, power = plain["s"].double(), moments.diagonal()
     order = power.argsort(descending=True, stable=True)
-    spread = moments.double()[order][:, order] + torch.eye(len(order), dtype=torch.float64, device=w.device) * (
-        0.01 * power.mean() + 1e-12)
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(spread)), upper=True)
+    damping = torch.full_like(power, 1).diag() * (0.01 * power.mean() + 1e-12)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments[order][:, order] + damping))
+    factor = torch.linalg.cholesky(inverse, upper=True)
     left, q = rows[:, order], torch.empty_like(rows)
-    for start in range(0, len(order), 128):
+    for start in range(0, len(order), 128):  # the errors of 128 columns move on in one product
         stop = min(start + 128, len(order))
         errors = left.new_zeros(len(left), stop - start)
         for j in range(start, stop):
-            q[:, j] = (left[:, j] / scale).round().clamp(-limit, limit)
+            q[:, j] = (left[:, j] / scale).round().clamp(-grid.qmax, grid.qmax)
             errors[:, j - start] = (left[:, j] - q[:, j] * scale) / factor[j, j]
             left[:, j + 1:stop] -= errors[:, j - start, None] * factor[j, j + 1:stop]
         left[:, stop:] -= errors @ factor[start:stop, stop:]
-    q = q[:, order.argsort()]
-    mine, other = ((((e := rows - decode({"q": symbols.to(torch.int8), "s": plain["s"]}, grid, w.shape).double())
-                     @ moments.double()) * e).sum(1) for symbols in (q, plain["q"]))
-    best = torch.where((mine < other)[:, None], q, plain["q"].double()).to(torch.int8)
-    return {"q": best, "s": plain["s"]}, float(torch.minimum(mine, other).sum() / other.sum().clamp_min(1e-300))
+    compensated = q[:, order.argsort()].to(torch.int8)
+
+    def output_error(symbols: Tensor) -> Tensor:
+        error = rows - grid.decode({"q": symbols, "s": plain["s"]}).double()
+        return ((error @ moments) * error).sum(1)  # (R,)
+
+    new, old = output_error(compensated), output_error(plain["q"])
+    best = torch.where((new < old)[:, None], compensated, plain["q"])
+    share = torch.minimum(new, old).sum() / old.sum().clamp_min(1e-300)
+    return {"q": best, "s": plain["s"]}, float(share)
 
 
 # ------------------------------------------------------------------------------
@@ -3089,289 +3144,304 @@ class Optimizer:
 # artifact: one container without pickle for artifacts and checkpoints, codecs, strict read
 # ------------------------------------------------------------------------------
 
-# One container for artifacts and checkpoints, no pickle. Little-endian:
-#   magic 8 | version u32 | header bytes, stored u32, raw u32 | header, zlib | section payloads | sha256 of all before
-# Header: {"kind", "meta", "sections": [{"name", "codec", "stored", "raw", "dtype", "shape"}]}
+# A container, little-endian: magic, version, bytes of the header as stored and as JSON; the header,
+# zlib; payloads; sha256 of all before. The header: {"kind", "meta", "sections": [Section as a dict]}.
 MAGIC, VERSION, PREFIX = b"JEPAFILE", 2, struct.Struct("<8sIII")
-MAX_HEADER = 1 << 26                       # raw bytes of the JSON header
-MAX_ELEMENTS = 1 << 27                     # stored weights of one artifact: a bound for hostile tables
-PIECE = 1 << 19                            # raw bytes per section: the general codecs work on pieces side by side
-DTYPES = {str(t).removeprefix("torch."): t for t in (
-    torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8,
-    torch.uint8, torch.bool)}
-LZMA2 = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 1 << 22, "lc": 0, "lp": 0, "pb": 0}]
+Section = namedtuple("Section", "name codec stored raw dtype shape")  # bytes in the file, decoded
+MAX_ENTRIES = dict(artifact=1 << 12, checkpoint=1 << 14)  # full-size models need 230 and 1,200
+MAX_HEADER = {kind: 256 * entries for kind, entries in MAX_ENTRIES.items()}  # bytes of JSON
+MAX_DEPTH = 8            # of its nesting
+MAX_ELEMENTS = 1 << 27   # stored weights of one artifact
+PIECE = 1 << 19          # raw bytes per section of the codecs that work on pieces
+DTYPES = {name: getattr(torch, name) for name in (
+    "float32", "float64", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8")}
 
 
-def require(ok, path, fault: str):
+def require(ok, fault: str) -> None:
     if not ok:
-        raise UserError(f"{path}: {fault}")
+        raise ValueError(fault)
 
 
-def write_container(path, kind: str, meta: dict, sections) -> int:
-    """Writes sections, pairs (entry, payload), all or nothing; returns the file's size in bytes.
+@contextlib.contextmanager
+def parsing(path) -> Iterator[None]:
+    """Turns whatever a damaged or foreign file raises in the parser into one UserError."""
+    try:
+        yield
+    except UserError as error:  # of Grid.parse or a caller's check: it may not name the file
+        raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # each codec has its own class of errors
+        reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: damaged or foreign file ({ascii(reason)[1:-1][:80]})") from error
 
-    entry: dict as in the header; payload: bytes-like of entry["stored"] bytes, or a function that makes it (so that
-    one copy of one tensor lives at a time). The file appears under its name only when complete and synced.
-    """
-    path = Path(path)
-    head = zlib.compress(json.dumps({"kind": kind, "meta": meta, "sections": [e for e, _ in sections]},
-                                    separators=(",", ":"), allow_nan=False).encode(), 9)
-    raw = len(zlib.decompress(head))
-    digest = hashlib.sha256()
-    with replacing(path) as file:
-        def put(data):
-            for start in range(0, len(data), 1 << 22):
-                digest.update(data[start:start + (1 << 22)])
-                file.write(data[start:start + (1 << 22)])
-        put(PREFIX.pack(MAGIC, VERSION, len(head), raw) + head)
-        for entry, payload in sections:
+
+def write_container(path, kind: str, meta: dict, sections: list[tuple[Section, Any]]) -> int:
+    """Writes the file all or nothing and returns its size in bytes. A payload is bytes-like, or a
+    function that makes it, so that one copy of one tensor lives at a time."""
+    entries = [section._asdict() for section, _ in sections]
+    header = {"kind": kind, "meta": meta, "sections": entries}
+    text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
+    if len(text) > MAX_HEADER[kind]:
+        raise UserError(f"{path}: {len(sections)} sections are too many for one file")
+    packed, digest = zlib.compress(text, 9), hashlib.sha256()
+    with replacing(Path(path)) as file:
+        def put(data) -> None:
+            digest.update(data)
+            file.write(data)
+        put(PREFIX.pack(MAGIC, VERSION, len(packed), len(text)) + packed)
+        for section, payload in sections:
             payload = memoryview(payload() if callable(payload) else payload).cast("B")
-            assert len(payload) == entry["stored"], entry
+            assert len(payload) == section.stored, section
             put(payload)
         file.write(digest.digest())
         return file.tell()
 
 
-def parse_header(text: bytes, path) -> dict:
-    """JSON without what JSON permits but no writer of ours makes: duplicate keys, NaN, infinity."""
-    def unique(pairs):
-        require(len(dict(pairs)) == len(pairs), path, "duplicate key in the header")
-        return dict(pairs)
-
-    def finite(number):
-        require(math.isfinite(float(number)), path, "number out of range in the header")
-        return float(number)
-    try:
-        return json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: header is not JSON ({str(error)[:60]})") from error
-
-
-def read_container(path, kind: str) -> tuple[dict, list[tuple[dict, bytearray]]]:
-    """Meta and [(entry, payload)] of a file whose checksum and every size hold; a UserError names any fault.
-
-    Sizes are compared with the real file before anything is allocated; memory never exceeds the file's size.
-    """
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            require(size >= PREFIX.size + 32, path, f"{size} bytes are too few for a {kind}")
-            magic, version, stored, raw = PREFIX.unpack(file.read(PREFIX.size))
-            require(magic == MAGIC, path, "not a file of this program (wrong magic)")
-            require(version == VERSION, path, f"format version {version}; this program reads {VERSION}")
-            digest, left = hashlib.sha256(), size - 32
-            file.seek(0)
-            while left:
-                block = file.read(min(left, 1 << 22))
-                require(block, path, "shrank while being read")
-                digest.update(block)
-                left -= len(block)
-            require(file.read(33) == digest.digest(), path, "checksum differs: the file is damaged or truncated")
-            require(stored <= size - PREFIX.size - 32 and raw <= MAX_HEADER, path, "header size is impossible")
-            file.seek(PREFIX.size)
-            header = parse_header(decompress("zlib", file.read(stored), raw, path), path)
-            sections = check_header(header, kind, size - PREFIX.size - 32 - stored, path)
-            payloads = [bytearray(entry["stored"]) for entry in sections]
-            for payload in payloads:
-                require(file.readinto(payload) == len(payload), path, "shrank while being read")
-        return header["meta"], list(zip(sections, payloads))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
-def check_header(header, kind: str, payload_bytes: int, path) -> list[dict]:
-    require(isinstance(header, dict) and set(header) == {"kind", "meta", "sections"}, path, "header has other fields")
-    found = str(header["kind"])[:40]
-    require(header["kind"] == kind, path, f"is a {found!r} file; a {kind!r} file is needed")
-    require(isinstance(header["meta"], dict) and isinstance(header["sections"], list), path, "header has other types")
-    seen, total = set(), 0
-    for entry in header["sections"]:
-        require(isinstance(entry, dict) and set(entry) == {"name", "codec", "stored", "raw", "dtype", "shape"}, path,
-                "section entry has other fields")
-        name, shape = entry["name"], entry["shape"]
-        require(isinstance(name, str) and name not in seen, path, "section name is no text or occurs twice")
-        require(all(type(entry[key]) is int and 0 <= entry[key] < 1 << 48 for key in ("stored", "raw")), path,
-                "section size is impossible")
-        require(isinstance(entry["dtype"], str) and entry["dtype"] in DTYPES, path, "section has an unknown dtype")
-        require(is_shape(shape) and math.prod(shape) * DTYPES[entry["dtype"]].itemsize == entry["raw"], path,
-                "section size and shape disagree")
-        require(isinstance(entry["codec"], str) and (entry["codec"] != "raw" or entry["stored"] == entry["raw"]), path,
-                "section codec and sizes disagree")
-        seen.add(name)
-        total += entry["stored"]
-    require(total == payload_bytes, path, "section sizes do not add up to the file's size")
-    return header["sections"]
-
-
-def is_shape(shape) -> bool:
-    return isinstance(shape, list) and len(shape) <= 8 and all(type(n) is int and 0 <= n < 1 << 40 for n in shape)
-
-
-def write_tensors(path, kind: str, meta: dict, tensors: dict[str, Tensor]) -> int:
-    """Uncompressed tensors in the container (checkpoints); returns bytes written. Tensors may live on any device."""
-    def section(name, t):
-        data = {"name": name, "codec": "raw", "stored": t.numel() * t.itemsize, "raw": t.numel() * t.itemsize,
-                "dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)}
-        require(data["dtype"] in DTYPES, path, f"{name} has dtype {t.dtype}, which is not stored")
-        return data, lambda: t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return write_container(path, kind, meta, [section(name, t) for name, t in tensors.items()])
-
-
-def read_tensors(path, kind: str) -> tuple[dict, dict[str, Tensor]]:
-    """Meta and tensors (CPU) of write_tensors; strict."""
-    meta, sections = read_container(path, kind)
-    tensors = {}
-    for entry, payload in sections:
-        require(entry["codec"] == "raw", path, f"section {entry['name'][:60]!r} is compressed")
-        dtype = DTYPES[entry["dtype"]]
-        require(dtype != torch.bool or not payload or max(payload) <= 1, path, "a truth value is neither 0 nor 1")
-        flat = torch.frombuffer(payload, dtype=dtype) if payload else torch.empty(0, dtype=dtype)
-        tensors[entry["name"]] = flat.reshape(entry["shape"])
-    return meta, tensors
-
-
-# Codecs. Weights on a grid are noise with a skewed histogram: only symbol frequencies can be exploited, and "rans",
-# an entropy coder over the streams' own histograms, comes within 0.1% of the entropy where Huffman codes lose 0.5-2%.
-def compress(codec: str, data: bytes) -> bytes:
-    if codec == "zlib":
-        return zlib.compress(data, 9)
-    if codec == "lzma":
-        return lzma.compress(data, lzma.FORMAT_RAW, filters=LZMA2)
-    if codec == "zstd":
-        return zstandard.ZstdCompressor(level=22).compress(data)
-    return brotli.compress(data, quality=11, lgwin=20)
-
-
-def decompress(codec: str, data, raw: int, path) -> bytes:
-    """Exactly raw bytes; no more are ever allocated, whatever the data claim."""
-    require(codec in ("zlib", "lzma", "zstd", "brotli"), path, f"codec {str(codec)[:20]!r} is unknown")
-    require(codec != "zstd" or zstandard, path, "needs the package zstandard, which is not installed")
-    require(codec != "brotli" or brotli, path, "needs the package brotli, which is not installed")
-    try:
-        if codec == "zlib":
-            out = zlib.decompressobj().decompress(data, raw + 1)
-        elif codec == "lzma":
-            out = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA2).decompress(data, raw + 1)
-        elif codec == "zstd":
-            with zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(bytes(data)) as reader:
-                out = reader.read(raw + 1)
-        else:
-            out = brotli.Decompressor().process(bytes(data), output_buffer_limit=raw + 1)
-    except Exception as error:                 # each library has its own class of errors
-        raise UserError(f"{path}: {codec} data are damaged ({str(error)[:60]})") from error
-    require(len(out) == raw, path, f"{codec} data have another size than the header says")
+def inflate(data, raw: int) -> bytes:
+    """zlib data of exactly `raw` bytes; no more are ever made."""
+    out = zlib.decompressobj().decompress(data, raw + 1)
+    require(len(out) == raw, "zlib data have another size than the file says")
     return out
 
 
-BITS, LOW = 15, 1 << 31                    # precision of a frequency; lane states lie in [2^31, 2^63)
+def read_container(path, kind: str) -> tuple[dict, list[tuple[Section, memoryview]]]:
+    """Meta and [(section, payload)] of a whole file; any fault is a UserError."""
+    with parsing(path), open(path, "rb") as file:
+        data = memoryview(file.read(os.fstat(file.fileno()).st_size))
+        require(data[:8] == MAGIC, "it does not begin with JEPAFILE")
+        require(hashlib.sha256(data[:-32]).digest() == data[-32:], "checksum differs")
+        _, version, stored, raw = PREFIX.unpack_from(data)
+        require(version == VERSION, f"format version {version}; this program reads {VERSION}")
+        require(raw <= MAX_HEADER[kind], "its header is too large")
+        start = PREFIX.size + stored
+        header = parse_header(inflate(data[PREFIX.size:start], raw), kind)
+        sections = []
+        for entry in header["sections"]:
+            section = Section(**entry)
+            sections.append((section, data[start:start + section.stored]))
+            start += section.stored
+        require(start == len(data) - 32, "section sizes do not add up to the file's")
+    return header["meta"], sections
 
 
-def rans_lanes(size: int) -> int:
-    return min(max(size >> 12, 1), 2048)   # a lane costs 4 bytes of the file, more lanes make longer array operations
+def parse_header(text: bytes, kind: str) -> dict:
+    """Strict JSON, of bounded nesting and number of objects before it is parsed."""
+    plain = np.frombuffer(re.sub(rb"(?s)\\.", b"", text), np.uint8)
+    outside = np.cumsum(plain == ord('"')) % 2 == 0  # of strings
+    opened, closed = (np.isin(plain, list(marks)) & outside for marks in (b"[{", b"]}"))
+    depth = np.cumsum(opened.astype(np.int64) - closed).max(initial=0)
+    require(depth <= MAX_DEPTH and opened.sum() <= 4 * MAX_ENTRIES[kind], "its header is too large")
+    header = json.loads(text.decode(), parse_constant=int)  # int refuses NaN and Infinity
+    require(header["kind"] == kind, f"its kind is {ascii(header['kind'])[:40]}, not {kind!r}")
+    return header
 
 
-def rans_rows(lengths, lanes: int):
-    """(stream, start, stop of row 1, stop of row 2) for each step: two rows of at most `lanes` symbols."""
-    at = 0
+def without_nonfinite(value):
+    """Data for JSON, which has no NaN and infinity: None in their place."""
+    if isinstance(value, dict):
+        return {key: without_nonfinite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nonfinite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_tensors(path, kind: str, meta: dict, tensors: dict[str, Tensor]) -> int:
+    """Uncompressed tensors of any device (checkpoints). NaN and infinity in meta become null."""
+    sections = []
+    for name, t in tensors.items():
+        dtype, size = str(t.dtype).removeprefix("torch."), t.numel() * t.itemsize
+        if dtype not in DTYPES:
+            raise UserError(f"{path}: {name} has dtype {dtype}, which is not stored")
+        payload = lambda t=t: t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        sections.append((Section(name, "raw", size, size, dtype, list(t.shape)), payload))
+    return write_container(path, kind, without_nonfinite(meta), sections)
+
+
+def read_tensors(path, kind: str) -> tuple[dict, dict[str, Tensor]]:
+    """Meta and tensors (CPU) of write_tensors; any fault is a UserError."""
+    meta, sections = read_container(path, kind)
+    tensors = {}
+    with parsing(path):
+        for section, payload in sections:
+            require(section.codec == "raw", "a section is compressed")
+            flat = torch.empty(len(payload), dtype=torch.uint8)
+            flat.numpy()[:] = payload
+            tensors[section.name] = flat.view(DTYPES[section.dtype]).reshape(section.shape)
+    return meta, tensors
+
+
+# Weights on a grid are noise with a skewed histogram: only symbol frequencies can be exploited. rANS
+# comes within 0.1% of the entropy, where Huffman codes lose 0.5-2%. See Duda,
+# https://arxiv.org/abs/0902.0271, and for interleaved coders Giesen, https://arxiv.org/abs/1402.3392.
+BITS, LOW = 15, 1 << 31  # precision of a frequency; a coder's state lies in [2^31, 2^63)
+
+
+def rans_coders(size: int) -> int:
+    """Interleaved coders: each costs 4 bytes of the file; more make longer array operations."""
+    return min(max(size >> 12, 1), 2048)
+
+
+def rans_steps(lengths, coders: int) -> Iterator[tuple[int, int, int, int]]:
+    """(stream, start, middle, stop): two rows per step, of at most one symbol per coder each."""
+    end = 0
     for stream, length in enumerate(lengths):
-        for start in range(at, at + length, 2 * lanes):
-            yield stream, start, min(start + lanes, at + length), min(start + 2 * lanes, at + length)
-        at += length
+        first, end = end, end + length
+        for start in range(first, end, 2 * coders):
+            yield stream, start, min(start + coders, end), min(start + 2 * coders, end)
 
 
 def frequencies(counts: np.ndarray) -> np.ndarray:
     """(256,) integers that sum to 2^BITS, positive where counts are."""
     f = np.maximum(counts * ((1 << BITS) / max(counts.sum(), 1)), counts > 0).astype(np.int64)
-    while (excess := f.sum() - (1 << BITS)) and counts.any():          # the largest bear the rounding
+    while (excess := f.sum() - (1 << BITS)) and counts.any():  # the largest bear the rounding
         f[f.argmax()] -= excess if excess < 0 else min(excess, f.max() // 2)
     return f
 
 
 def rans_encode(data: np.ndarray, lengths) -> bytes:
-    """Interleaved rANS (Duda 2013; Giesen 2014) of uint8 streams laid end to end, one frequency table per stream.
+    """uint8 streams laid end to end, each with its own frequency table.
 
-    Symbol i of a row belongs to lane i. Two symbols are coded between renormalizations, whose 32-bit words go to one
-    common list; coding runs backwards so that decoding runs forwards. Layout: bytes of the zlib'd tables u32, tables,
-    lane states u64, words u32.
+    Symbol i of a row belongs to coder i. Two symbols are coded between renormalizations, whose 32-bit
+    words go to one common list; coding runs backwards so that decoding runs forwards. Layout: bytes
+    of the zlib'd tables u32, tables, coder states u64, words u32.
     """
     cuts = np.cumsum([0, *lengths])
     tables = [frequencies(np.bincount(data[a:b], minlength=256)) for a, b in zip(cuts, cuts[1:])]
     tables = np.array(tables, np.int64).reshape(-1, 256)
     starts = np.cumsum(tables, 1) - tables
-    lanes = rans_lanes(len(data))
-    x, words = np.full(lanes, LOW, np.int64), []
-    for stream, a, b, c in reversed(list(rans_rows(lengths, lanes))):
+    coders = rans_coders(len(data))
+    x, words = np.full(coders, LOW, np.int64), []
+    for stream, a, b, c in reversed(list(rans_steps(lengths, coders))):
         first, second = data[a:b], data[b:c]
         f, g = tables[stream][first], tables[stream][second]
         top = x[:b - a]
         limit = f << BITS
         limit[:c - b] = f[:c - b] * g
         full = np.flatnonzero(top >> (63 - 2 * BITS) >= limit)
-        words.append(top[full].astype(np.uint32))                      # the low 32 bits
+        words.append(top[full].astype(np.uint32))  # the low 32 bits
         top[full] >>= 32
         for symbol, freq in ((second, g), (first, f)):
-            lane = x[:len(symbol)]
-            lane += lane // freq * ((1 << BITS) - freq) + starts[stream][symbol]
-    table = tables.astype("<u2").view(np.uint8).reshape(-1, 2).T       # high bytes apart
+            state = x[:len(symbol)]
+            state += state // freq * ((1 << BITS) - freq) + starts[stream][symbol]
+    table = tables.astype("<u2").view(np.uint8).reshape(-1, 2).T  # high bytes apart
     table = zlib.compress(np.ascontiguousarray(table).tobytes(), 9)
-    return b"".join([struct.pack("<I", len(table)), table, x.astype("<u8").tobytes(),
-                     *(w.astype("<u4").tobytes() for w in reversed(words))])
+    words = [w.astype("<u4").tobytes() for w in reversed(words)]
+    return b"".join([struct.pack("<I", len(table)), table, x.astype("<u8").tobytes(), *words])
 
 
-def rans_decode(payload, lengths, path) -> np.ndarray:
-    """Inverse of rans_encode: uint8 (sum of lengths,). Every fault of hostile data is a UserError."""
-    size, count, damaged = sum(lengths), len(lengths), "rans data are damaged"
-    lanes, at = rans_lanes(size), 4 + int.from_bytes(payload[:4], "little")
-    require(at + 8 * lanes <= len(payload) and (len(payload) - at) % 4 == 0, path, damaged)
-    tables = np.frombuffer(decompress("zlib", payload[4:at], 512 * count, path), np.uint8).reshape(2, -1)
-    tables = (tables[0] + tables[1].astype(np.int64) * 256).reshape(count, 256)
-    require((tables.sum(1) == np.where(np.array(lengths) > 0, 1 << BITS, 0)).all(), path, damaged)
-    x = np.frombuffer(payload, "<i8", lanes, at).astype(np.int64)
-    words = np.frombuffer(payload, "<u4", offset=at + 8 * lanes).astype(np.int64)
-    require((x >= LOW).all(), path, damaged)
-    out, used, current = np.empty(size, np.uint8), 0, -1
-    for stream, a, b, c in rans_rows(lengths, lanes):
-        if stream != current:                  # slot -> frequency << 32 | offset within the symbol << 8 | symbol
+def rans_decode(payload, lengths) -> np.ndarray:
+    """Inverse of rans_encode: uint8 (sum of lengths,)."""
+    coders, head = rans_coders(sum(lengths)), 4 + int.from_bytes(payload[:4], "little")
+    tables = inflate(payload[4:head], 512 * len(lengths))
+    tables = np.frombuffer(tables, np.uint8).reshape(2, -1).astype(np.int64)
+    tables = (tables[0] + tables[1] * 256).reshape(-1, 256)
+    whole = tables.sum(1) == np.where(np.array(lengths) > 0, 1 << BITS, 0)
+    x = np.frombuffer(payload, "<i8", coders, head).astype(np.int64)
+    words = np.frombuffer(payload, "<u4", offset=head + 8 * coders).astype(np.int64)
+    require(whole.all() and (x >= LOW).all(), "rans data are damaged")
+    out, used, current = np.empty(sum(lengths), np.uint8), 0, -1
+    for stream, a, b, c in rans_steps(lengths, coders):
+        if stream != current:  # slot -> frequency << 32 | offset within the symbol << 8 | symbol
             f, current = tables[stream], stream
             slot = np.repeat(f << 32 | np.arange(256), f)
             slot |= (np.arange(1 << BITS) - np.repeat(np.cumsum(f) - f, f)) << 8
-        for lo, hi in ((a, b), (b, c)):
-            lane = x[:hi - lo]
-            entry = slot.take(lane & ((1 << BITS) - 1))
-            out[lo:hi] = entry                 # keeps the low byte
-            lane >>= BITS
-            lane *= entry >> 32
-            lane += entry >> 8 & 0xffffff
+        for start, stop in ((a, b), (b, c)):
+            state = x[:stop - start]
+            entry = slot.take(state & ((1 << BITS) - 1))
+            out[start:stop] = entry  # keeps the low byte
+            state >>= BITS
+            state *= entry >> 32
+            state += entry >> 8 & 0xffffff
         low = np.flatnonzero(x < LOW)
-        require(used + len(low) <= len(words), path, damaged)
         x[low] = x[low] << 32 | words[used:used + len(low)]
         used += len(low)
-    require(used == len(words) and (x == LOW).all(), path, damaged)
+    require(used == len(words) and (x == LOW).all(), "rans data are damaged")
     return out
 
 
-# Streams. What looks alike is laid together: symbols of all rows of a grid, in up to 16 classes of rows with similar
-# histograms (chosen by code length), then the classes, then scales and plain values, high and low bytes apart.
+# A row per codec; of equal sizes the first wins. encode(uint8 array, lengths of its streams) gives
+# bytes; decode(bytes, lengths) at most one byte more than these lengths. module: None if its package is
+# not installed. whole: it codes all streams at once, the others pieces of them.
+Codec = namedtuple("Codec", "encode decode module whole", defaults=(False,))
+LZMA2 = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 1 << 22, "lc": 0, "lp": 0, "pb": 0}]
+CODECS = {
+    "rans": Codec(rans_encode, rans_decode, np, whole=True),
+    "zlib": Codec(lambda data, _: zlib.compress(data, 9),
+                  lambda data, lengths: inflate(data, sum(lengths)), zlib),
+    "zstd": Codec(lambda data, _: zstandard.ZstdCompressor(level=22).compress(data),
+                  lambda data, lengths: zstandard.ZstdDecompressor(max_window_size=1 << 27)
+                  .stream_reader(data).read(sum(lengths) + 1), zstandard),
+    "lzma": Codec(lambda data, _: lzma.compress(data, lzma.FORMAT_RAW, filters=LZMA2),
+                  lambda data, lengths: lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA2)
+                  .decompress(data, sum(lengths) + 1), lzma),
+    "brotli": Codec(lambda data, _: brotli.compress(data, quality=11, lgwin=20),
+                    lambda data, lengths: brotli.Decompressor().process(
+                        data, output_buffer_limit=sum(lengths) + 1), brotli)}
+
+
+def pack(data: np.ndarray, lengths: list[int], codecs: Iterable[str] = CODECS) -> tuple[list, dict]:
+    """The smallest coding of the streams: ([(section, payload)], report). A codec's fault is raised."""
+    pieces = [data[start:start + PIECE] for start in range(0, len(data), PIECE)]
+    parts = {False: (pieces, [[len(piece)] for piece in pieces]), True: ([data], [lengths])}
+    rows = {name: CODECS[name] for name in codecs if CODECS[name].module}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = {name: pool.map(row.encode, *parts[row.whole]) for name, row in rows.items()}
+    coded = {name: list(payloads) for name, payloads in jobs.items()}
+    sizes = {name: sum(map(len, payloads)) for name, payloads in coded.items()}
+    best = min(sizes, key=sizes.get)
+    sections = []
+    for part, payload in zip(parts[rows[best].whole][0], coded[best]):
+        name, raw = str(len(sections)), len(part)
+        sections.append((Section(name, best, len(payload), raw, "uint8", [raw]), payload))
+    missing = [name for name in codecs if name not in rows]
+    return sections, {"codec": best, "codec_bytes": sizes, "codec_missing": missing}
+
+
+def unpack(sections: list[tuple[Section, memoryview]], lengths: list[int]) -> np.ndarray:
+    """Inverse of `pack`: the streams laid end to end."""
+    def decoded(section: Section, payload: memoryview):
+        codec = CODECS[section.codec]
+        if codec.module is None:
+            raise UserError(f"codec {section.codec} is missing: install brotli and zstandard")
+        part = lengths if codec.whole else [section.raw]
+        require(sum(part) == section.raw, "sections and stream lengths disagree")
+        return codec.decode(payload, part)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        data = b"".join(pool.map(decoded, *zip(*sections)))
+    require(len(data) == sum(lengths), "sections decode to another size than the header says")
+    return np.frombuffer(data, np.uint8)
+
+
+# Streams of each grid: which tensors are transposed, the class of each row, the symbols of each class;
+# then scales or plain values, one stream per byte. Rows with similar histograms share a class.
+CLASSES = 16
+
+
 def row_classes(rows: list[np.ndarray], pairs: bool) -> tuple[np.ndarray, float]:
-    """Class 0..15 of each row of uint8 symbols, and the bits that coding them takes, tables included:
-    entropy-constrained clustering (Chou, Lookabaugh, Gray 1989)."""
-    def histogram(q):
-        return np.bincount((np.arange(len(q), dtype=np.int64)[:, None] * width + q).ravel(),
-                           minlength=len(q) * width).reshape(len(q), width)
+    """Class of each row of uint8 symbols, and the bits that coding them takes, tables included:
+    entropy-constrained clustering (Chou, Lookabaugh, Gray 1989, https://doi.org/10.1109/29.17498)."""
+    def histogram(q: np.ndarray) -> np.ndarray:
+        cells = np.arange(len(q), dtype=np.int64)[:, None] * width + q
+        return np.bincount(cells.ravel(), minlength=len(q) * width).reshape(len(q), width)
+
     width = 1 + max((int(q.max()) for q in rows if q.size), default=0)
     counts = np.concatenate([histogram(q) for q in rows]).astype(np.float32)
-    total, used = counts.sum(0), (counts.sum(0) > 0).sum()
+    total = counts.sum(0)
+    used = (total > 0).sum()
     table_bits = 10.0 * (used ** 2 if pairs else used)
-    order = np.argsort(counts @ -np.log2(np.maximum(total, 1) / total.sum().clip(1)) / counts.sum(1).clip(1),
-                       kind="stable")
+    code = -np.log2(np.maximum(total, 1) / total.sum().clip(1))  # bits of a symbol in one class
+    order = np.argsort(counts @ code / counts.sum(1).clip(1), kind="stable")
     best = np.zeros(len(counts), np.uint8), math.inf
-    for number in (1, 4, 16):
+    for number in (1, 4, CLASSES):
         ids = np.empty(len(counts), np.int64)
         ids[order] = np.arange(len(counts)) * number // max(len(counts), 1)
         for _ in range(6 if number > 1 else 1):
             share = np.stack([counts[ids == c].sum(0) for c in range(number)]) + 0.01
             prior = np.bincount(ids, minlength=number) + 0.01
-            bits = counts @ -np.log2(share / share.sum(1, keepdims=True)).T - np.log2(prior / prior.sum())
+            bits = counts @ -np.log2(share / share.sum(1, keepdims=True)).T
+            bits = bits - np.log2(prior / prior.sum())  # fp64
             ids = bits.argmin(1)
         cost = bits.min(1).sum() + table_bits * len(np.unique(ids))
         if cost < best[1]:
@@ -3380,102 +3450,89 @@ def row_classes(rows: list[np.ndarray], pairs: bool) -> tuple[np.ndarray, float]
 
 
 def by_columns(q: np.ndarray, pairs: bool) -> bool:
-    """Whether symbols (R, C) cost less when the columns are sorted into classes instead of the rows: so with an
-    embedding, whose rows share a mean that differs by column, and behind an activation whose units are unlike."""
+    """Whether classes of columns cost less than classes of rows: so with an embedding, whose rows share
+    a mean that differs by column, and behind an activation whose units differ in size."""
     return bool(q.size) and row_classes([q.T], pairs)[1] < row_classes([q], pairs)[1]
 
 
-def to_bytes(t: Tensor) -> np.ndarray:
-    """(itemsize, n) uint8 byte planes of a tensor, the high byte first."""
-    flat = t.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().reshape(-1, t.itemsize).T[::-1]
+def symbol_streams(symbols: list[np.ndarray], pairs: bool) -> list[np.ndarray]:
+    """Streams of the uint8 symbols (R, C) of all tensors of a grid."""
+    turned = np.array([by_columns(q, pairs) for q in symbols], np.uint8)
+    symbols = [q.T if turn else q for q, turn in zip(symbols, turned)]
+    ids = row_classes(symbols, pairs)[0]
+    owners = np.split(ids, np.cumsum([len(q) for q in symbols])[:-1])
+    streams = [turned, ids]
+    for c in range(CLASSES):
+        stream = np.concatenate([q[owner == c].ravel() for q, owner in zip(symbols, owners)])
+        if pairs:
+            stream = np.append(stream, np.zeros(len(stream) % 2, np.uint8))
+            stream = stream[::2] << 4 | stream[1::2]
+        streams.append(stream)
+    return streams
 
 
-def from_bytes(planes: list[np.ndarray], dtype: torch.dtype) -> Tensor:
-    whole = np.ascontiguousarray(np.stack(planes[::-1], 1)).reshape(-1)
-    return torch.from_numpy(whole).view(dtype) if whole.size else torch.empty(0, dtype=dtype)
+def read_symbols(take: Callable, shapes: list[tuple[int, int]], pairs: bool) -> list[np.ndarray]:
+    """Inverse of `symbol_streams`; take(length) gives the next stream."""
+    turned = take(len(shapes))
+    symbols = [np.empty(shape[::-1] if turn else shape, np.uint8)
+               for shape, turn in zip(shapes, turned)]
+    ids = take(sum(map(len, symbols)))
+    require(turned.max() < 2 and ids.max(initial=0) < CLASSES, "a class is out of range")
+    owners = np.split(ids, np.cumsum([len(q) for q in symbols])[:-1])
+    for c in range(CLASSES):
+        sizes = [np.count_nonzero(owner == c) * q.shape[1] for q, owner in zip(symbols, owners)]
+        stream = take((sum(sizes) + 1) // 2 if pairs else sum(sizes))
+        if pairs:
+            stream = np.stack((stream >> 4, stream & 15), 1).reshape(-1)
+        for q, owner, part in zip(symbols, owners, np.split(stream, np.cumsum(sizes))):
+            q[owner == c] = part.reshape(-1, q.shape[1]) if part.size else 0
+    return [np.ascontiguousarray(q.T) if turn else q for q, turn in zip(symbols, turned)]
 
 
-def grid_layout(grid: Grid) -> tuple[bool, bool, torch.dtype | None]:
-    """(has symbols, two symbols per byte, dtype of scales or of plain values)."""
-    scale = {"intn": torch.bfloat16, "int8": torch.float16, "fp8": None}
-    if grid.kind not in scale:
-        return False, False, PLAIN[grid.kind]
-    return True, grid.kind == "intn" and grid.qmax < 8, scale[grid.kind]
-
-
-def table_groups(table) -> dict[Grid, list[int]]:
-    groups = {}
+def grid_groups(table: list) -> dict[Grid, list[int]]:
+    """Indices of each grid's tensors; table: [(name, grid, shape)]."""
+    groups: dict[Grid, list[int]] = {}
     for i, (_, grid, _) in enumerate(table):
         groups.setdefault(grid, []).append(i)
     return groups
 
 
-def build_streams(table, encoded) -> list[np.ndarray]:
-    """table: [(name, grid, shape)], encoded: their arrays; returns uint8 streams in the order read_streams expects."""
+def build_streams(table: list, encoded: list[dict[str, Tensor]]) -> list[np.ndarray]:
+    """The uint8 streams of all tensors' arrays."""
     streams = []
-    for grid, members in table_groups(table).items():
-        with_symbols, pairs, dtype = grid_layout(grid)
+    for grid, members in grid_groups(table).items():
         arrays = [encoded[i] for i in members]
-        if with_symbols:
-            rows = [a["q"].cpu() for a in arrays]
-            rows = [(q if grid.kind == "fp8" else (q + grid.qmax).view(torch.uint8)).numpy() for q in rows]
-            turned = np.array([by_columns(q, pairs) for q in rows], np.uint8)
-            rows = [q.T if turn else q for q, turn in zip(rows, turned)]
-            ids = row_classes(rows, pairs)[0]
-            streams += turned, ids
-            split = np.split(ids, np.cumsum([len(q) for q in rows])[:-1])
-            for c in range(16):
-                q = np.concatenate([q[own == c].ravel() for q, own in zip(rows, split)])
-                if pairs:
-                    q = np.append(q, np.zeros(len(q) % 2, np.uint8))
-                    q = q[::2] << 4 | q[1::2]
-                streams.append(q)
-        if dtype:
-            key = "s" if with_symbols else "v"
-            streams.extend(np.concatenate([to_bytes(a[key]) for a in arrays], 1))
+        if grid.symbols:
+            symbols = [(a["q"].cpu().view(torch.int8) + grid.qmax).view(torch.uint8).numpy() for a in arrays]
+            streams += symbol_streams(symbols, grid.top < 16)
+        if grid.dtype:
+            values = torch.cat([a[grid.values].reshape(-1) for a in arrays]).cpu()
+            planes = values.view(torch.uint8).numpy().reshape(-1, values.itemsize).T
+            streams += list(planes[::-1])  # the high bytes first
     return streams
 
 
-def read_streams(table, lengths: list[int], data: np.ndarray, path) -> list[dict[str, Tensor]]:
-    """Arrays of every tensor of the table from the streams laid end to end; every length is checked."""
-    pieces, arrays = iter(np.split(data, np.cumsum(lengths)[:-1])), [{} for _ in table]
+def read_streams(table: list, lengths: list[int], data: np.ndarray) -> list[dict[str, Tensor]]:
+    """Inverse of `build_streams`, from the streams laid end to end."""
+    streams, arrays = iter(np.split(data, np.cumsum(lengths)[:-1])), [{} for _ in table]
 
-    def take(length):
-        piece = next(pieces)
-        require(len(piece) == length, path, "stream lengths and tensor shapes disagree")
-        return piece
-    for grid, members in table_groups(table).items():
-        with_symbols, pairs, dtype = grid_layout(grid)
+    def take(length: int) -> np.ndarray:
+        stream = next(streams)
+        require(len(stream) == length, "stream lengths and tensor shapes disagree")
+        return stream
+
+    for grid, members in grid_groups(table).items():
         shapes = [rows_columns(table[i][2]) for i in members]
-        sizes = [r if with_symbols else r * n for r, n in shapes]
-        if with_symbols:
-            turned = take(len(members))
-            require(turned.max() < 2, path, "a tensor's direction is out of range")
-            laid = [shape[::-1] if turn else shape for shape, turn in zip(shapes, turned)]
-            ids = take(sum(r for r, _ in laid))
-            require(not ids.size or ids.max() < 16, path, "a row's class is out of range")
-            split = np.split(ids, np.cumsum([r for r, _ in laid])[:-1])
-            q = [np.empty(shape, np.uint8) for shape in laid]
-            for c in range(16):
-                own = [s == c for s in split]
-                count = sum(int(o.sum()) * n for o, (_, n) in zip(own, laid))
-                piece, at = take((count + 1) // 2 if pairs else count), 0
-                if pairs:
-                    piece = np.stack((piece >> 4, piece & 15), 1).reshape(-1)
-                for tensor, o, (_, n) in zip(q, own, laid):
-                    stop = at + int(o.sum()) * n
-                    tensor[o], at = piece[at:stop].reshape(-1, n) if n else 0, stop
-            for i, symbol, turn in zip(members, q, turned):
-                symbol = np.ascontiguousarray(symbol.T) if turn else symbol
-                if grid.kind != "fp8":
-                    require(not symbol.size or symbol.max() <= 2 * grid.qmax, path, "a symbol is out of range")
-                    symbol = (symbol - np.uint8(grid.qmax)).view(np.int8)
-                arrays[i]["q"] = torch.from_numpy(symbol)
-        if dtype:
-            values = from_bytes([take(sum(sizes)) for _ in range(dtype.itemsize)], dtype).split(sizes)
-            for i, value in zip(members, values):
-                arrays[i]["s" if with_symbols else "v"] = value
+        if grid.symbols:
+            for i, q in zip(members, read_symbols(take, shapes, grid.top < 16)):
+                require(q.max(initial=0) <= grid.top, "a symbol is out of range")
+                arrays[i]["q"] = torch.from_numpy((q - np.uint8(grid.qmax)).view(np.int8))
+        if grid.dtype:
+            sizes = [rows if grid.symbols else rows * columns for rows, columns in shapes]
+            planes = [take(sum(sizes)) for _ in range(grid.dtype.itemsize)]
+            values = torch.from_numpy(np.stack(planes[::-1], 1).reshape(-1)).view(grid.dtype)
+            for i, part in zip(members, values.split(sizes)):
+                arrays[i][grid.values] = part
     return arrays
 
 
@@ -3483,126 +3540,75 @@ def entropy_bytes(symbols: np.ndarray) -> float:
     """Bytes of the empirical order-0 entropy of uint8 symbols."""
     counts = np.bincount(symbols.reshape(-1), minlength=256).astype(np.float64)
     counts = counts[counts > 0]
-    return float((counts * (math.log2(counts.sum()) - np.log2(counts))).sum() / 8) if counts.size else 0.0
+    bits = math.log2(max(counts.sum(), 1)) - np.log2(counts)
+    return float((counts * bits).sum() / 8)
 
 
-def tensor_entropy(arrays: dict[str, Tensor]) -> float:
-    """Bytes one tensor needs by itself: entropy of its symbols, scales and plain values at full width."""
-    return sum(entropy_bytes(t.cpu().view(torch.uint8).numpy()) if key == "q" else t.numel() * t.itemsize
-               for key, t in arrays.items())
-
-
-def encode_all(tensors, given=None) -> tuple[list, list[dict]]:
-    """Table and arrays of all tensors; `given` holds the arrays of those that are rounded already."""
+def artifact_streams(config: dict, tensors: dict, given: dict | None = None) -> tuple[dict, list, int]:
+    """Meta and streams of an artifact, and the bytes that its tensors need one by one: entropy of the
+    symbols, all else at full width. given: arrays of tensors that are rounded already, by name."""
     table = [(name, grid, list(w.shape)) for name, (w, grid) in tensors.items()]
-    return table, [(given or {}).get(name) or encode(w, grid, name) for name, (w, grid) in tensors.items()]
-
-
-def artifact_meta(config: dict, table, streams) -> dict:
-    return {"config": config, "tensors": [[name, str(grid), shape] for name, grid, shape in table],
-            "streams": [len(s) for s in streams]}
+    encoded = [(given or {}).get(name) or encode(*tensors[name], name) for name in tensors]
+    streams = build_streams(table, encoded)
+    meta = {"config": config, "tensors": [(name, str(grid), shape) for name, grid, shape in table],
+            "streams": [len(stream) for stream in streams]}
+    need = 0.0
+    for key, t in (array for arrays in encoded for array in arrays.items()):
+        need += entropy_bytes(t.cpu().view(torch.uint8).numpy()) if key == "q" else t.nbytes
+    return meta, streams, round(need)
 
 
 def estimate_bytes(tensors: dict[str, tuple[Tensor, Grid]], config: dict | None = None) -> dict:
-    """Predicted artifact bytes from entropies, nothing compressed. {"bytes", "entropy_bytes"}"""
-    table, encoded = encode_all(tensors)
-    streams = build_streams(table, encoded)
-    tables = zlib.compress(b"".join(frequencies(np.bincount(s, minlength=256)).astype("<u2").tobytes()
-                                    for s in streams), 9)
-    head = len(zlib.compress(json.dumps(artifact_meta(config or {}, table, streams)).encode(), 9)) + 150
-    lanes = 4 * rans_lanes(sum(map(len, streams)))
-    return {"bytes": round(sum(map(entropy_bytes, streams)) + len(tables) + head + lanes),
-            "entropy_bytes": round(sum(map(tensor_entropy, encoded)))}
+    """Artifact bytes predicted from entropies, nothing compressed: {"bytes", "entropy_bytes"}."""
+    meta, streams, entropy = artifact_streams(config or {}, tensors)
+    counts = [np.bincount(stream, minlength=256) for stream in streams]
+    tables = zlib.compress(b"".join(frequencies(n).astype("<u2").tobytes() for n in counts), 9)
+    header = zlib.compress(json.dumps(meta).encode(), 9)
+    states = 4 * rans_coders(sum(map(len, streams)))
+    total = sum(map(entropy_bytes, streams)) + len(tables) + len(header) + 150 + states
+    return {"bytes": round(total), "entropy_bytes": entropy}
 
 
-CODECS = ("brotli", "lzma", "zstd", "zlib", "rans")           # slowest first: they run side by side
-
-
-def pack(data: np.ndarray, lengths, codecs=CODECS) -> tuple[list, dict]:
-    """The smallest coding of the streams: ([(entry, payload)], report). A codec that fails is an error."""
-    pieces = [data[at:at + PIECE].tobytes() for at in range(0, len(data), PIECE)]
-    missing = [c for c, module in (("brotli", brotli), ("zstd", zstandard)) if module is None and c in codecs]
-    coded: dict[str, list[bytes]] = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = {codec: [pool.submit(compress, codec, piece) for piece in pieces]
-                for codec in CODECS if codec in codecs and codec not in missing and codec != "rans"}
-        if "rans" in codecs:
-            coded["rans"] = [rans_encode(data, lengths)]
-        for codec, futures in reversed(jobs.items()):
-            try:
-                coded[codec] = [future.result() for future in futures]
-            except Exception as error:
-                raise RuntimeError(f"codec {codec} failed: {error}") from error
-    sizes = {codec: sum(map(len, parts)) for codec, parts in coded.items()}
-    best = min(sizes, key=sizes.get)
-    raws = [len(data)] if best == "rans" else [len(p) for p in pieces]
-    sections = [({"name": str(i), "codec": best, "stored": len(p), "raw": raw, "dtype": "uint8", "shape": [raw]}, p)
-                for i, (p, raw) in enumerate(zip(coded[best], raws))]
-    return sections, {"codec": best, "codec_bytes": sizes, "codec_missing": missing}
-
-
-def write_artifact(path, config: dict, tensors: dict[str, tuple[Tensor, Grid]], codecs=CODECS, given=None) -> dict:
-    """Stores tensors {name: (weights, grid)} and a JSON-able config; returns a report (given: see encode_all):
-
-    codec, codec_bytes per codec (payload), codec_missing, bytes (the file), entropy_bytes (the sum of
-    the tensors' empirical entropies plus scales). The same input makes the same file.
-    """
-    table, encoded = encode_all(tensors, given)
-    streams = build_streams(table, encoded)
+def write_artifact(path, config: dict, tensors: dict[str, tuple[Tensor, Grid]], codecs=CODECS,
+                   given: dict | None = None) -> dict:
+    """Stores tensors {name: (weights, grid)} and a JSON-able config; the same input makes the same
+    file. Returns a report: codec, codec_bytes (payload by codec), codec_missing, bytes (of the file),
+    entropy_bytes. given, entropy_bytes: see artifact_streams."""
+    meta, streams, entropy = artifact_streams(config, tensors, given)
     data = np.concatenate([*streams, np.empty(0, np.uint8)])
-    sections, report = pack(data, [len(s) for s in streams], codecs)
-    size = write_container(path, "artifact", artifact_meta(config, table, streams), sections)
-    return report | {"bytes": size, "entropy_bytes": round(sum(map(tensor_entropy, encoded)))}
+    sections, report = pack(data, meta["streams"], codecs)
+    size = write_container(path, "artifact", meta, sections)
+    return report | {"bytes": size, "entropy_bytes": entropy}
 
 
-def check_table(meta: dict, sections, path) -> list[tuple[str, Grid, list[int]]]:
-    """The tensor table of an artifact, after every bound that can be checked before decoding holds."""
-    require(set(meta) == {"config", "tensors", "streams"} and isinstance(meta["config"], dict), path,
-            "artifact's meta data have other fields")
-    rows, lengths = meta["tensors"], meta["streams"]
-    require(isinstance(rows, list) and all(isinstance(r, list) and len(r) == 3 and isinstance(r[0], str) and
-            is_shape(r[2]) for r in rows), path, "tensor table has another form")
-    require(len({r[0] for r in rows}) == len(rows), path, "tensor name occurs twice")
-    try:
-        table = [(name, Grid.parse(grid), shape) for name, grid, shape in rows]
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+def parse_table(meta: dict, raws: list[int]) -> list[tuple[str, Grid, list[int]]]:
+    """The tensor table of an artifact whose sections decode to so many bytes, if that fits."""
+    table = [(name, Grid.parse(grid), shape) for name, grid, shape in meta["tensors"]]
+    sizes = [n for _, _, shape in table for n in shape] + raws + meta["streams"]
+    require(all(type(n) is int and 0 <= n < 1 << 40 for n in sizes), "a size is out of range")
     need = sum(max(math.prod(shape), rows_columns(shape)[0]) for _, _, shape in table)
-    require(need <= MAX_ELEMENTS, path, f"{need} weights are more than the {MAX_ELEMENTS} allowed")
-    layout = [grid_layout(grid) for grid in table_groups(table)]
-    count = sum(18 * symbols + (dtype.itemsize if dtype else 0) for symbols, _, dtype in layout)
-    require(isinstance(lengths, list) and len(lengths) == count and all(type(n) is int and n >= 0 for n in lengths) and
-            sum(lengths) == sum(e["raw"] for e, _ in sections) <= 4 * need + 16, path,
-            "stream lengths, tensor table and sections disagree")
+    require(need <= MAX_ELEMENTS, f"{need} weights are more than {MAX_ELEMENTS}")
+    require(sum(raws) == sum(meta["streams"]) <= 4 * need + 16, "streams, table, sections disagree")
     return table
 
 
 def artifact_outline(path) -> tuple[dict, dict[str, tuple]]:
     """Configuration and {name: shape} of an artifact whose checksum and sizes hold, undecoded."""
     meta, sections = read_container(path, "artifact")
-    table = check_table(meta, sections, path)
+    with parsing(path):
+        table = parse_table(meta, [section.raw for section, _ in sections])
     return meta["config"], {name: tuple(shape) for name, _, shape in table}
 
 
-def read_artifact(path, check=None) -> tuple[dict, dict[str, Tensor], dict[str, Grid]]:
-    """(config, {name: fp32 grid values}, {name: grid}); strict: any fault is a UserError naming file and fault.
-
-    check(config, {name: shape}) may refuse another model before anything is decoded.
-    """
+def read_artifact(path) -> tuple[dict, dict[str, Tensor], dict[str, Grid]]:
+    """(config, {name: fp32 grid values}, {name: grid}); any fault is a UserError."""
     meta, sections = read_container(path, "artifact")
-    table = check_table(meta, sections, path)
-    if check:
-        check(meta["config"], {name: tuple(shape) for name, _, shape in table})
-    lengths = meta["streams"]
-    if [entry["codec"] for entry, _ in sections] == ["rans"]:
-        data = rans_decode(sections[0][1], lengths, path)
-    else:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            parts = list(pool.map(lambda s: decompress(s[0]["codec"], s[1], s[0]["raw"], path), sections))
-        data = np.frombuffer(b"".join(parts), np.uint8)
-    arrays = read_streams(table, lengths, data, path)
-    tensors = {name: decode(a, grid, shape) for (name, grid, shape), a in zip(table, arrays)}
-    require(all(map(all_finite, tensors.values())), path, "holds NaN or infinity")
+    with parsing(path):
+        table = parse_table(meta, [section.raw for section, _ in sections])
+        arrays = read_streams(table, meta["streams"], unpack(sections, meta["streams"]))
+        tensors = {name: decode(a, grid, shape) for (name, grid, shape), a in zip(table, arrays)}
+        require(len(tensors) == len(table), "a tensor name occurs twice")
+        require(all(map(all_finite, tensors.values())), "it holds NaN or infinity")
     return meta["config"], tensors, {name: grid for name, grid, _ in table}
 
 
@@ -3611,41 +3617,41 @@ def read_artifact(path, check=None) -> tuple[dict, dict[str, Tensor], dict[str, 
 # ------------------------------------------------------------------------------
 
 class Checkpoints:
-    """The folder of a run's checkpoints; rank 0 writes them in the background from a snapshot."""
+    """The folder of a run's checkpoints; rank 0 writes them in a background thread from a snapshot."""
 
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep = folder, keep
         self.thread: threading.Thread | None = None
-        self.fault: UserError | None = None
+        self.fault: BaseException | None = None
 
     def paths(self) -> list[Path]:
         """Existing checkpoints, newest first."""
         return sorted(self.folder.glob("step_*.ckpt"), reverse=True)
 
     def save(self, step: int, meta: dict, tensors: dict[str, Tensor]) -> None:
-        """Snapshot now, write behind the training loop's back; a fault of the write before is raised here."""
+        """Copy the tensors now, write them in a background thread; an earlier write's error is raised here."""
         self.wait()
         snapshot = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-
-        def write() -> None:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                for left in self.folder.glob(".step_*.tmp"):  # by a writer that was killed
-                    left.unlink()
-                write_tensors(self.folder / f"step_{step:09d}.ckpt", "checkpoint", meta, snapshot)
-                by_age = sorted(self.paths(), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-                for old in by_age[self.keep:]:  # not by step: a damaged newer one must not outlive this one
-                    old.unlink()
-            except OSError as error:
-                self.fault = UserError(f"{self.folder}: no checkpoint of step {step} ({error.strerror})")
-            except UserError as error:
-                self.fault = error
-
-        self.thread = threading.Thread(target=write, name="checkpoint")
+        self.thread = threading.Thread(target=self.write, args=(step, meta, snapshot), name="checkpoint")
         self.thread.start()
 
+    def write(self, step: int, meta: dict, tensors: dict[str, Tensor]) -> None:
+        """The thread: writes, then removes the oldest files. Any error is kept for `wait`."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.glob(".step_*.tmp"):  # by a writer that was killed
+                left.unlink()
+            write_tensors(self.folder / f"step_{step:09d}.ckpt", "checkpoint", meta, tensors)
+            by_age = sorted(self.paths(), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+            for old in by_age[self.keep:]:  # not by step: a damaged newer one must not outlive this one
+                old.unlink()
+        except OSError as error:
+            self.fault = UserError(f"{self.folder}: no checkpoint of step {step} ({error.strerror})")
+        except BaseException as error:
+            self.fault = error
+
     def wait(self) -> None:
-        """Until the last write is on disk; raises its fault."""
+        """Until the last write is on disk; raises its error."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
@@ -4537,7 +4543,7 @@ class Run:
         arrays, shares = {}, []
         for name, (w, grid) in tensors.items():
             layer = name.partition("[")[0].removesuffix(".weight")
-            if grid.kind in ("intn", "int8") and layer in moments:
+            if isinstance(grid, RowGrid) and layer in moments:
                 arrays[name], share = round_compensated(w, grid, moments[layer])
                 shares.append(share)
         trainer.weights.load("average")
