@@ -976,121 +976,138 @@ def load_validation(config: Config) -> Tensor:
 
 
 # ------------------------------------------------------------------------------
-# SSD: the selective state-space scan of Mamba-2 (Dao & Gu 2024, section 6) in PyTorch
+# SSD: the selective state-space scan of Mamba-2 and its convolution, in PyTorch
 # ------------------------------------------------------------------------------
 
-def ssd_chunked(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *, chunk: int = 64,
-                initial_state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """y and the final state of h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, y_t = h_t C_t + D x_t.
+def decay_between(logs: Tensor) -> Tensor:
+    """exp(logs_i - logs_j) for j <= i, else 0; (..., n) -> (..., n, n)."""
+    n = logs.size(-1)
+    future = torch.ones(n, n, dtype=torch.bool, device=logs.device).triu(1)
+    gaps = logs.unsqueeze(-1) - logs.unsqueeze(-2)
+    return gaps.masked_fill_(future, -math.inf).exp_()  # masked first, else inf * 0 = NaN
 
-    x (B,T,H,P); dt (B,T,H) fp32, after softplus; A (H,) fp32, negative; B, C (B,T,N), one group; D (H,);
-    initial_state (B,H,P,N) fp32 or None for zeros. Returns y (B,T,H,P) in x.dtype and the state (B,H,P,N) in fp32.
-    Any T.
-    Four steps: within chunks, states of chunks, states between chunks, their effect within chunks."""
+
+def ssd_chunked(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *,
+                chunk: int = 64, initial_state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T and y_t = h_t C_t + D x_t, for any length T.
+
+    x (B,T,H,P); dt (B,T,H) fp32, after softplus; A (H,) fp32, negative; B, C (B,T,N);
+    D (H,); initial_state (B,H,P,N) fp32, None for zeros. Returns y (B,T,H,P) in x's dtype and
+    the final state in fp32. Four steps: https://arxiv.org/abs/2405.21060, section 6."""
     batch, length, heads, width = x.shape
-    state_size = B.size(-1)
-    chunk = min(chunk, length)
-    if pad := -length % chunk:  # dt = 0 neither decays nor adds: padding leaves the state alone
+    state_size, chunk = B.size(-1), min(chunk, length)
+    if pad := -length % chunk:  # dt = 0 neither decays nor adds: padding keeps the state
         x, dt, B, C = (F.pad(t, (0, 0) * (t.ndim - 2) + (0, pad)) for t in (x, dt, B, C))
     chunks = (length + pad) // chunk
     split = lambda t: t.reshape(batch, chunks, chunk, *t.shape[2:])
-    u = split((x * dt.unsqueeze(-1)).to(x.dtype))                                   # (b,c,Q,H,P)
-    B, C = split(B), split(C)                                                       # (b,c,Q,N)
-    logs = split(dt * A).transpose(2, 3).cumsum(-1)                                 # (b,c,H,Q) log decay so far
-    # 1. Within a chunk: y_i = sum_{j<=i} (C_i.B_j) exp(logs_i - logs_j) u_j. Masked before exp, else inf * 0 = NaN.
-    future = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
-    decay = (logs.unsqueeze(-1) - logs.unsqueeze(-2)).masked_fill_(future, -math.inf).exp_()  # (b,c,H,Q,Q)
-    scores = (C @ B.transpose(-1, -2)).unsqueeze(2) * decay
-    y = (scores.to(x.dtype) @ u.transpose(2, 3)).transpose(2, 3)                    # (b,c,Q,H,P)
+    u = split((x * dt.unsqueeze(-1)).to(x.dtype))  # (b,c,Q,H,P)
+    B, C = split(B), split(C)  # (b,c,Q,N)
+    logs = split(dt * A).transpose(2, 3).cumsum(-1)  # (b,c,H,Q) log decay so far
+    # 1. Within a chunk: y_i = sum_{j<=i} (C_i.B_j) exp(logs_i - logs_j) u_j.
+    scores = (C @ B.mT).unsqueeze(2) * decay_between(logs)  # (b,c,H,Q,Q)
+    y = (scores.to(x.dtype) @ u.transpose(2, 3)).transpose(2, 3)  # (b,c,Q,H,P)
     # 2. What each chunk adds to the state by its end.
-    to_end = (logs[..., -1:] - logs).exp().transpose(2, 3).unsqueeze(-1)            # (b,c,Q,H,1)
-    added = (u * to_end).to(x.dtype).flatten(3).transpose(-1, -2) @ B               # (b,c,H*P,N)
-    added = added.to(logs.dtype).view(batch, chunks, heads, width * state_size).transpose(1, 2)   # (b,H,c,P*N)
-    # 3. States at chunk starts: a (c+1)x(c+1) decay matrix over [initial, chunk 1, ...] in one product.
-    total = F.pad(logs[..., -1].transpose(1, 2), (1, 0)).cumsum(-1)                 # (b,H,c+1)
-    future = torch.ones(chunks + 1, chunks + 1, dtype=torch.bool, device=x.device).triu(1)
-    carry = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(future, -math.inf).exp()
-    states = carry[..., 1:] @ added                                                 # (b,H,c+1,P*N)
+    to_end = (logs[..., -1:] - logs).exp().transpose(2, 3).unsqueeze(-1)
+    added = (u * to_end).to(x.dtype).flatten(3).mT @ B  # (b,c,H*P,N)
+    added = added.to(logs.dtype).view(batch, chunks, heads, width * state_size)
+    # 3. States at chunk starts and at the end, by one (c+1, c+1) decay matrix.
+    carry = decay_between(F.pad(logs[..., -1].transpose(1, 2), (1, 0)).cumsum(-1))
+    states = carry[..., 1:] @ added.transpose(1, 2)  # (b,H,c+1,P*N)
     if initial_state is not None:
-        states = states + carry[..., :1] * initial_state.reshape(batch, heads, 1, -1).to(logs.dtype)
+        first = initial_state.reshape(batch, heads, 1, -1).to(logs.dtype)
+        states = states + carry[..., :1] * first
     final = states[:, :, -1].reshape(batch, heads, width, state_size)
     # 4. What the state at a chunk's start gives to its positions.
-    starts = states[:, :, :-1].transpose(1, 2).reshape(batch, chunks, heads * width, state_size).to(x.dtype)
-    carried = (C @ starts.transpose(-1, -2)).view(batch, chunks, chunk, heads, width)
-    so_far = logs.exp().transpose(2, 3).unsqueeze(-1)                               # (b,c,Q,H,1)
-    y = torch.addcmul(y.to(so_far.dtype), carried, so_far).reshape(batch, length + pad, heads, width)
-    return torch.addcmul(y, D.unsqueeze(-1), x)[:, :length].to(x.dtype), final
+    starts = states[:, :, :-1].transpose(1, 2).to(x.dtype)
+    starts = starts.reshape(batch, chunks, heads * width, state_size)
+    carried = (C @ starts.mT).view(batch, chunks, chunk, heads, width)
+    so_far = logs.exp().transpose(2, 3).unsqueeze(-1)
+    y = torch.addcmul(y.to(so_far.dtype), carried, so_far)
+    y = torch.addcmul(y.reshape(batch, length + pad, heads, width), D.unsqueeze(-1), x)
+    return y[:, :length].to(x.dtype), final
 
 
-def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One position of the recurrence: x (B,H,P), dt (B,H), B, C (B,N), state (B,H,P,N) -> y (B,H,P), new state."""
+def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
+             state: Tensor) -> tuple[Tensor, Tensor]:
+    """One position: x (B,H,P), dt (B,H), B, C (B,N), state (B,H,P,N) -> y and new state."""
     added = (dt.unsqueeze(-1) * x).unsqueeze(-1) * B[:, None, None, :]
     state = (dt * A).exp()[..., None, None] * state + added
-    return ((state * C[:, None, None, :]).sum(-1) + D.unsqueeze(-1) * x).to(x.dtype), state
+    y = (state * C[:, None, None, :]).sum(-1) + D.unsqueeze(-1) * x
+    return y.to(x.dtype), state
 
 
-def causal_conv_silu(u: Tensor, weight: Tensor, bias: Tensor, *, initial: Tensor | None = None
-                     ) -> tuple[Tensor, Tensor]:
-    """silu of the depthwise causal convolution of u (B,T,C) with weight (C,1,K) and bias (C,).
+def causal_conv_silu(u: Tensor, weight: Tensor, bias: Tensor, *,
+                     initial: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """SiLU of the depthwise causal convolution of u (B,T,C) by weight (C,1,K), plus bias (C,).
 
-    `initial` (B,K-1,C) are the inputs before the row (None: zeros). Returns the output (B,T,C) and the last K-1
-    inputs. K shifted multiply-adds: no alignment rules, and a compiler fuses them into one pass."""
+    initial (B,K-1,C): the inputs before the first, None for zeros. Returns (B,T,C) and the
+    last K-1 inputs."""
     taps, length = weight.size(-1), u.size(1)
-    if length >= taps and eager_on_cpu(u):
-        return F.silu(_ShiftedSums.apply(u, weight.to(u.dtype), bias.to(u.dtype), initial)), u[:, length - taps + 1:]
-    before = u.new_zeros(u.size(0), taps - 1, u.size(2)) if initial is None else initial.to(u.dtype)
-    padded = torch.cat((before, u), dim=1)
-    out = bias.to(u.dtype)
+    if initial is None:
+        initial = u.new_zeros(u.size(0), taps - 1, u.size(2))
+    padded, out = torch.cat((initial.to(u.dtype), u), dim=1), bias.to(u.dtype)
     for k in range(taps):
         out = out + padded[:, k:k + length] * weight[:, 0, k].to(u.dtype)
     return F.silu(out), padded[:, length:]
 
 
-def eager_on_cpu(x: Tensor) -> bool:
-    """Where hand-written passes pay: no compiler fuses them there, and each pass over memory costs."""
-    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
+# ------------------------------------------------------------------------------
+# kernels: Triton forms of the slow parts, each with its launcher
+#
+# CUDA tensors go to kernels for the head, the convolution, the scan and the storage grid; the
+# first three are custom ops, around which torch.compile makes one graph. No atomics, and sums
+# in a fixed order: equal inputs give equal bits (mamba-ssm's backward pass excepted).
+# TRITON_INTERPRET=1, set before the import, runs the kernels on CPU tensors; tests use that.
+# ------------------------------------------------------------------------------
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+jit = triton.jit if triton else lambda function: function
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-class _ShiftedSums(torch.autograd.Function):
-    """The convolution of causal_conv_silu in place and in blocks of rows that stay in cache; 2 to 3 times as fast."""
+def runs_triton(device: torch.device) -> bool:
+    """Whether tensors of this device go to the kernels."""
+    return triton is not None and (device.type == "cuda" or INTERPRETED)
 
-    @staticmethod
-    def forward(ctx, u: Tensor, weight: Tensor, bias: Tensor, initial: Tensor | None) -> Tensor:
-        taps, out = weight.size(-1), torch.empty_like(u)
-        for rows in _ShiftedSums.blocks(u):
-            x, y = u[rows], torch.addcmul(bias, u[rows], weight[:, 0, -1], out=out[rows])
-            for back in range(1, taps):
-                y[:, back:].addcmul_(x[:, :-back], weight[:, 0, -1 - back])
-                if initial is not None:
-                    y[:, :back].addcmul_(initial[rows, -back:].to(u.dtype), weight[:, 0, -1 - back])
-        ctx.save_for_backward(u, weight, initial)
-        return out
 
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
-        u, weight, initial = ctx.saved_tensors
-        taps, du, dw = weight.size(-1), torch.empty_like(u), torch.zeros_like(weight[:, 0])
-        before = None if initial is None else torch.zeros_like(initial)
-        for rows in _ShiftedSums.blocks(u):
-            x, g, d = u[rows], grad[rows], torch.mul(grad[rows], weight[:, 0, -1], out=du[rows])
-            dw[:, -1] += (g * x).sum((0, 1))
-            for back in range(1, taps):
-                tap = weight[:, 0, -1 - back]
-                d[:, :-back].addcmul_(g[:, back:], tap)
-                dw[:, -1 - back] += (g[:, back:] * x[:, :-back]).sum((0, 1))
-                if before is not None:
-                    before[rows, -back:] += (g[:, :back] * tap).to(before.dtype)
-                    dw[:, -1 - back] += (g[:, :back] * initial[rows, -back:].to(u.dtype)).sum((0, 1))
-        return du, dw.unsqueeze(1), grad.sum((0, 1)), before
+def custom_op(name: str, schema: str, outputs: Callable, launch: Callable,
+              backward: Callable | None = None, count: int = 0, grads: int = 1) -> Callable:
+    """The op jepa::name. outputs(*arguments) allocates its results, for tracing as well;
+    launch(*results, *arguments) fills them, or returns others like them.
 
-    @staticmethod
-    def blocks(u: Tensor) -> Iterator[slice]:
-        step = max(1, (1 << 18) // u[0].numel())
-        return (slice(start, start + step) for start in range(0, len(u), step))
+    backward gives the gradients of the first `count` arguments. It takes the gradients of the
+    first `grads` results, those arguments, the other results and the other arguments."""
+    def run(*arguments, launch=launch):
+        results = outputs(*arguments)
+        results = launch(*results, *arguments) or results
+        return results if len(results) > 1 else results[0]
 
+    def save(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        others = output[grads:] if isinstance(output, tuple) else ()
+        ctx.save_for_backward(*inputs[:count], *others)
+        ctx.others = inputs[count:]
+
+    def differentiate(ctx, *upstream):
+        found = backward(*upstream[:grads], *ctx.saved_tensors, *ctx.others)
+        found = [t if t is None else g.to(t.dtype) for t, g in zip(ctx.saved_tensors, found)]
+        return *found[:count], *(None,) * len(ctx.others)
+
+    op = torch.library.custom_op(f"jepa::{name}", run, mutates_args=(), schema=schema)
+    op.register_fake(functools.partial(run, launch=lambda *_: None))
+    if backward:
+        op.register_autograd(differentiate, setup_context=save)
+    return op
+
+
+# -- head ----------------------------------------------------------------------
 
 def soft_cap(logits: Tensor, cap: float, kind: str) -> Tensor:
-    """Smooth bound of |logits| by `cap` (0 = none): s tanh(x/s), or an odd polynomial that reaches it at 2s."""
+    """Smooth bound of |logits| by cap (0: none). With u = logits / cap: cap tanh(u), or the odd
+    polynomial cap (u - u^3/3 + u^5/15), which reaches the cap near u = 1.69 and stays there."""
     if not cap:
         return logits
     if kind == "tanh":
@@ -1100,789 +1117,672 @@ def soft_cap(logits: Tensor, cap: float, kind: str) -> Tensor:
     return cap * (u * (1 - square / 3 + square * square / 15)).clamp(-1, 1)
 
 
-# ------------------------------------------------------------------------------
-# kernels: Triton twins of the slow parts
-#
-# Triton twins of the plain PyTorch forms, each behind a torch.library.custom_op so that one graph compiles around it.
-# Triton is imported on first use, by `_triton()`: the file imports, trains and passes its tests without it. Under
-# TRITON_INTERPRET=1 the same kernels run on CPU tensors, which is how they are proven on a machine without a GPU.
-# Every op is deterministic: no atomics, partial sums are added in a fixed order.
-# ------------------------------------------------------------------------------
-POLY, TANH = 1, 2  # softcap codes of the head kernel; 0 = none
-FORMATS = {"bf16": 0, "fp8": 1, "int": 2, "sigma": 3}  # grids of the snap kernel
-
-
-def runs_triton(t: Tensor) -> bool:
-    """Whether the Triton form serves this tensor: on CUDA, or anywhere under the interpreter."""
-    return t.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@functools.cache
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def _triton() -> types.SimpleNamespace:
-    """All Triton kernels, defined on first use. Kernels see module globals only, hence the `global` line.
-    UserError if Triton is missing or does not load."""
-    global triton, tl, _capped, _tap, _to_bf16
-    try:
-        import triton
-        import triton.language as tl
-    except ImportError as e:
-        raise UserError(f"the CUDA path needs the package triton ({e}): pip install triton") from None
-
-    # -- head: softcap, logsumexp, loss and gradient of one block of rows; logits are overwritten by their gradient ----
-    @triton.jit
-    def _capped(x, cap, CAP: tl.constexpr):
-        """Capped logit and its derivative by x."""
-        if CAP == 1:  # |p| passes 1 before |u| passes 2, so one mask serves both clamps
-            u = tl.minimum(tl.maximum(x / cap, -2.0), 2.0)
-            u2 = u * u
-            p = u * (1.0 + u2 * (u2 * (1.0 / 15.0) - 1.0 / 3.0))
-            slope = tl.where(tl.abs(p) <= 1.0, 1.0 + u2 * (u2 / 3.0 - 1.0), 0.0)
-            return cap * tl.minimum(tl.maximum(p, -1.0), 1.0), slope
-        elif CAP == 2:
-            th = 2.0 * tl.sigmoid(2.0 * x / cap) - 1.0
-            return cap * th, 1.0 - th * th
-        else:
-            return x, tl.full(x.shape, 1.0, tl.float32)
-
-    @triton.jit
-    def head(logits, bias, targets, nll, lse, n, V, cap, z_loss, inv_temp,
-             CAP: tl.constexpr, BIAS: tl.constexpr, GRAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        live = (row < n)[:, None]
-        base = logits + row.to(tl.int64)[:, None] * V
-        col = tl.arange(0, BLOCK)[None, :]
-        goal = tl.load(targets + row, mask=row < n, other=0).to(tl.int32)[:, None]
-        top = tl.full((ROWS, BLOCK), -1e38, tl.float32)  # running maximum per lane; finite, so that no -inf - -inf
-        total = tl.zeros((ROWS, BLOCK), tl.float32)
-        hit = tl.zeros((ROWS, BLOCK), tl.float32)
-        for v in range(0, V, BLOCK):
-            inside = v + col < V
-            x = tl.load(base + v + col, mask=live & inside, other=0.0).to(tl.float32)
-            if BIAS:
-                x += tl.load(bias + v + col, mask=inside, other=0.0)
-            y, _ = _capped(x, cap, CAP)
-            y = tl.where(inside, y * inv_temp, -float("inf"))
-            peak = tl.maximum(top, y)
-            total = total * tl.exp(top - peak) + tl.exp(y - peak)
-            top = peak
-            hit += tl.where(v + col == goal, y, 0.0)
-        peak = tl.max(top, 1)
-        log_sum = peak + tl.log(tl.sum(total * tl.exp(top - peak[:, None]), 1))
-        tl.store(lse + row, log_sum, mask=row < n)
-        tl.store(nll + row, log_sum - tl.sum(hit, 1), mask=row < n)
-        if GRAD:  # d(nll + z lse^2)/dlogit = p (1 + 2 z lse) - [target], times the softcap's derivative
-            weight = (1.0 + 2.0 * z_loss * log_sum)[:, None]
-            for v in range(0, V, BLOCK):
-                inside = live & (v + col < V)
-                x = tl.load(base + v + col, mask=inside, other=0.0).to(tl.float32)
-                if BIAS:
-                    x += tl.load(bias + v + col, mask=v + col < V, other=0.0)
-                y, slope = _capped(x, cap, CAP)
-                g = (tl.exp(y - log_sum[:, None]) * weight - tl.where(v + col == goal, 1.0, 0.0)) * slope
-                tl.store(base + v + col, g.to(logits.dtype.element_ty), mask=inside)
-
-    # -- causal depthwise convolution and SiLU -------------------------------------------------------------------------
-    @triton.jit
-    def _tap(u, init, s, c, ok, T, C, stride_t, K: tl.constexpr, INIT: tl.constexpr):
-        """Inputs at times s (rows) and channels c: before the row they come from init (K - 1 rows) or are zero."""
-        v = tl.load(u + s * stride_t + c, mask=ok & (s >= 0) & (s < T), other=0.0).to(tl.float32)
-        if INIT:
-            v += tl.load(init + (s + K - 1) * C + c, mask=ok & (s < 0) & (s > -K), other=0.0).to(tl.float32)
-        return v
-
-    @triton.jit
-    def conv_fwd(u, w, bias, init, out, T, C, stride_b, stride_t,
-                 K: tl.constexpr, INIT: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
-        c = (tl.program_id(0) * BC + tl.arange(0, BC))[None, :]
-        t = (tl.program_id(1) * BT + tl.arange(0, BT))[:, None]
-        b = tl.program_id(2).to(tl.int64)
-        ok = c < C
-        u += b * stride_b
-        if INIT:
-            init += b * (K - 1) * C
-        pre = tl.zeros((BT, BC), tl.float32) + tl.load(bias + c, mask=ok, other=0.0).to(tl.float32)
-        for k in tl.static_range(K):
-            tap = _tap(u, init, t + (k - K + 1), c, ok, T, C, stride_t, K, INIT)
-            pre += tap * tl.load(w + c * K + k, mask=ok, other=0.0).to(tl.float32)
-        tl.store(out + b * T * C + t * C + c, (pre * tl.sigmoid(pre)).to(out.dtype.element_ty), mask=ok & (t < T))
-
-    @triton.jit
-    def conv_bwd(u, w, bias, init, dout, du, dinit, part, T, C, stride_b, stride_t,
-                 K: tl.constexpr, INIT: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
-        """du, dinit, and per tile of time the K + 1 sums for weight and bias. The K - 1 rows of d(pre-activation) that
-        follow the tile are recomputed rather than exchanged. With INIT the tiles begin K - 1 rows before the row."""
-        c = (tl.program_id(0) * BC + tl.arange(0, BC))[None, :]
-        t = (tl.program_id(1) * BT + tl.arange(0, BT))[:, None]
-        b = tl.program_id(2).to(tl.int64)
-        ok = c < C
-        u += b * stride_b
-        if INIT:
-            t -= K - 1
-            init += b * (K - 1) * C
-        shift = tl.load(bias + c, mask=ok, other=0.0).to(tl.float32)
-        grad = tl.zeros((BT, BC), tl.float32)
-        part += ((b * tl.num_programs(1) + tl.program_id(1)) * (K + 1)) * C
-        for j in tl.static_range(K):  # j rows later; only j = 0 adds to the weight sums
-            pre = tl.zeros((BT, BC), tl.float32) + shift
-            for k in tl.static_range(K):
-                tap = _tap(u, init, t + (j + k - K + 1), c, ok, T, C, stride_t, K, INIT)
-                pre += tap * tl.load(w + c * K + k, mask=ok, other=0.0).to(tl.float32)
-            gate = tl.sigmoid(pre)
-            d = tl.load(dout + b * T * C + (t + j) * C + c, mask=ok & (t + j >= 0) & (t + j < T), other=0.0)
-            d = d.to(tl.float32) * gate * (1.0 + pre * (1.0 - gate))
-            grad += d * tl.load(w + c * K + (K - 1 - j), mask=ok, other=0.0).to(tl.float32)
-            if j == 0:
-                tl.store(part + K * C + c, tl.sum(d, 0)[None, :], mask=ok)
-                for k in tl.static_range(K):
-                    tap = _tap(u, init, t + (k - K + 1), c, ok, T, C, stride_t, K, INIT)
-                    tl.store(part + k * C + c, tl.sum(d * tap, 0)[None, :], mask=ok)
-        tl.store(du + b * T * C + t * C + c, grad.to(du.dtype.element_ty), mask=ok & (t >= 0) & (t < T))
-        if INIT:
-            tl.store(dinit + b * (K - 1) * C + (t + K - 1) * C + c, grad, mask=ok & (t < 0))
-
-    # -- snap to the storage grid --------------------------------------------------------------------------------------
-    @triton.jit
-    def _to_bf16(x):
-        """fp32 rounded half to even to bf16, still fp32: exact by bits, since the interpreter's cast truncates."""
-        i = x.to(tl.int32, bitcast=True)
-        return ((i + 0x7FFF + ((i >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
-
-    @triton.jit
-    def snap(table, numbers, owner, OUT: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
-        """One program per row. table (tensors, 6): source, target, elements, columns, format, first program."""
-        pid = tl.program_id(0)
-        entry = table + tl.load(owner + pid) * 6
-        src = tl.load(entry).to(tl.pointer_type(tl.float32))
-        dst = tl.load(entry + 1).to(tl.pointer_type(OUT))
-        cols, kind = tl.load(entry + 3), tl.load(entry + 4)
-        start = (pid - tl.load(entry + 5)) * cols
-        size = tl.minimum(cols, tl.load(entry + 2) - start)
-        if EVEN:  # rows of multiples of 8 elements: wide loads and stores
-            src, dst = tl.multiple_of(src, 16), tl.multiple_of(dst, 16)
-            start, size = tl.multiple_of(start, 8), tl.multiple_of(size, 8)
-        param = tl.load(numbers + tl.load(owner + pid))
-        lane = tl.arange(0, BLOCK)
-        bound = param.to(tl.float32)
-        scale = bound * 0.0 + 1.0
-        if kind == 2:  # per-row absmax
-            peak = tl.zeros((BLOCK,), tl.float32)
-            for i in range(0, size, BLOCK):
-                peak = tl.maximum(peak, tl.abs(tl.load(src + start + i + lane, mask=i + lane < size, other=0.0)))
-            scale = _to_bf16(tl.div_rn(tl.maximum(tl.max(peak, 0), 1e-8), bound))
-        if kind == 3:  # k times the root mean square; in fp64, so that the order of the sum cannot show in bf16
-            square = tl.zeros((BLOCK,), tl.float64)
-            for i in range(0, size, BLOCK):
-                w = tl.load(src + start + i + lane, mask=i + lane < size, other=0.0).to(tl.float64)
-                square += w * w
-            scale = _to_bf16(tl.maximum((tl.sqrt(tl.sum(square, 0) / size) * param).to(tl.float32), 1e-8))
-            bound = bound * 0.0 + 127.0
-        for i in range(0, size, BLOCK):
-            w = tl.load(src + start + i + lane, mask=i + lane < size, other=0.0)
-            if kind >= 2:  # adding 1.5 * 2^23 rounds half to even; NaN passes through and stays visible
-                q = tl.clamp(tl.div_rn(w, scale), -bound, bound, propagate_nan=tl.PropagateNan.ALL)
-                value = _to_bf16(((q + 12582912.0) - 12582912.0) * scale)
-            elif kind == 1:  # e4m3fn: 3 mantissa bits, or multiples of 2^-9 below 2^-6
-                v = tl.clamp(w, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
-                b = v.to(tl.int32, bitcast=True)
-                normal = ((b + 0x7FFFF + ((b >> 20) & 1)) & -1048576).to(tl.float32, bitcast=True)
-                small = ((tl.abs(v) + 24576.0) - 24576.0).to(tl.int32, bitcast=True) | (b & -2147483648)  # keeps -0.0
-                value = tl.where(tl.abs(v) < 0.015625, small.to(tl.float32, bitcast=True), normal)
-            else:
-                value = _to_bf16(w)
-            tl.store(dst + start + i + lane, value.to(OUT), mask=i + lane < size)
-
-    # -- SSD: the state of one head stays on chip ----------------------------------------------------------------------
-    # Within a chunk cs_i = sum_{k<=i} dt_k A (times log2 e, for exp2), L_ij = exp(cs_i - cs_j) for i >= j, masked
-    # before exp. Rows past T load as zeros with dt = 0: they change nothing. Strides are constexpr: as run-time values
-    # they cost some thirty registers. States lie as (N, P) in the compute dtype, one per chunk.
-    @triton.jit
-    def ssd_fwd(x, dt, A, B, C, D, init, y, states, final, T, x_b, B_b, C_b, X_T: tl.constexpr, B_T: tl.constexpr,
-                C_T: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
-                INIT: tl.constexpr, SAVE: tl.constexpr, PREC: tl.constexpr):
-        """One program per (head, sequence) walks the chunks. SAVE: keep the state at each chunk's start."""
-        h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-        i, p, n = tl.arange(0, Q), tl.arange(0, P), tl.arange(0, N)
-        typ: tl.constexpr = x.dtype.element_ty
-        x += b * x_b + h * P
-        B += b * B_b
-        C += b * C_b
-        dt += b * T * H + h
-        y += b * T * H * P + h * P
-        chunks = tl.cdiv(T, Q)
-        states += (b * H + h) * chunks * N * P
-        decay, skip = tl.load(A + h) * 1.4426950408889634, tl.load(D + h)
-        at = (b * H + h) * P * N + p[None, :] * N + n[:, None]  # (N, P) view of a (P, N) state
-        state = tl.load(init + at) if INIT else tl.zeros((N, P), tl.float32)
-        for c in range(chunks):
-            ok = c * Q + i < T
-            step = tl.load(dt + c * Q * H + i * H, mask=ok, other=0.0)
-            Cs = tl.load(C + c * Q * C_T + (i[:, None] * C_T + n[None, :]), mask=ok[:, None], other=0.0)
-            Bs = tl.load(B + c * Q * B_T + (i[:, None] * B_T + n[None, :]), mask=ok[:, None], other=0.0)
-            xs = tl.load(x + c * Q * X_T + (i[:, None] * X_T + p[None, :]), mask=ok[:, None], other=0.0)
-            cs, total = tl.cumsum(step * decay, 0), tl.sum(step * decay, 0)
-            now = state.to(typ)
-            if SAVE:
-                tl.store(states + c * N * P + (n[:, None] * P + p[None, :]), now)
-            out = tl.dot(Cs, now, input_precision=PREC) * tl.exp2(cs)[:, None]
-            mix = tl.dot(Cs, tl.trans(Bs), input_precision=PREC) * step[None, :]
-            mix *= tl.exp2(tl.where(i[:, None] >= i[None, :], cs[:, None] - cs[None, :], -float("inf")))
-            out = tl.dot(mix.to(typ), xs, out, input_precision=PREC) + skip * xs
-            tl.store(y + c * Q * H * P + (i[:, None] * H * P + p[None, :]), out.to(typ), mask=ok[:, None])
-            late = (Bs * (tl.exp2(total - cs) * step)[:, None]).to(typ)
-            state = tl.dot(tl.trans(late), xs, state * tl.exp2(total), input_precision=PREC)
-        tl.store(final + at, state)
-
-    @triton.jit
-    def ssd_bwd_x(dy, dt, A, B, C, D, dfinal, dx, dstates, dinit, T, B_b, C_b, B_T: tl.constexpr, C_T: tl.constexpr,
-                  H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, FINAL: tl.constexpr,
-                  INIT: tl.constexpr, PREC: tl.constexpr):
-        """One program per (head, sequence) walks back with the state's gradient on chip: dx, and per chunk the gradient
-        of the state at its end for the second kernel."""
-        h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-        i, p, n = tl.arange(0, Q), tl.arange(0, P), tl.arange(0, N)
-        typ: tl.constexpr = dy.dtype.element_ty
-        B += b * B_b
-        C += b * C_b
-        dt += b * T * H + h
-        dy += b * T * H * P + h * P
-        dx += b * T * H * P + h * P
-        chunks = tl.cdiv(T, Q)
-        dstates += (b * H + h) * chunks * N * P
-        decay, skip = tl.load(A + h) * 1.4426950408889634, tl.load(D + h)
-        at = (b * H + h) * P * N + p[None, :] * N + n[:, None]
-        grad = tl.load(dfinal + at) if FINAL else tl.zeros((N, P), tl.float32)
-        for k in range(chunks):
-            c = chunks - 1 - k
-            ok = c * Q + i < T
-            step = tl.load(dt + c * Q * H + i * H, mask=ok, other=0.0)
-            Cs = tl.load(C + c * Q * C_T + (i[:, None] * C_T + n[None, :]), mask=ok[:, None], other=0.0)
-            Bs = tl.load(B + c * Q * B_T + (i[:, None] * B_T + n[None, :]), mask=ok[:, None], other=0.0)
-            g = tl.load(dy + c * Q * H * P + (i[:, None] * H * P + p[None, :]), mask=ok[:, None], other=0.0)
-            cs, total = tl.cumsum(step * decay, 0), tl.sum(step * decay, 0)
-            now = grad.to(typ)
-            tl.store(dstates + c * N * P + (n[:, None] * P + p[None, :]), now)
-            out = tl.dot(Bs, now, input_precision=PREC) * tl.exp2(total - cs)[:, None]
-            mix = tl.dot(Bs, tl.trans(Cs), input_precision=PREC)  # (j, i): x_j reaches y_i
-            mix *= tl.exp2(tl.where(i[:, None] <= i[None, :], cs[None, :] - cs[:, None], -float("inf")))
-            out = tl.dot(mix.to(typ), g, out, input_precision=PREC) * step[:, None] + skip * g
-            tl.store(dx + c * Q * H * P + (i[:, None] * H * P + p[None, :]), out.to(typ), mask=ok[:, None])
-            early = (Cs * tl.exp2(cs)[:, None]).to(typ)
-            grad = tl.dot(tl.trans(early), g, grad * tl.exp2(total), input_precision=PREC)
-        if INIT:
-            tl.store(dinit + at, grad)
-
-    @triton.jit
-    def ssd_bwd_bc(x, dy, dt, A, B, C, states, dstates, ddt, dB, dC, part, T, x_b, B_b, C_b,
-                   X_T: tl.constexpr, B_T: tl.constexpr, C_T: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
-                   N: tl.constexpr, Q: tl.constexpr, PREC: tl.constexpr):
-        """One program per (chunk, sequence); dB and dC add up over the heads in registers. The first loop is what stays
-        inside the chunk: as B and C serve all heads, d(C B^T) is summed first and multiplied once. The second is what
-        passes through the states; it meets x and dy again in L2. The decay's gradient is the reverse sum of
-        C_i.dC_i - B_i.dB_i, with the terms that cancel (those through the chunk's end) left out, not subtracted."""
-        c, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-        i, p, n = tl.arange(0, Q), tl.arange(0, P), tl.arange(0, N)
-        typ: tl.constexpr = x.dtype.element_ty
-        chunks = tl.num_programs(0)
-        ok = c * Q + i < T
-        Bs = tl.load(B + b * B_b + c * Q * B_T + (i[:, None] * B_T + n[None, :]), mask=ok[:, None], other=0.0)
-        Cs = tl.load(C + b * C_b + c * Q * C_T + (i[:, None] * C_T + n[None, :]), mask=ok[:, None], other=0.0)
-        x += b * x_b + c * Q * X_T
-        dy += (b * T + c * Q) * H * P
-        dt += (b * T + c * Q) * H
-        ddt += (b * T + c * Q) * H
-        part += (b * chunks + c) * 3 * H
-        states += (b * H * chunks + c) * N * P
-        dstates += (b * H * chunks + c) * N * P
-        gain = tl.dot(Cs, tl.trans(Bs), input_precision=PREC)
-        acc = tl.zeros((Q, Q), tl.float32)
-        for h in range(H):
-            xs = tl.load(x + h * P + (i[:, None] * X_T + p[None, :]), mask=ok[:, None], other=0.0)
-            g = tl.load(dy + h * P + (i[:, None] * H * P + p[None, :]), mask=ok[:, None], other=0.0)
-            step, rate = tl.load(dt + h + i * H, mask=ok, other=0.0), tl.load(A + h)
-            cs = tl.cumsum(step * rate * 1.4426950408889634, 0)
-            share = tl.dot(g, tl.trans(xs), input_precision=PREC)  # dy_i . x_j
-            share *= tl.exp2(tl.where(i[:, None] >= i[None, :], cs[:, None] - cs[None, :], -float("inf")))
-            tl.store(part + 2 * H + h, tl.sum(tl.sum(tl.where(i[:, None] == i[None, :], share, 0.0), 1), 0))  # dD
-            column = tl.sum(share * gain, 0)  # by j, without dt_j
-            share *= step[None, :]
-            acc += share
-            da = tl.cumsum(tl.sum(share * gain, 1) - column * step, 0, reverse=True)
-            tl.store(ddt + h + i * H, rate * da + column, mask=ok)
-            tl.store(part + h, tl.sum(step * da, 0))
-        accC = tl.dot(acc.to(typ), Bs, input_precision=PREC)
-        accB = tl.dot(tl.trans(acc.to(typ)), Cs, input_precision=PREC)
-        tl.debug_barrier()  # ddt is read back below, perhaps by other threads
-        for h in range(H):
-            xs = tl.load(x + h * P + (i[:, None] * X_T + p[None, :]), mask=ok[:, None], other=0.0)
-            g = tl.load(dy + h * P + (i[:, None] * H * P + p[None, :]), mask=ok[:, None], other=0.0)
-            S = tl.load(states + h * chunks * N * P + (n[:, None] * P + p[None, :]))
-            dS = tl.load(dstates + h * chunks * N * P + (n[:, None] * P + p[None, :]))
-            step, rate = tl.load(dt + h + i * H, mask=ok, other=0.0), tl.load(A + h)
-            cs, total = tl.cumsum(step * rate * 1.4426950408889634, 0), tl.sum(step * rate * 1.4426950408889634, 0)
-            through = tl.exp2(total) * tl.sum(tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1), 0)
-            out = tl.dot(g, tl.trans(S), input_precision=PREC) * tl.exp2(cs)[:, None]
-            accC += out
-            q = tl.sum(out * Cs, 1)
-            out = tl.dot(xs, tl.trans(dS), input_precision=PREC) * tl.exp2(total - cs)[:, None]
-            r = tl.sum(out * Bs, 1)
-            accB += out * step[:, None]
-            da = tl.cumsum(q, 0, reverse=True) + tl.cumsum(r * step, 0) - r * step + through
-            tl.store(ddt + h + i * H, tl.load(ddt + h + i * H, mask=ok, other=0.0) + rate * da + r, mask=ok)
-            tl.store(part + H + h, tl.sum(step * da, 0))
-        tl.store(dB + (b * T + c * Q) * N + (i[:, None] * N + n[None, :]), accB.to(typ), mask=ok[:, None])
-        tl.store(dC + (b * T + c * Q) * N + (i[:, None] * N + n[None, :]), accC.to(typ), mask=ok[:, None])
-
-    return types.SimpleNamespace(**{k: v for k, v in locals().items() if hasattr(v, "run") and hasattr(v, "arg_names")})
-
-
-# -- head --------------------------------------------------------------------------------------------------------------
-def softcap_code(softcap: float, softcap_type: str) -> int:
-    return {"poly": POLY, "tanh": TANH}[softcap_type] if softcap else 0
-
-
-def _head_chunk_torch(logits, bias, targets, nll, lse, softcap, cap, z_loss, inv_temp, grad):
-    """PyTorch form of the kernel `head`: fills nll and lse; with grad overwrites logits (m, V) by their gradient.
-
-    Every pass over the chunk costs, so all are in place, and the ends of the poly cap are seen to only where logits
-    reach them (at 1.69 caps)."""
-    x, slope, one = logits.float(), None, torch.ones((), device=logits.device)
-    if bias is not None:
-        x.add_(bias)
-    if cap == POLY:
-        u = x.mul_(1 / softcap)
-        low, high = torch.aminmax(u)
-        steep = not max(-float(low), float(high)) < 1.69  # NaN counts as steep
-        if steep:
-            u.clamp_(-2, 2)
+@jit
+def capped_logits(base, bias, col, live, V, cap, CAP: tl.constexpr):
+    """Logits of columns col after bias and soft_cap, and the cap's derivative."""
+    x = tl.load(base + col, mask=live & (col < V), other=0.0).to(tl.float32)
+    x += tl.load(bias + col, mask=col < V, other=0.0)
+    if CAP == "poly":  # |p| passes 1 before |u| passes 2: one mask serves both clamps
+        u = tl.minimum(tl.maximum(x / cap, -2.0), 2.0)
         u2 = u * u
-        p = torch.add(one / -3, u2, alpha=1 / 15)
-        p = torch.addcmul(one, u2, p, out=p).mul_(u)          # u (1 - u^2/3 + u^4/15)
-        if grad:
-            slope = torch.add(-one, u2, alpha=1 / 3)
-            slope = torch.addcmul(one, u2, slope, out=slope)  # its derivative, 1 - u^2 + u^4/3
-            if steep:
-                slope.mul_(p.abs() <= 1)
-        x = (p.clamp_(-1, 1) if steep else p).mul_(softcap * inv_temp)
-    elif cap == TANH:
-        th = x.mul_(1 / softcap).tanh_()
-        slope = torch.addcmul(one, th, th, value=-1) if grad else None
-        x = th.mul_(softcap * inv_temp)
-    elif inv_temp != 1:
-        x.mul_(inv_temp)
-    picked = x.gather(1, targets[:, None])
-    bounded = cap and softcap * inv_temp <= 60  # exp and its sum then stay finite without subtracting the maximum
-    top = None if bounded else x.amax(1, keepdim=True)
-    e = (x if bounded else x.sub_(top)).exp_()
-    total = e.sum(1, keepdim=True)
-    row = total.log() if bounded else total.log() + top
-    lse.copy_(row.squeeze(1))
-    torch.sub(lse, picked.squeeze(1), out=nll)
-    if grad:
-        e.mul_((1 + 2 * z_loss * row) / total)
-        e.scatter_add_(1, targets[:, None], e.new_full((1, 1), -1.0).expand(len(e), 1))
-        e = e if slope is None else e.mul_(slope)
-        if e is not logits:
-            logits.copy_(e)
+        p = u * (1.0 + u2 * (u2 * (1.0 / 15.0) - 1.0 / 3.0))
+        slope = tl.where(tl.abs(p) <= 1.0, 1.0 + u2 * (u2 / 3.0 - 1.0), 0.0)
+        return cap * tl.minimum(tl.maximum(p, -1.0), 1.0), slope
+    elif CAP == "tanh":
+        th = 2.0 * tl.sigmoid(2.0 * x / cap) - 1.0
+        return cap * th, 1.0 - th * th
+    else:
+        return x, tl.full(x.shape, 1.0, tl.float32)
 
 
-def _head_chunk(logits, bias, targets, nll, lse, softcap, cap, z_loss, inv_temp, grad):
-    """One chunk of tokens, form chosen by device. logits (m, V) contiguous compute dtype; nll, lse (m,) fp32 views."""
-    if not runs_triton(logits):
-        return _head_chunk_torch(logits, bias, targets, nll, lse, softcap, cap, z_loss, inv_temp, grad)
-    k = _triton()
+@jit
+def head(logits, bias, targets, nll, lse, n, V, cap, z_loss,
+         CAP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """nll and logsumexp of ROWS rows of logits (n, V); their gradient overwrites the logits."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = (row < n)[:, None]
+    base = logits + row.to(tl.int64)[:, None] * V
+    lane = tl.arange(0, BLOCK)[None, :]
+    target = tl.load(targets + row, mask=row < n, other=0).to(tl.int32)[:, None]
+    top = tl.full((ROWS, BLOCK), -1e38, tl.float32)  # finite: -inf - -inf is NaN
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    picked = tl.zeros((ROWS, BLOCK), tl.float32)
+    for v in range(0, V, BLOCK):
+        col = v + lane
+        y, _ = capped_logits(base, bias, col, live, V, cap, CAP)
+        y = tl.where(col < V, y, -float("inf"))
+        peak = tl.maximum(top, y)
+        total = total * tl.exp(top - peak) + tl.exp(y - peak)
+        top = peak
+        picked += tl.where(col == target, y, 0.0)
+    peak = tl.max(top, 1)
+    log_sum = peak + tl.log(tl.sum(total * tl.exp(top - peak[:, None]), 1))
+    tl.store(lse + row, log_sum, mask=row < n)
+    tl.store(nll + row, log_sum - tl.sum(picked, 1), mask=row < n)
+    # d(nll + z lse^2) / dlogit = softmax (1 + 2 z lse) - [target], times the cap's derivative
+    weight = (1.0 + 2.0 * z_loss * log_sum)[:, None]
+    for v in range(0, V, BLOCK):
+        col = v + lane
+        y, slope = capped_logits(base, bias, col, live, V, cap, CAP)
+        grad = tl.exp(y - log_sum[:, None]) * weight - tl.where(col == target, 1.0, 0.0)
+        tl.store(base + col, (grad * slope).to(logits.dtype.element_ty), mask=live & (col < V))
+
+
+def _head_chunk(logits, bias, targets, nll, lse, softcap, kind, z_loss):
+    """Launches `head` for one chunk of tokens, or does the same in PyTorch."""
+    if not runs_triton(logits.device):
+        return _head_chunk_torch(logits, bias, targets, nll, lse, softcap, kind, z_loss)
     n, V = logits.shape
     block = min(triton.next_power_of_2(V), 4096)
     rows = max(1, 2048 // block)
-    k.head[(triton.cdiv(n, rows),)](logits, bias, targets, nll, lse, n, V, softcap, z_loss, inv_temp, CAP=cap,
-                                    BIAS=bias is not None, GRAD=grad, ROWS=rows, BLOCK=block, num_warps=8)
+    head[(triton.cdiv(n, rows),)](
+        logits, bias, targets, nll, lse, n, V, softcap, z_loss,
+        CAP=kind, ROWS=rows, BLOCK=block, num_warps=8)
 
 
-def _head_rows(n: int, V: int, cuda: bool) -> int:
-    """Tokens per chunk: 64 MiB of bf16 logits on a GPU (4096 tokens at V = 8192), 2 MiB of fp32 in a CPU's cache."""
-    return min(n, max(256, (1 << 25) // V) if cuda else max(64, (1 << 19) // V))
+def _head_chunk_torch(logits, bias, targets, nll, lse, softcap, kind, z_loss):
+    """In place: on a CPU each pass over the chunk costs."""
+    x, slope, one = logits.float().add_(bias), None, torch.ones((), device=logits.device)
+    if kind == "poly":
+        u = x.mul_(1 / softcap)
+        low, high = torch.aminmax(u)
+        # Clamp only if some logit passes 1.69 caps, where the polynomial saturates, or is NaN.
+        saturates = not max(-float(low), float(high)) < 1.69
+        if saturates:
+            u.clamp_(-2, 2)
+        u2 = u * u
+        p = torch.add(one / -3, u2, alpha=1 / 15)
+        p = torch.addcmul(one, u2, p, out=p).mul_(u)
+        slope = torch.add(-one, u2, alpha=1 / 3)
+        slope = torch.addcmul(one, u2, slope, out=slope)  # 1 - u^2 + u^4/3
+        if saturates:
+            slope.mul_(p.abs() <= 1)
+            p.clamp_(-1, 1)
+        x = p.mul_(softcap)
+    elif kind == "tanh":
+        th = x.mul_(1 / softcap).tanh_()
+        slope = torch.addcmul(one, th, th, value=-1)
+        x = th.mul_(softcap)
+    picked = x.gather(1, targets[:, None]).squeeze(1)
+    bounded = kind and softcap <= 60  # exp is finite without subtracting the maximum
+    top = None if bounded else x.amax(1, keepdim=True)
+    e = (x if bounded else x.sub_(top)).exp_()
+    total = e.sum(1, keepdim=True)
+    log_sum = total.log() if bounded else total.log() + top
+    lse.copy_(log_sum.squeeze(1))
+    torch.sub(lse, picked, out=nll)
+    e.mul_((1 + 2 * z_loss * log_sum) / total)
+    e.scatter_add_(1, targets[:, None], e.new_full((1, 1), -1.0).expand(len(e), 1))
+    logits.copy_(e if slope is None else e.mul_(slope))
 
 
-def _mm_fp32(a, b):
-    """a @ b with fp32 result: the GEMM's own accumulator on CUDA, not a rounded one."""
-    if a.dtype == torch.float32:
-        return a @ b
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
+def _head_outputs(h, weight, bias, *_):
+    """Loss, mean nll, and n times the gradients of h, weight and bias."""
+    f32 = functools.partial(h.new_empty, dtype=torch.float32)
+    return f32(()), f32(()), h.new_empty(h.shape), f32(weight.shape), f32(len(weight))
 
 
-@torch.library.custom_op("jepa::head_train", mutates_args=(), schema=(
-    "(Tensor h, Tensor weight, Tensor? bias, Tensor targets, float softcap, int cap, float z_loss, int rows)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"))
-def _head_train(h, weight, bias, targets, softcap, cap, z_loss, rows):
-    """loss, mean nll and n times the gradients of h, weight, bias (fp32 but for h). The division by n waits for the
-    backward pass: the small numbers then meet fp32, never the compute dtype."""
-    (n, E), V = h.shape, weight.shape[0]
-    h, w, b = h.contiguous(), weight.to(h.dtype).contiguous(), None if bias is None else bias.float()
+def _launch_head(loss, mean, dh, dw, db, h, weight, bias, targets, softcap, kind, z_loss, rows):
+    """Gradients are divided by n in the backward pass, in fp32: bf16 never holds tiny values."""
+    n, V = len(h), len(weight)
+    h, w = h.contiguous(), weight.to(h.dtype).contiguous()
+    bias = torch.zeros(V, device=h.device) if bias is None else bias.float()
     nll, lse = torch.empty(2, n, device=h.device).unbind(0)
-    dh, dw = torch.empty_like(h), torch.zeros(V, E, device=h.device)
-    db = torch.zeros(V if bias is not None else 0, device=h.device)
-    rows = rows or _head_rows(n, V, h.is_cuda)
-    buffer = h.new_empty(min(rows, n), V)
+    # 64 MiB of bf16 logits on a GPU, 2 MiB of fp32 in a CPU's cache
+    rows = min(n, rows or (max(256, (1 << 25) // V) if h.is_cuda else max(64, (1 << 19) // V)))
+    dw.zero_()
+    db.zero_()
+    buffer = h.new_empty(rows, V)
     for i in range(0, n, rows):
         part = slice(i, min(n, i + rows))
-        logits = torch.mm(h[part], w.T, out=buffer[:part.stop - i])  # (m, V)
-        _head_chunk(logits, b, targets[part], nll[part], lse[part], softcap, cap, z_loss, 1.0, True)
+        logits = torch.mm(h[part], w.T, out=buffer[:part.stop - i])
+        _head_chunk(logits, bias, targets[part], nll[part], lse[part], softcap, kind, z_loss)
         torch.mm(logits, w, out=dh[part])
         dw += _mm_fp32(logits.T, h[part])
-        if bias is not None:
-            db += logits.sum(0, dtype=torch.float32)
+        db += logits.sum(0, dtype=torch.float32)
     mean = nll.mean()
     return mean + z_loss * lse.square().mean(), mean, dh, dw, db
 
 
-@_head_train.register_fake
-def _(h, weight, bias, targets, softcap, cap, z_loss, rows):
-    f32 = functools.partial(h.new_empty, dtype=torch.float32)
-    return (f32(()), f32(()), torch.empty_like(h, memory_format=torch.contiguous_format), f32(weight.shape),
-            f32((weight.shape[0] if bias is not None else 0,)))
+def _mm_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32: on CUDA the GEMM's own accumulator, not rounded to bf16."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
 
 
-def _head_train_setup(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    h, weight, bias = inputs[:3]
-    ctx.n, ctx.weight_dtype, ctx.bias_dtype = h.shape[0], weight.dtype, None if bias is None else bias.dtype
-    ctx.save_for_backward(*output[2:])
+def _head_backward(grad, _, h, weight, bias, dh, dw, db, *options):
+    scale = grad.float() / len(h)
+    return dh.float() * scale, dw * scale, db * scale
 
 
-def _head_train_backward(ctx, grad, *_):
-    if grad is None:
-        return (None,) * 8
-    dh, dw, db = ctx.saved_tensors
-    scale = grad.float() / ctx.n
-    return ((dh.float() * scale).to(dh.dtype), (dw * scale).to(ctx.weight_dtype),
-            None if ctx.bias_dtype is None else (db * scale).to(ctx.bias_dtype), *(None,) * 5)
+_head_train = custom_op(
+    "head_train", "(Tensor h, Tensor weight, Tensor? bias, Tensor targets, float softcap, str kind,"
+    " float z_loss, int rows) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _head_outputs, _launch_head, _head_backward, count=3, grads=2)
 
 
-_head_train.register_autograd(_head_train_backward, setup_context=_head_train_setup)
+def token_loss_fused(h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *,
+                     softcap: float = 0.0, softcap_type: str = "poly", z_loss: float = 0.0,
+                     rows: int = 0) -> tuple[Tensor, Tensor]:
+    """Mean of nll + z_loss logsumexp^2, and mean nll for the log, without gradient; fp32.
 
-
-def token_loss_fused(h, weight, bias, targets, *, softcap=0.0, softcap_type="poly", z_loss=0.0, rows=0):
-    """Training loss of the head in token chunks; no (n, V) tensor exists, peak extra memory is one chunk of logits.
-
-    h (n, E) compute dtype; weight (V, E) any float dtype, used in h's, its gradient summed in fp32; bias (V,) or None;
-    targets (n,) int64 in [0, V). Returns (loss, nll): scalar fp32 mean(nll) + z_loss * mean(lse^2), and mean(nll)
-    without gradient, for the log. rows: tokens per chunk, 0 = by vocabulary. Forward computes the gradients as well
-    (once, where the logits are at hand); backward scales them by the upstream gradient."""
-    loss, nll = _head_train(h, weight, bias, targets, softcap, softcap_code(softcap, softcap_type), z_loss, rows)[:2]
+    h (n,E); weight (V,E), cast to h's dtype, its gradient summed in fp32; bias (V,) or None;
+    targets (n,) int64. Goes through `rows` tokens at a time (0: by vocabulary) and computes
+    gradients on the way: no (n,V) tensor exists."""
+    kind = softcap_type if softcap else ""
+    loss, nll = _head_train(h, weight, bias, targets, softcap, kind, z_loss, rows)[:2]
     return loss, nll.detach()
 
 
-# -- causal convolution ------------------------------------------------------------------------------------------------
-def conv_tail(u, K, initial):
-    """Last K - 1 inputs (B, K-1, C), reaching into `initial` (or zeros) where the row is shorter."""
-    if u.shape[1] >= K - 1:
-        return u[:, u.shape[1] - (K - 1):]
-    before = u.new_zeros(u.shape[0], K - 1, u.shape[2]) if initial is None else initial.to(u.dtype)
-    return torch.cat((before, u), 1)[:, -(K - 1):] if K > 1 else u[:, :0]
+# -- causal convolution --------------------------------------------------------
+
+@jit
+def conv_input(u, init, t, c, ok, T, C, row, K: tl.constexpr, INIT: tl.constexpr):
+    """Inputs at times t and channels c; before time 0 those of init (K-1 rows), else zeros."""
+    v = tl.load(u + t * row + c, mask=ok & (t >= 0) & (t < T), other=0.0).to(tl.float32)
+    if INIT:
+        earlier = ok & (t < 0) & (t > -K)
+        v += tl.load(init + (t + K - 1) * C + c, mask=earlier, other=0.0).to(tl.float32)
+    return v
 
 
-def _conv_grid(u, BT, BC, extra=0):
-    return triton.cdiv(u.shape[2], BC), triton.cdiv(u.shape[1] + extra, BT), u.shape[0]
+@jit
+def conv_sum(u, w, bias, init, t, j, c, ok, T, C, row, K: tl.constexpr, INIT: tl.constexpr):
+    """The convolution at times t + j, before SiLU."""
+    total = tl.zeros((t.shape[0], c.shape[1]), tl.float32)
+    total += tl.load(bias + c, mask=ok, other=0.0).to(tl.float32)
+    for k in tl.static_range(K):
+        v = conv_input(u, init, t + (j + k - K + 1), c, ok, T, C, row, K, INIT)
+        total += v * tl.load(w + c * K + k, mask=ok, other=0.0).to(tl.float32)
+    return total
 
 
-def _conv_args(u, weight, bias, initial):
-    return (u if u.stride(-1) == 1 else u.contiguous(), weight.contiguous(), bias.contiguous(),
-            None if initial is None else initial.contiguous())
+@jit
+def conv_fwd(u, w, bias, init, out, T, C, batch, row,
+             K: tl.constexpr, INIT: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+    c = (tl.program_id(0) * BC + tl.arange(0, BC))[None, :]
+    t = (tl.program_id(1) * BT + tl.arange(0, BT))[:, None]
+    b, ok = tl.program_id(2).to(tl.int64), c < C
+    if INIT:
+        init += b * (K - 1) * C
+    x = conv_sum(u + b * batch, w, bias, init, t, 0, c, ok, T, C, row, K, INIT)
+    y = (x * tl.sigmoid(x)).to(out.dtype.element_ty)
+    tl.store(out + b * T * C + t * C + c, y, mask=ok & (t < T))
 
 
-@torch.library.custom_op("jepa::conv_silu", mutates_args=(), schema=(
-    "(Tensor u, Tensor weight, Tensor bias, Tensor? initial) -> Tensor"))
-def _conv_silu(u, weight, bias, initial):
-    k, (B, T, C), K = _triton(), u.shape, weight.shape[-1]
-    u, weight, bias, initial = _conv_args(u, weight, bias, initial)
-    out = u.new_empty(B, T, C)
-    BT, BC = 32, 128
-    k.conv_fwd[_conv_grid(u, BT, BC)](u, weight, bias, initial, out, T, C, u.stride(0), u.stride(1), K=K,
-                                      INIT=initial is not None, BT=BT, BC=BC, num_warps=4)
-    return out
+@jit
+def conv_bwd(u, w, bias, init, dout, du, dinit, part, T, C, batch, row,
+             K: tl.constexpr, INIT: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+    """du, dinit and, per tile of time, the K + 1 sums for weight and bias.
+
+    What follows the tile is recomputed, not exchanged. With INIT, tiles begin K-1 rows early."""
+    c = (tl.program_id(0) * BC + tl.arange(0, BC))[None, :]
+    t = (tl.program_id(1) * BT + tl.arange(0, BT))[:, None]
+    b, ok = tl.program_id(2).to(tl.int64), c < C
+    u += b * batch
+    dout += b * T * C
+    if INIT:
+        t -= K - 1
+        init += b * (K - 1) * C
+    part += (b * tl.num_programs(1) + tl.program_id(1)) * (K + 1) * C
+    grad = tl.zeros((BT, BC), tl.float32)
+    for j in tl.static_range(K):  # rows t + j; j = 0 adds to the sums
+        x = conv_sum(u, w, bias, init, t, j, c, ok, T, C, row, K, INIT)
+        gate = tl.sigmoid(x)
+        d = tl.load(dout + (t + j) * C + c, mask=ok & (t + j >= 0) & (t + j < T), other=0.0)
+        d = d.to(tl.float32) * gate * (1.0 + x * (1.0 - gate))
+        grad += d * tl.load(w + c * K + (K - 1 - j), mask=ok, other=0.0).to(tl.float32)
+        if j == 0:
+            tl.store(part + K * C + c, tl.sum(d, 0)[None, :], mask=ok)
+            for k in tl.static_range(K):
+                v = conv_input(u, init, t + (k - K + 1), c, ok, T, C, row, K, INIT)
+                tl.store(part + k * C + c, tl.sum(d * v, 0)[None, :], mask=ok)
+    du += b * T * C + t * C + c
+    tl.store(du, grad.to(du.dtype.element_ty), mask=ok & (t >= 0) & (t < T))
+    if INIT:
+        dinit += b * (K - 1) * C + (t + K - 1) * C + c
+        tl.store(dinit, grad.to(dinit.dtype.element_ty), mask=ok & (t < 0))
 
 
-@torch.library.custom_op("jepa::conv_silu_backward", mutates_args=(), schema=(
-    "(Tensor dout, Tensor u, Tensor weight, Tensor bias, Tensor? initial) -> (Tensor, Tensor, Tensor, Tensor)"))
-def _conv_silu_bwd(dout, u, weight, bias, initial):
-    k, (B, T, C), K = _triton(), u.shape, weight.shape[-1]
-    u, weight, bias, initial = _conv_args(u, weight, bias, initial)
-    du, dinit = u.new_empty(B, T, C), u.new_empty(initial.shape if initial is not None else 0, dtype=torch.float32)
-    BT, BC = 16, 128
-    grid = _conv_grid(u, BT, BC, 0 if initial is None else K - 1)
-    part = torch.empty(B * grid[1], K + 1, C, device=u.device)
-    k.conv_bwd[grid](u, weight, bias, initial, dout.contiguous(), du, dinit, part, T, C, u.stride(0), u.stride(1), K=K,
-                     INIT=initial is not None, BT=BT, BC=BC, num_warps=4)
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def _launch_conv(out, u, weight, bias, initial):
+    (B, T, C), K = u.shape, weight.size(-1)
+    u = u if u.stride(-1) == 1 else u.contiguous()
+    conv_fwd[triton.cdiv(C, 128), triton.cdiv(T, 32), B](
+        u, *_contiguous(weight, bias, initial), out, T, C, u.stride(0), u.stride(1),
+        K=K, INIT=initial is not None, BT=32, BC=128, num_warps=4)
+
+
+def _launch_conv_backward(du, dw, db, dinit, dout, u, weight, bias, initial):
+    (B, T, C), K = u.shape, weight.size(-1)
+    u = u if u.stride(-1) == 1 else u.contiguous()
+    tiles = triton.cdiv(T + (0 if initial is None else K - 1), 16)
+    part = torch.empty(B * tiles, K + 1, C, device=u.device)
+    conv_bwd[triton.cdiv(C, 128), tiles, B](
+        u, *_contiguous(weight, bias, initial, dout), du, dinit, part, T, C, u.stride(0),
+        u.stride(1), K=K, INIT=initial is not None, BT=16, BC=128, num_warps=4)
     part = part.sum(0)
-    dw = part[:K].T.contiguous().view(weight.shape)  # the fake promises dense strides, and Inductor asserts them
-    return du, dw.to(weight.dtype), part[K].to(bias.dtype, copy=True), dinit
+    dw.copy_(part[:K].T.unsqueeze(1))
+    db.copy_(part[K])
 
 
-@_conv_silu.register_fake
-def _(u, weight, bias, initial):
-    return u.new_empty(u.shape)
+def _conv_grads(dout, u, weight, bias, initial):
+    inputs = u, weight, bias, u[:0] if initial is None else initial
+    return tuple(t.new_empty(t.shape) for t in inputs)
 
 
-@_conv_silu_bwd.register_fake
-def _(dout, u, weight, bias, initial):
-    return (u.new_empty(u.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape),
-            u.new_empty(initial.shape if initial is not None else 0, dtype=torch.float32))
+CONV = "Tensor u, Tensor weight, Tensor bias, Tensor? initial"
+_conv_silu_backward = custom_op(
+    "conv_silu_backward", f"(Tensor dout, {CONV}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _conv_grads, _launch_conv_backward)
+_conv_silu = custom_op("conv_silu", f"({CONV}) -> Tensor", lambda u, *_: (u.new_empty(u.shape),),
+                       _launch_conv, _conv_silu_backward, count=4)
 
 
-def _conv_silu_autograd(ctx, dout):
-    u, weight, bias, initial = ctx.saved_tensors
-    du, dw, db, dinit = _conv_silu_bwd(dout, u, weight, bias, initial)
-    return du, dw, db, None if initial is None else dinit.to(initial.dtype)
+def causal_conv_silu_triton(u: Tensor, weight: Tensor, bias: Tensor, *,
+                            initial: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """causal_conv_silu by kernels; u may be a slice of a wider tensor (last stride 1)."""
+    reach, tail = weight.size(-1) - 1, u
+    if u.size(1) < reach:
+        before = u.new_zeros(len(u), reach, u.size(2)) if initial is None else initial
+        tail = torch.cat((before.to(u.dtype), u), 1)
+    return _conv_silu(u, weight, bias, initial), tail[:, tail.size(1) - reach:]
 
 
-_conv_silu.register_autograd(_conv_silu_autograd,
-                             setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+# -- rounding to the storage grid ----------------------------------------------
+FORMATS = {"bf16": 0, "fp8": 1, "int": 2, "sigma": 3}  # `kind` of the kernel
 
 
-def causal_conv_silu_triton(u, weight, bias, *, initial=None):
-    """Twin of causal_conv_silu in two kernels. u (B, T, C) may be a slice of a wider tensor (last stride 1)."""
-    return _conv_silu(u, weight, bias, initial), conv_tail(u, weight.shape[-1], initial)
+@jit
+def round_bf16(x):
+    """fp32 rounded half to even to bf16, still fp32. By bits: the interpreter's cast truncates."""
+    i = x.to(tl.int32, bitcast=True)
+    return ((i + 0x7FFF + ((i >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
 
 
-# -- SSD by mamba-ssm --------------------------------------------------------------------------------------------------
-@functools.cache
-def _mamba_ssm():
-    """mamba-ssm's SSD forward and backward launchers. UserError if the package is missing or is not what we know.
+@jit
+def round_fp8(x):
+    """fp32 rounded to e4m3fn, still fp32: 3 mantissa bits, or multiples of 2^-9 below 2^-6."""
+    v = tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    i = v.to(tl.int32, bitcast=True)
+    normal = ((i + 0x7FFFF + ((i >> 20) & 1)) & -1048576).to(tl.float32, bitcast=True)
+    small = ((tl.abs(v) + 24576.0) - 24576.0).to(tl.int32, bitcast=True)
+    small = (small | (i & -2147483648)).to(tl.float32, bitcast=True)  # keeps -0.0
+    return tl.where(tl.abs(v) < 0.015625, small, normal)
 
-    Its __init__ imports a CUDA extension that a pure-Python build lacks; a bare parent package steps around it."""
+
+@jit
+def snap_rows(table, numbers, owner, OUT: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+    """One row per program, of tensor owner[program]. Per tensor, numbers has its parameter and
+    table (tensors, 6) source, target, elements, columns, format and first program."""
+    program = tl.program_id(0)
+    tensor = tl.load(owner + program)
+    entry, param, lane = table + tensor * 6, tl.load(numbers + tensor), tl.arange(0, BLOCK)
+    source = tl.load(entry).to(tl.pointer_type(tl.float32))
+    target = tl.load(entry + 1).to(tl.pointer_type(OUT))
+    columns, kind = tl.load(entry + 3), tl.load(entry + 4)
+    start = (program - tl.load(entry + 5)) * columns
+    size = tl.minimum(columns, tl.load(entry + 2) - start)
+    if EVEN:  # rows of multiples of 8 elements: wide loads and stores
+        source, target = tl.multiple_of(source, 16), tl.multiple_of(target, 16)
+        start, size = tl.multiple_of(start, 8), tl.multiple_of(size, 8)
+    bound = param.to(tl.float32)
+    scale = bound * 0.0 + 1.0
+    if kind >= 2:  # the sum is in fp64, so that its order cannot show in bf16
+        peak, square = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float64)
+        for i in range(0, size, BLOCK):
+            w = tl.load(source + start + i + lane, mask=i + lane < size, other=0.0)
+            peak = tl.maximum(peak, tl.abs(w))
+            square += w.to(tl.float64) * w.to(tl.float64)
+        by_peak = tl.div_rn(tl.maximum(tl.max(peak, 0), 1e-8), bound)
+        by_rms = tl.maximum((tl.sqrt(tl.sum(square, 0) / size) * param).to(tl.float32), 1e-8)
+        scale = round_bf16(tl.where(kind == 2, by_peak, by_rms))
+        bound = tl.where(kind == 2, bound, 127.0)
+    for i in range(0, size, BLOCK):
+        w = tl.load(source + start + i + lane, mask=i + lane < size, other=0.0)
+        if kind >= 2:  # adding 1.5 * 2^23 rounds half to even; NaN passes through
+            q = tl.clamp(tl.div_rn(w, scale), -bound, bound, propagate_nan=tl.PropagateNan.ALL)
+            value = round_bf16(((q + 12582912.0) - 12582912.0) * scale)
+        elif kind == 1:
+            value = round_fp8(w)
+        else:
+            value = round_bf16(w)
+        tl.store(target + start + i + lane, value.to(OUT), mask=i + lane < size)
+
+
+class FusedSnap:
+    """Rounds many fp32 masters to their grids, into compute-dtype tensors, in one launch.
+
+    items: (master, target, format, parameter); contiguous tensors of equal shape, targets of one
+    dtype, format of FORMATS, parameter the bound 2^(n-1) - 1 (int) or the step in standard
+    deviations (sigma). Their addresses are kept: update them in place. Bit-equal to `snap`."""
+
+    def __init__(self, items: list[tuple[Tensor, Tensor, str, float]]):
+        self.dtype, rows = items[0][1].dtype, []
+        for master, target, kind, _ in items:
+            assert master.is_contiguous() and target.is_contiguous()
+            assert master.shape == target.shape and master.dtype == torch.float32
+            size = master.numel()  # a vector is one row; bf16 and fp8 take rows of 1024
+            columns = size // len(master) if master.dim() > 1 else size
+            columns = 1024 if kind in ("bf16", "fp8") else columns
+            rows.append((master.data_ptr(), target.data_ptr(), size, columns, FORMATS[kind]))
+        self.even = all(a % 16 == b % 16 == n % 8 == m % 8 == 0 for a, b, n, m, _ in rows)
+        device, counts = items[0][0].device, torch.tensor([-(-row[2] // row[3]) for row in rows])
+        first = (counts.cumsum(0) - counts).tolist()
+        self.table = torch.tensor([(*row, f) for row, f in zip(rows, first)], device=device)
+        self.numbers = torch.tensor([item[3] for item in items], dtype=torch.float64, device=device)
+        owner = torch.arange(len(rows), dtype=torch.int32)
+        self.owner = owner.repeat_interleave(counts).to(device)
+
+    def __call__(self) -> None:
+        out = getattr(tl, str(self.dtype).removeprefix("torch."))
+        snap_rows[(len(self.owner),)](self.table, self.numbers, self.owner, OUT=out,
+                                      EVEN=self.even, BLOCK=1024, num_warps=4)
+
+
+# -- SSD by kernels of our own -------------------------------------------------
+# The state of a head stays on chip. Q, P and N are tile sizes. Strides are constexpr: as
+# run-time values they cost thirty registers. Rows past T load as zeros, dt too, and change
+# nothing. States in memory are (N, P) in the compute dtype, one per chunk.
+
+@jit
+def load_tile(base, row, stride: tl.constexpr, col, ok):
+    return tl.load(base + (row[:, None] * stride + col[None, :]), mask=ok[:, None], other=0.0)
+
+
+@jit
+def store_tile(base, row, stride: tl.constexpr, col, ok, tile):
+    tile = tile.to(base.dtype.element_ty)
+    tl.store(base + (row[:, None] * stride + col[None, :]), tile, mask=ok[:, None])
+
+
+@jit
+def decays(dt, rate, i, ok, H: tl.constexpr):
+    """dt of a chunk; running sums of the log2 decays dt A log2(e), and their total."""
+    step = tl.load(dt + i * H, mask=ok, other=0.0)
+    logs = step * (rate * 1.4426950408889634)
+    return step, tl.cumsum(logs, 0), tl.sum(logs, 0)
+
+
+@jit
+def exp2_where(ok, x):
+    """exp2(x), or 0 where not ok; masked first, since exp2 may overflow there."""
+    return tl.exp2(tl.where(ok, x, -float("inf")))
+
+
+@jit
+def dot(a, b, acc=None):
+    """Product of tiles in fp32; without TF32 where the tiles are fp32."""
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@jit
+def ssd_scan(x, left, right, dt, A, D, first, y, states, last, T, X: tl.constexpr,
+             ROW: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+             Q: tl.constexpr, BACK: tl.constexpr, FIRST: tl.constexpr, SAVE: tl.constexpr,
+             LAST: tl.constexpr):
+    """One program per (head, sequence) walks the chunks: y from x, with left = C, right = B.
+
+    BACK: dx from dy is the same scan backwards in time, with left = B, right = C; its state is
+    the gradient of the state. SAVE: store the state with which each chunk begins."""
+    h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i, p, n = tl.arange(0, Q), tl.arange(0, P), tl.arange(0, N)
+    typ: tl.constexpr = x.dtype.element_ty
+    x, left, right = x + b * T * X + h * P, left + b * T * ROW, right + b * T * ROW
+    dt, y = dt + b * T * H + h, y + b * T * H * P + h * P
+    chunks = tl.cdiv(T, Q)
+    states += (b * H + h) * chunks * N * P
+    cell = (b * H + h) * P * N + p[None, :] * N + n[:, None]  # (N, P) view of a (P, N) state
+    rate, skip = tl.load(A + h), tl.load(D + h)
+    state = tl.load(first + cell) if FIRST else tl.zeros((N, P), tl.float32)
+    for k in range(chunks):
+        c = chunks - 1 - k if BACK else k
+        ok = c * Q + i < T
+        step, cs, total = decays(dt + c * Q * H, rate, i, ok, H)
+        Ls = load_tile(left + c * Q * ROW, i, ROW, n, ok)
+        Rs = load_tile(right + c * Q * ROW, i, ROW, n, ok)
+        xs = load_tile(x + c * Q * X, i, X, p, ok)
+        now = state.to(typ)
+        if SAVE:
+            tl.store(states + c * N * P + (n[:, None] * P + p[None, :]), now)
+        enter, leave = tl.exp2(cs), tl.exp2(total - cs) * step
+        if BACK:
+            enter, leave = leave, enter
+        out = dot(Ls, now) * enter[:, None]
+        mix = dot(Ls, tl.trans(Rs))
+        if BACK:  # x_j reaches y_i if j <= i; rows are j here
+            mix *= step[:, None]
+            mix *= exp2_where(i[:, None] <= i[None, :], cs[None, :] - cs[:, None])
+        else:
+            mix *= step[None, :]
+            mix *= exp2_where(i[:, None] >= i[None, :], cs[:, None] - cs[None, :])
+        out = dot(mix.to(typ), xs, out) + skip * xs
+        store_tile(y + c * Q * H * P, i, H * P, p, ok, out)
+        Rs = (Rs * leave[:, None]).to(typ)
+        state = dot(tl.trans(Rs), xs, state * tl.exp2(total))
+    if LAST:
+        tl.store(last + cell, state)
+
+
+@jit
+def ssd_bwd_bc(x, B, C, dy, dt, A, states, dstates, ddt, dB, dC, part, T, ROW: tl.constexpr,
+               H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr):
+    """One program per (chunk, sequence) sums dB and dC over the heads in registers.
+
+    The first loop is what stays inside the chunk: B and C serve all heads, so d(C B^T) is summed
+    first and multiplied once. The second is what passes through the states; it meets x and dy
+    again in L2. The gradient of the log decay is the reverse sum of C_i.dC_i - B_i.dB_i; terms
+    that cancel (those through the chunk's end) are left out, not subtracted."""
+    c, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i, p, n = tl.arange(0, Q), tl.arange(0, P), tl.arange(0, N)
+    typ: tl.constexpr = x.dtype.element_ty
+    chunks, row, ok = tl.num_programs(0), b * T + c * Q, c * Q + i < T
+    Bs = load_tile(B + row * ROW, i, ROW, n, ok)
+    Cs = load_tile(C + row * ROW, i, ROW, n, ok)
+    x, dy, dt, ddt = x + row * ROW, dy + row * H * P, dt + row * H, ddt + row * H
+    cell = (b * H * chunks + c) * N * P + n[:, None] * P + p[None, :]
+    part += (b * chunks + c) * 3 * H
+    gain = dot(Cs, tl.trans(Bs))
+    acc = tl.zeros((Q, Q), tl.float32)
+    for h in range(H):
+        xs = load_tile(x + h * P, i, ROW, p, ok)
+        g = load_tile(dy + h * P, i, H * P, p, ok)
+        rate = tl.load(A + h)
+        step, cs, _ = decays(dt + h, rate, i, ok, H)
+        share = dot(g, tl.trans(xs))  # dy_i . x_j
+        share *= exp2_where(i[:, None] >= i[None, :], cs[:, None] - cs[None, :])
+        dD = tl.sum(tl.sum(tl.where(i[:, None] == i[None, :], share, 0.0), 1), 0)
+        column = tl.sum(share * gain, 0)  # by j, without dt_j
+        share *= step[None, :]
+        acc += share
+        da = tl.cumsum(tl.sum(share * gain, 1) - column * step, 0, reverse=True)
+        tl.store(ddt + h + i * H, rate * da + column, mask=ok)
+        tl.store(part + h, tl.sum(step * da, 0))
+        tl.store(part + 2 * H + h, dD)
+    acc = acc.to(typ)
+    sum_C, sum_B = dot(acc, Bs), dot(tl.trans(acc), Cs)
+    tl.debug_barrier()  # ddt is read back below, perhaps by other threads
+    for h in range(H):
+        xs = load_tile(x + h * P, i, ROW, p, ok)
+        g = load_tile(dy + h * P, i, H * P, p, ok)
+        S = tl.load(states + h * chunks * N * P + cell)
+        dS = tl.load(dstates + h * chunks * N * P + cell)
+        rate = tl.load(A + h)
+        step, cs, total = decays(dt + h, rate, i, ok, H)
+        through = tl.exp2(total) * tl.sum(tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1), 0)
+        out = dot(g, tl.trans(S)) * tl.exp2(cs)[:, None]
+        sum_C += out
+        q = tl.sum(out * Cs, 1)
+        out = dot(xs, tl.trans(dS)) * tl.exp2(total - cs)[:, None]
+        r = tl.sum(out * Bs, 1)
+        sum_B += out * step[:, None]
+        da = tl.cumsum(q, 0, reverse=True) + tl.cumsum(r * step, 0) - r * step + through
+        inside = tl.load(ddt + h + i * H, mask=ok, other=0.0)
+        tl.store(ddt + h + i * H, inside + rate * da + r, mask=ok)
+        tl.store(part + H + h, tl.sum(step * da, 0))
+    store_tile(dB + row * N, i, N, n, ok, sum_B)
+    store_tile(dC + row * N, i, N, n, ok, sum_C)
+
+
+def _ssd_layout(x, B, C, chunk):
+    """x, B and C as slices of one dense tensor, which they are behind the convolution, and the
+    sizes that the kernels are compiled for. UserError if one is no tile size."""
+    (_, T, H, P), N, row = x.shape, B.size(2), x.stride(1)
+    for name, size in (("headdim", P), ("D_STATE", N), ("SSD_CHUNK", chunk)):
+        if size not in (16, 32, 64, 128):
+            raise UserError(f"{name}={size}: the fused SSD kernel takes 16, 32, 64 or 128; "
+                            "else set SSD_KERNEL=torch")
+    strides = {(t.stride(0), t.stride(1), t.stride(-1)) for t in (x, B, C)}
+    if strides != {(T * row, row, 1)} or x.stride(2) != P:
+        wide = torch.cat((x.flatten(2), B, C), 2)
+        x, B, C = wide.split((H * P, N, N), 2)
+        row = wide.size(2)
+    return x, B, C, dict(ROW=row, H=H, P=P, N=N, Q=chunk)
+
+
+def _launch_ssd_fused(y, final, states, x, dt, A, B, C, D, initial_state, chunk, save):
+    (b, T, H, _), (dt, first) = x.shape, _contiguous(dt, initial_state)
+    x, B, C, sizes = _ssd_layout(x, B, C, chunk)
+    ssd_scan[H, b](x, C, B, dt, A, D.float(), first, y, states, final, T, X=sizes["ROW"],
+                   BACK=False, FIRST=first is not None, SAVE=save, LAST=True, **sizes,
+                   num_warps=4, num_stages=3)
+
+
+def _launch_ssd_fused_backward(dx, ddt, dA, dB, dC, dD, dinit, dy, dfinal, x, dt, A, B, C, D,
+                               initial_state, states, chunk, save):
+    (b, T, H, P), chunks = x.shape, states.size(2)
+    dy, dfinal, dt = _contiguous(torch.zeros_like(dx) if dy is None else dy, dfinal, dt)
+    x, B, C, sizes = _ssd_layout(x, B, C, chunk)
+    dstates, part = torch.empty_like(states), dt.new_empty(b, chunks, 3, H)
+    ssd_scan[H, b](dy, B, C, dt, A, D.float(), dfinal, dx, dstates, dinit, T, X=H * P,
+                   BACK=True, FIRST=dfinal is not None, SAVE=True, LAST=initial_state is not None,
+                   **sizes, num_warps=4, num_stages=3)
+    ssd_bwd_bc[chunks, b](x, B, C, dy, dt, A, states, dstates, ddt, dB, dC, part, T, **sizes,
+                          num_warps=8, num_stages=2)
+    part = part.sum((0, 1))
+    torch.add(part[0], part[1], out=dA)  # from inside the chunks, and through the states
+    dD.copy_(part[2])
+
+
+# -- SSD by mamba-ssm ----------------------------------------------------------
+
+def mamba_ssm(launcher: str, *arguments, **options):
+    """Call launcher fwd or bwd of https://github.com/state-spaces/mamba; without arguments only
+    import it. Turns import-time and launch-time Triton mismatches into one UserError."""
     try:
         if "mamba_ssm" not in sys.modules:
             spec = importlib.util.find_spec("mamba_ssm")
             if spec is None:
-                raise UserError(f"SSD_KERNEL=mamba_ssm: the package mamba_ssm is not installed; {MAMBA_SSM_ADVICE}")
-            parent = types.ModuleType("mamba_ssm")
+                raise ModuleNotFoundError("the package is not installed")
+            # Its __init__ imports a CUDA extension that a pure-Python build lacks.
+            parent = sys.modules["mamba_ssm"] = types.ModuleType("mamba_ssm")
             parent.__path__, parent.__spec__ = list(spec.submodule_search_locations), spec
-            sys.modules["mamba_ssm"] = parent
         from mamba_ssm.ops.triton import ssd_combined
-        fwd, bwd = ssd_combined._mamba_chunk_scan_combined_fwd, ssd_combined._mamba_chunk_scan_combined_bwd
-        missing = ({"chunk_size", "D", "initial_states"} - set(inspect.signature(fwd).parameters)
-                   | {"chunk_size", "D", "initial_states", "dfinal_states", "dx", "ddt", "dB", "dC"}
-                   - set(inspect.signature(bwd).parameters))
-        if missing:
-            raise TypeError(f"unknown interface, without {', '.join(sorted(missing))}")
-        return fwd, bwd
-    except UserError:
-        raise
-    except Exception as e:  # an incompatible Triton fails in many ways; all mean the same to the user
-        raise _mamba_ssm_error(e) from None
-
-
-MAMBA_SSM_ADVICE = "install mamba-ssm==2.3.2.post1 (setup_jepa.sh does), or set SSD_KERNEL=fused or SSD_KERNEL=torch"
-
-
-def _mamba_ssm_error(e: Exception) -> UserError:
-    version = lambda package: package_version(package) or "of unknown version"
-    reason = f"{type(e).__name__}: {(str(e).splitlines() or ['no message'])[0]}"
-    return UserError(f"SSD_KERNEL=mamba_ssm: mamba_ssm {version('mamba_ssm')} does not work with triton "
-                     f"{version('triton')} and torch {torch.__version__} ({reason}); {MAMBA_SSM_ADVICE}")
-
-
-def _calling_mamba_ssm(launch, *args, **kwargs):
-    """Runs one of the launchers; what a foreign Triton makes fail only at launch becomes the same one line."""
-    try:
-        return launch(*args, **kwargs)
+        launch = getattr(ssd_combined, f"_mamba_chunk_scan_combined_{launcher}")
+        if arguments:
+            return launch(*arguments, **options)
+        inspect.signature(launch).bind_partial(D=0, initial_states=0)  # TypeError if unknown
     except (torch.OutOfMemoryError, AssertionError):
         raise
-    except Exception as e:
-        raise _mamba_ssm_error(e) from e
+    except Exception as e:  # an incompatible Triton fails in many ways
+        version = lambda package: package_version(package) or "(none)"
+        reason = f"{type(e).__name__}: {(str(e).splitlines() or ['no message'])[0]}"
+        raise UserError(
+            f"SSD_KERNEL=mamba_ssm: mamba_ssm {version('mamba_ssm')} does not work with triton "
+            f"{version('triton')} and torch {torch.__version__} ({reason}); install mamba-ssm=="
+            "2.3.2.post1 (setup_jepa.sh does), or set SSD_KERNEL=fused or SSD_KERNEL=torch") from e
 
 
-@torch.library.custom_op("jepa::ssd_mamba_ssm", mutates_args=(), schema=(
-    "(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? initial_state, int chunk)"
-    " -> (Tensor, Tensor)"))
-def _ssd_mamba_ssm(x, dt, A, B, C, D, initial_state, chunk):
-    out, _, _, _, _, final = _calling_mamba_ssm(_mamba_ssm()[0], x, dt, A, B[:, :, None], C[:, :, None], chunk,
-                                                D=D.float(), initial_states=initial_state)
-    return out, final
+def _launch_mamba_ssm(y, final, states, x, dt, A, B, C, D, initial_state, chunk, save):
+    results = mamba_ssm("fwd", x, dt, A, B[:, :, None], C[:, :, None], chunk, D=D.float(),
+                        initial_states=initial_state)
+    return results[0], results[5], states
 
 
-@torch.library.custom_op("jepa::ssd_mamba_ssm_backward", mutates_args=(), schema=(
-    "(Tensor dy, Tensor? dfinal, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? initial_state,"
-    " int chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"))
-def _ssd_mamba_ssm_bwd(dy, dfinal, x, dt, A, B, C, D, initial_state, chunk):
-    dx, dB, dC = x.new_empty(x.shape), B.new_empty(B.shape), C.new_empty(C.shape)  # contiguous, as the fake promises
-    ddt = torch.empty(dt.shape, device=dt.device)
-    _, _, dA, _, _, dD, _, _, dinit = _calling_mamba_ssm(  # x stands in for `out`: without z only its shape is read
-        _mamba_ssm()[1], dy.contiguous(), x, dt, A, B[:, :, None], C[:, :, None], x, chunk, D=D.float(),
-        initial_states=initial_state, dfinal_states=None if dfinal is None else dfinal.contiguous(),
+def _launch_mamba_ssm_backward(dx, ddt, dA, dB, dC, dD, dinit, dy, dfinal, x, dt, A, B, C, D,
+                               initial_state, states, chunk, save):
+    dy, dfinal = _contiguous(torch.zeros_like(dx) if dy is None else dy, dfinal)
+    results = mamba_ssm(  # x stands in for the output, of which only the shape is read
+        "bwd", dy, x, dt, A, B[:, :, None], C[:, :, None], x, chunk, D=D.float(),
+        initial_states=initial_state, dfinal_states=dfinal,
         dx=dx, ddt=ddt, dB=dB[:, :, None], dC=dC[:, :, None])
-    dinit = dt.new_empty(0) if dinit is None else dinit.to(torch.float32, copy=True).contiguous()
-    return dx, ddt, dA.float(), dB, dC, dD.float(), dinit
+    for gradient, result in zip((dA, dD, dinit), (results[2], results[5], results[8])):
+        if result is not None:
+            gradient.copy_(result)
 
 
-def _ssd_fake(x, dt, A, B, C, D, initial_state, *_):
-    return x.new_empty(x.shape), dt.new_empty((x.shape[0], x.shape[2], x.shape[3], B.shape[2]), dtype=torch.float32)
+# -- SSD: custom ops, and the choice among the three forms ---------------------
+
+def _ssd_outputs(x, dt, A, B, C, D, initial_state, chunk, save):
+    """y, the final state, and with `save` the states at chunk starts, for the backward pass."""
+    (b, T, H, P), N = x.shape, B.size(2)
+    states = x.new_empty((b, H, (T + chunk - 1) // chunk, N, P) if save else 0)
+    return x.new_empty(x.shape), dt.new_empty(b, H, P, N), states
 
 
-def _ssd_bwd_fake(dy, dfinal, x, dt, A, B, C, D, initial_state, *_):
-    f32 = functools.partial(dt.new_empty, dtype=torch.float32)
-    return (x.new_empty(x.shape), f32(dt.shape), f32(A.shape), B.new_empty(B.shape), C.new_empty(C.shape), f32(D.shape),
-            f32(initial_state.shape if initial_state is not None else 0))
+def _ssd_grads(dy, dfinal, x, dt, A, B, C, D, initial_state, *_):
+    state = dt[:0] if initial_state is None else initial_state
+    return tuple(t.new_empty(t.shape) for t in (x, dt, A, B, C, D, state))
 
 
-_ssd_mamba_ssm.register_fake(_ssd_fake)
-_ssd_mamba_ssm_bwd.register_fake(_ssd_bwd_fake)
+def _ssd_form(name: str, launch: Callable, launch_backward: Callable, saves: bool) -> Callable:
+    """A function with the arguments and results of ssd_chunked, for CUDA."""
+    tensors = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? initial_state"
+    backward = custom_op(
+        f"{name}_backward", f"(Tensor? dy, Tensor? dfinal, {tensors}, Tensor states, int chunk,"
+        f" bool save) -> ({', '.join(['Tensor'] * 7)})", _ssd_grads, launch_backward)
+    op = custom_op(name, f"({tensors}, int chunk, bool save) -> (Tensor, Tensor, Tensor)",
+                   _ssd_outputs, launch, backward, count=7, grads=2)
+
+    def scan(*inputs: Tensor, chunk: int = 64, initial_state: Tensor | None = None):
+        inputs = *inputs, initial_state
+        needed = any(t is not None and t.requires_grad for t in inputs)
+        return op(*inputs, chunk, saves and needed and torch.is_grad_enabled())[:2]
+    return scan
 
 
-def _ssd_setup(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:7], *output[2:])  # and the chunks' states, where the form gives them
-    ctx.chunk, ctx.others = inputs[7], len(inputs) - 7
-
-
-def _ssd_gradients(backward, ctx, dy, dfinal, *_):
-    x, *_, initial_state = ctx.saved_tensors[:7]
-    dy = torch.zeros_like(x) if dy is None else dy
-    *grads, dinit = backward(dy, dfinal, *ctx.saved_tensors, ctx.chunk)
-    return *grads, None if initial_state is None else dinit, *(None,) * ctx.others
-
-
-_ssd_mamba_ssm.register_autograd(functools.partial(_ssd_gradients, _ssd_mamba_ssm_bwd), setup_context=_ssd_setup)
-
-
-def ssd_mamba_ssm(x, dt, A, B, C, D, *, chunk=256, initial_state=None):
-    """SSD by mamba-ssm's Triton kernels; shapes as `ssd_chunked`: y (B, T, H, P), final state (B, H, P, N) fp32.
-    UserError if mamba_ssm is missing or does not work with the installed Triton."""
-    return _ssd_mamba_ssm(x, dt, A, B, C, D, initial_state, chunk)
-
-
-# -- snap to the storage grid ------------------------------------------------------------------------------------------
-class FusedSnap:
-    """Snaps many fp32 masters to their grids into compute-dtype tensors, in ONE launch per call, one pass over memory.
-
-    items: (master fp32 contiguous, target contiguous of the same shape, fmt, param) with fmt of FORMATS, param the
-    bound 2^(n-1) - 1 ("int") or the step in deviations ("sigma"); targets share one dtype. The tensors' addresses are
-    kept, so masters and targets must stay where they are (update them in place). Bit-equal to `snap`."""
-
-    def __init__(self, items):
-        self.dtype, rows = items[0][1].dtype, []
-        for master, target, fmt, _ in items:
-            assert master.is_contiguous() and target.is_contiguous() and master.shape == target.shape
-            assert master.dtype == torch.float32 and target.dtype == self.dtype and fmt in FORMATS
-            size = master.numel()  # a vector is one row; elementwise formats are cut into even rows of 1024
-            cols = 1024 if fmt in ("bf16", "fp8") else size // len(master) if master.dim() > 1 else size
-            rows.append((master.data_ptr(), target.data_ptr(), size, cols, FORMATS[fmt], -(-size // cols)))
-        self.even = all(r[0] % 16 == r[1] % 16 == r[2] % 8 == r[3] % 8 == 0 for r in rows)
-        device, counts = items[0][0].device, torch.tensor([r[5] for r in rows])
-        first = (counts.cumsum(0) - counts).tolist()
-        self.table = torch.tensor([(*r[:5], f) for r, f in zip(rows, first)], device=device)
-        self.numbers = torch.tensor([param for *_, param in items], dtype=torch.float64, device=device)
-        self.owner = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), counts).to(device)
-
-    @torch.no_grad()
-    def __call__(self):
-        k = _triton()
-        out = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[self.dtype]
-        k.snap[(self.owner.numel(),)](self.table, self.numbers, self.owner, OUT=out, EVEN=self.even, BLOCK=1024,
-                                        num_warps=4)
-
-
-# -- SSD by kernels of our own -----------------------------------------------------------------------------------------
-def _ssd_layout(x, B, C, chunk):
-    """Rows dense in their last dimensions; constexpr arguments shared by the three kernels. UserError on odd sizes."""
-    for name, size in (("headdim", x.shape[3]), ("D_STATE", B.shape[2]), ("SSD_CHUNK", chunk)):
-        if size not in (16, 32, 64, 128):
-            raise UserError(f"{name}={size}: the fused SSD kernel takes 16, 32, 64 or 128; else set SSD_KERNEL=torch")
-    x = x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
-    B, C = (t if t.stride(2) == 1 else t.contiguous() for t in (B, C))
-    return x, B, C, dict(B_T=B.stride(1), C_T=C.stride(1), H=x.shape[2], P=x.shape[3], N=B.shape[2], Q=chunk,
-                         PREC="ieee" if x.dtype == torch.float32 else "tf32")
-
-
-@torch.library.custom_op("jepa::ssd_fused", mutates_args=(), schema=(
-    "(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? initial_state, int chunk, bool save)"
-    " -> (Tensor, Tensor, Tensor)"))
-def _ssd_fused(x, dt, A, B, C, D, initial_state, chunk, save):
-    k, (b, T, H, P), N = _triton(), x.shape, B.shape[2]
-    x, B, C, meta = _ssd_layout(x, B, C, chunk)
-    y, final = x.new_empty(b, T, H, P), dt.new_empty(b, H, P, N)
-    states = x.new_empty((b, H, triton.cdiv(T, chunk), N, P) if save else 0)
-    h0 = None if initial_state is None else initial_state.contiguous()
-    k.ssd_fwd[(H, b)](x, dt.contiguous(), A, B, C, D.float(), h0, y, states, final, T, x.stride(0), B.stride(0),
-                      C.stride(0), X_T=x.stride(1), **meta, INIT=h0 is not None, SAVE=save, num_warps=4, num_stages=3)
-    return y, final, states
-
-
-@torch.library.custom_op("jepa::ssd_fused_backward", mutates_args=(), schema=(
-    "(Tensor dy, Tensor? dfinal, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? initial_state,"
-    " Tensor states, int chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"))
-def _ssd_fused_bwd(dy, dfinal, x, dt, A, B, C, D, initial_state, states, chunk):
-    k, (b, T, H, _) = _triton(), x.shape
-    x, B, C, meta = _ssd_layout(x, B, C, chunk)
-    dy, dt, chunks = dy.contiguous(), dt.contiguous(), triton.cdiv(T, chunk)
-    dx, dB, dC, ddt = x.new_empty(x.shape), B.new_empty(B.shape), C.new_empty(C.shape), dt.new_empty(dt.shape)
-    dstates, part = torch.empty_like(states), dt.new_empty(b, chunks, 3, H)  # dA in two shares, dD
-    dinit = dt.new_empty(initial_state.shape if initial_state is not None else 0)
-    dfinal = None if dfinal is None else dfinal.contiguous()
-    k.ssd_bwd_x[(H, b)](dy, dt, A, B, C, D.float(), dfinal, dx, dstates, dinit, T, B.stride(0), C.stride(0), **meta,
-                        FINAL=dfinal is not None, INIT=initial_state is not None, num_warps=4, num_stages=3)
-    k.ssd_bwd_bc[(chunks, b)](x, dy, dt, A, B, C, states, dstates, ddt, dB, dC, part, T, x.stride(0),
-                              B.stride(0), C.stride(0), X_T=x.stride(1), **meta, num_warps=8, num_stages=2)
-    part = part.sum((0, 1))
-    return dx, ddt, part[0] + part[1], dB, dC, part[2].clone(), dinit
-
-
-@_ssd_fused.register_fake
-def _(x, dt, A, B, C, D, initial_state, chunk, save):
-    chunks = (x.shape[1] + chunk - 1) // chunk
-    states = x.new_empty((x.shape[0], x.shape[2], chunks, B.shape[2], x.shape[3]) if save else 0)
-    return *_ssd_fake(x, dt, A, B, C, D, initial_state), states
-
-
-_ssd_fused_bwd.register_fake(_ssd_bwd_fake)
-
-
-_ssd_fused.register_autograd(functools.partial(_ssd_gradients, _ssd_fused_bwd), setup_context=_ssd_setup)
-
-
-def ssd_triton(x, dt, A, B, C, D, *, chunk=64, initial_state=None):
-    """SSD in one forward and two backward kernels; shapes as `ssd_chunked`: y (B, T, H, P), state (B, H, P, N)."""
-    inputs = (x, dt, A, B, C, D) if initial_state is None else (x, dt, A, B, C, D, initial_state)
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    return _ssd_fused(x, dt, A, B, C, D, initial_state, chunk, save)[:2]
-
-
-def choose_ssd(kernel: str, device: torch.device) -> tuple[str, str]:
-    """Which SSD form serves SSD_KERNEL on this device: ("mamba_ssm" | "fused" | "torch", one line to log or "").
-    auto: mamba-ssm's kernels on CUDA while nothing was measured. UserError if a form asked for by name cannot run."""
-    gpu = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    if kernel == "torch" or kernel == "auto" and not gpu:
-        return "torch", ""
-    if not gpu:
-        raise UserError(f"SSD_KERNEL={kernel} needs a CUDA device; on {device.type} set SSD_KERNEL=torch or auto")
-    try:
-        (_triton if kernel == "fused" else _mamba_ssm)()
-        return "fused" if kernel == "fused" else "mamba_ssm", ""
-    except UserError as e:
-        if kernel != "auto":
-            raise
-        if has_triton():
-            return "fused", f"{e}; taking our own Triton SSD instead, which no GPU has timed against it"
-        return "torch", f"{e}; taking the PyTorch SSD instead: many more launches, and chunk x chunk matrices in memory"
+ssd_triton = _ssd_form("ssd_fused", _launch_ssd_fused, _launch_ssd_fused_backward, saves=True)
+ssd_mamba_ssm = _ssd_form("ssd_mamba_ssm", _launch_mamba_ssm, _launch_mamba_ssm_backward,
+                          saves=False)
+SCANS = {"torch": ssd_chunked, "mamba_ssm": ssd_mamba_ssm, "fused": ssd_triton}
 
 
 class Kernels(NamedTuple):
-    """The functions that have more than one form, as one choice: the rest of the file calls only these."""
+    """The scan and the convolution that the mixers call, and the scan's name."""
     ssd: Callable = ssd_chunked
     conv: Callable = causal_conv_silu
     name: str = "torch"
 
 
 def choose_kernels(c: Config, runtime: Runtime) -> tuple[Kernels, str]:
-    """The forms for this device and SSD_KERNEL, and a line that says what a fallback costs ("" = none)."""
-    name, note = choose_ssd(c.ssd_kernel, runtime.device)
-    ssd = dict(torch=ssd_chunked, mamba_ssm=ssd_mamba_ssm, fused=ssd_triton)[name]
-    return Kernels(ssd, causal_conv_silu_triton if runs_triton(torch.empty(0, device=runtime.device)) else
-                   causal_conv_silu, name), note
+    """The forms for this device and SSD_KERNEL, and a line for the log if one had to be replaced.
+
+    auto: mamba-ssm on CUDA, as long as no GPU has timed the others, else PyTorch. UserError if
+    a form asked for by name cannot run."""
+    name, note, device = c.ssd_kernel, "", runtime.device
+    on_gpu = device.type == "cuda" or INTERPRETED
+    if name == "auto":
+        name = "mamba_ssm" if on_gpu else "torch"
+    if name != "torch" and not on_gpu:
+        raise UserError(f"SSD_KERNEL={name} needs a CUDA device; on {device.type} set "
+                        "SSD_KERNEL=torch or auto")
+    if name == "fused" and triton is None:
+        raise UserError("SSD_KERNEL=fused needs the package triton: pip install triton")
+    if name == "mamba_ssm":
+        try:
+            mamba_ssm("fwd"), mamba_ssm("bwd")
+        except UserError as e:
+            if c.ssd_kernel != "auto":
+                raise
+            name = "fused" if triton else "torch"
+            note = f"{e}; taking {name} instead: " + (
+                "no GPU has timed it" if triton else "many more launches and more memory")
+    conv = causal_conv_silu_triton if runs_triton(device) else causal_conv_silu
+    return Kernels(SCANS[name], conv, name), note
 
 
 # ------------------------------------------------------------------------------
@@ -1909,31 +1809,7 @@ def named_roles(module: nn.Module, prefix: str = "") -> list[tuple[str, str, nn.
 
 def rms_norm(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
     """x / sqrt(mean x^2 + eps), over the last dimension (https://arxiv.org/abs/1910.07467)."""
-    if eager_on_cpu(x):
-        return _RMSNorm.apply(x, eps, weight)
     return F.rms_norm(x, (x.size(-1),), weight, eps)
-
-
-class _RMSNorm(torch.autograd.Function):
-    """F.rms_norm for eager CPU code, in a third of autograd's passes over memory."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, eps: float, weight: Tensor | None) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()
-        normed = x * scale
-        ctx.save_for_backward(normed, scale, weight)
-        return normed if weight is None else normed * weight
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
-        normed, scale, weight = ctx.saved_tensors
-        product, dweight = grad * normed, None
-        if weight is not None:
-            dweight = product.flatten(0, -2).sum(0)
-            product, grad = product.mul_(weight), grad * weight
-        mean = product.sum(-1, keepdim=True).div_(normed.size(-1))
-        return torch.addcmul(grad, normed, mean, value=-1).mul_(scale), None, dweight
 
 
 class Linear(nn.Module):
