@@ -330,11 +330,10 @@ CROSSING = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CROSSING)
 def test_one_graph_no_recompile_across_all_boundaries_and_the_losses_of_the_eager_run(tmp_path, name):
-    """Everything is compiled before the first step; fp32 by the same kernels, for which the eager run does without its
-    own forms of convolution and norm. Losses to 1e-4 before QAT begins, then to 3e-3: a last bit moves a weight on a
-    rounding edge by a whole step."""
+    """Everything is compiled before the first step. Losses to 1e-4 before QAT begins, then to 3e-3: a last bit moves a
+    weight on a rounding edge by a whole step."""
     base, knobs = CROSSING[name]
-    assert run(tmp_path, "tj.eager_on_cpu = lambda x: False", base, RUN_ID="eager", **knobs).code == 0
+    assert run(tmp_path, "", base, RUN_ID="eager", **knobs).code == 0
     child = run(tmp_path, GRAPHS, base, timeout=300, RUN_ID="compiled", COMPILE_MODE="aot_eager", **knobs)
     assert child.code == 0, child.text()[-3000:]
     facts = json.loads((tmp_path / "graphs").read_text())
