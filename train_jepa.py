@@ -2364,10 +2364,10 @@ def averaging_on(p: float, start: float) -> bool:
 
 @dataclass(frozen=True)
 class Grid:
-    """Fake-quantization grid: the values that a stored tensor can take, and how the file holds them.
+    """Fake-quantization grid: the values that a stored tensor can take, and their form in the file.
 
-    A kind of grid is a subclass in GRIDS. On rows (R, C) in fp32: encode(rows) gives the file's arrays,
-    decode(arrays) the values, snap(rows, out) writes decode(encode(rows)) to out.
+    A kind of grid is a subclass in GRIDS. On rows (R, C) in fp32, encode(rows) gives the file's
+    arrays, decode(arrays) the values; snap(rows, out) writes decode(encode(rows)) to out.
     """
     name: str        # as in the artifact: "int4", "fp8"
     pattern = ""     # regular expression of the kind's names
@@ -2387,8 +2387,8 @@ class Grid:
         for kind in GRIDS:
             if isinstance(name, str) and re.fullmatch(kind.pattern, name):
                 return kind(name)
-        raise UserError(f"storage grid {ascii(name)[:60]} is unknown; int4, int5, int6, int7, int8a, "
-                        "int4s0.35, int8, int8f, fp8, bf16, fp16, fp32 are known")
+        raise UserError(f"storage grid {ascii(name)[:60]} is unknown; int4, int5, int6, int7, "
+                        "int8a, int4s0.35, int8, int8f, fp8, bf16, fp16, fp32 are known")
 
 
 class PlainGrid(Grid):
@@ -2412,7 +2412,7 @@ class PlainGrid(Grid):
 
 
 class Fp8Grid(PlainGrid):
-    """e4m3fn (https://arxiv.org/abs/2209.05433), saturating at +-448; bit patterns are the symbols."""
+    """e4m3fn (https://arxiv.org/abs/2209.05433), saturating at +-448; its bits are the symbols."""
     pattern, symbols, key = "fp8", True, "q"
     dtype, type, fused = None, torch.float8_e4m3fn, ("fp8", 0.0)
 
@@ -2421,8 +2421,8 @@ class Fp8Grid(PlainGrid):
 
 
 class RowGrid(Grid):
-    """Integers times one scale per row. A subclass has scales(rows, work): (R, 1) fp32, each exactly
-    a number of `dtype`, with scratch memory (R, C)."""
+    """Integers times one scale per row. A subclass has scales(rows, work): (R, 1) fp32, each
+    exactly a number of `dtype`; work is scratch memory (R, C)."""
     values, dtype = "s", torch.bfloat16
     value_dtype = torch.bfloat16   # the product is rounded to it
     qmax = 127
@@ -2430,8 +2430,8 @@ class RowGrid(Grid):
     clamps = True                  # False: |w| / scale cannot exceed qmax
 
     def rounded(self, rows: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yields (slice, symbols (r, C) fp32 in scratch memory, scales (r, 1)), on CPU in blocks that
-        stay in cache."""
+        """Yields (slice, symbols (r, C) fp32 in scratch memory, scales (r, 1)), on CPU in blocks
+        that stay in cache."""
         if not rows.numel():
             return
         size = max(1, (1 << 18) // rows.shape[1]) if rows.device.type == "cpu" else len(rows)
@@ -2463,7 +2463,7 @@ class RowGrid(Grid):
 
 
 class AbsmaxGrid(RowGrid):
-    """intN: scale = absmax / qmax, qmax = 2^(N-1) - 1. (int8 is system B's, so this one is int8a.)"""
+    """intN: scale = absmax / qmax, qmax = 2^(N-1) - 1; int8a, as int8 is system B's."""
     pattern = "int([4-7]|8a)"
     qmax = property(lambda self: 2 ** (int(self.name[3]) - 1) - 1)
     clamps = False                 # absmax / bf16(scale) <= qmax (1 + 2^-8), which rounds to qmax
@@ -2549,9 +2549,9 @@ def decode(arrays: dict[str, Tensor], grid: Grid, shape) -> Tensor:
 def storage_plan(model: nn.Module, c: Config) -> dict[str, str]:
     """How each stored tensor is kept, by name; training, describe and the artifact use this plan.
 
-    intn: matrices of at least 4096 elements as INT rows; the embedding, the tie correction and small
-    matrices as FP8 under FP_STORAGE=FP8; all else bf16. int8 (system B): 2-D tensors above 65,536
-    elements as INT8 rows; control tensors fp32; all else fp16.
+    intn: matrices of at least 4096 elements as INT rows; the embedding, the tie correction and
+    small matrices as FP8 under FP_STORAGE=FP8; all else bf16. int8 (system B): 2-D tensors above
+    65,536 elements as INT8 rows; control tensors fp32; all else fp16.
     """
     step = f"int{c.quant_bits}" + (f"s{c.quant_k:.12g}" if c.quant_step == "sigma" else "")
     plan = {}
@@ -2574,7 +2574,7 @@ def storage_plan(model: nn.Module, c: Config) -> dict[str, str]:
 
 @functools.cache
 def row_grids(plan: str, rows: int) -> tuple[tuple[slice, Grid], ...]:
-    """An entry of the plan as (rows, grid) pairs: "int4+10xint8a" has int8a for the last 10 rows."""
+    """(rows, grid) pairs of an entry of the plan: "int4+10xint8a" has int8a for its last 10 rows."""
     head, _, tail = plan.partition("+")
     if not tail:
         return ((slice(0, rows), Grid.parse(head)),)
@@ -2584,8 +2584,8 @@ def row_grids(plan: str, rows: int) -> tuple[tuple[slice, Grid], ...]:
 
 
 def stored_parts(name: str, w: Tensor, plan: str) -> Iterator[tuple[str, Tensor, Grid]]:
-    """The tensor as the artifact keeps it: whole, or its last rows apart, named by the first of them:
-    "in_proj[202]"."""
+    """The tensor as the artifact keeps it: whole, or its last rows apart, named by the first of
+    them: "in_proj[202]"."""
     for part, grid in row_grids(plan, len(w) if w.ndim else 1):
         yield (f"{name}[{part.start}]" if part.start else name), (w[part] if w.ndim else w), grid
 
@@ -2613,7 +2613,7 @@ def whole_tensors(parts: dict[str, Tensor], path) -> dict[str, Tensor]:
 
 
 def grid_pairs(compute: Tensor, master: Tensor, plan: str) -> list[tuple[Tensor, Tensor, Grid]]:
-    """Views (compute, master, grid) of stacks (k, *shape), all rows at once if they share a grid."""
+    """Views (compute, master, grid) of stacks (k, *shape): all rows at once if they share a grid."""
     pieces = row_grids(plan, master.size(1) if master.ndim > 1 else 1)
     if len(pieces) > 1:
         return [(c[part], m[part], grid) for c, m in zip(compute, master) for part, grid in pieces]
@@ -2667,9 +2667,9 @@ def round_compensated(w: Tensor, grid: RowGrid, moments: Tensor) -> tuple[dict[s
     """GPTQ (https://arxiv.org/abs/2210.17323): encode's arrays, rounded so that the layer's output
     changes least, and the output's squared error as a share of plain rounding's.
 
-    w (R, C); moments (C, C): mean of x x^T over the layer's inputs x. Columns are rounded in order of
-    falling input power; each one's error is spread over the later columns by the inverse of the moments.
-    Scales stay as they are, and so do rows whose error (w - q) moments (w - q)^T would grow.
+    w (R, C); moments (C, C): mean of x x^T over the layer's inputs x. Columns are rounded in
+    order of falling input power; each one's error is spread over the later columns by the inverse
+    of the moments. Plain rounding's scales stay, and its rows whose error would grow.
     """
     plain, rows, moments = encode(w, grid), as_rows(w).double(), moments.double()
     scale, power = plain["s"].double(), moments.diagonal()
@@ -3020,8 +3020,8 @@ class Optimizer:
 # artifact: one container without pickle for artifacts and checkpoints, codecs, strict read
 # ------------------------------------------------------------------------------
 
-# A container, little-endian: magic, version, bytes of the header as stored and as JSON; the header,
-# zlib; payloads; sha256 of all before. The header: {"kind", "meta", "sections": [Section as a dict]}.
+# A container, little-endian: magic, version, bytes of the header as stored and as JSON; the zlib'd
+# header {"kind", "meta", "sections": [Section as a dict]}; payloads; sha256 of all before.
 MAGIC, VERSION, PREFIX = b"JEPAFILE", 2, struct.Struct("<8sIII")
 Section = namedtuple("Section", "name codec stored raw dtype shape")  # bytes in the file, decoded
 MAX_ENTRIES = dict(artifact=1 << 12, checkpoint=1 << 14)  # full-size models need 230 and 1,200
@@ -3043,8 +3043,8 @@ def parsing(path) -> Iterator[None]:
     """Turns whatever a damaged or foreign file raises in the parser into one UserError."""
     try:
         yield
-    except UserError as error:  # of Grid.parse or a caller's check: it may not name the file
-        raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
+    except UserError as error:  # of Grid.parse or a caller's check
+        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # each codec has its own class of errors
@@ -3126,9 +3126,8 @@ def write_tensors(path, kind: str, meta: dict, tensors: dict[str, Tensor]) -> in
     """Uncompressed tensors of any device (checkpoints). NaN and infinity in meta become null."""
     sections = []
     for name, t in tensors.items():
-        dtype, size = str(t.dtype).removeprefix("torch."), t.numel() * t.itemsize
-        if dtype not in DTYPES:
-            raise UserError(f"{path}: {name} has dtype {dtype}, which is not stored")
+        dtype, size = str(t.dtype).removeprefix("torch."), t.nbytes
+        assert dtype in DTYPES, f"{name} has dtype {dtype}, which is not stored"
         payload = lambda t=t: t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         sections.append((Section(name, "raw", size, size, dtype, list(t.shape)), payload))
     return write_container(path, kind, without_nonfinite(meta), sections)
@@ -3147,9 +3146,9 @@ def read_tensors(path, kind: str) -> tuple[dict, dict[str, Tensor]]:
     return meta, tensors
 
 
-# Weights on a grid are noise with a skewed histogram: only symbol frequencies can be exploited. rANS
-# comes within 0.1% of the entropy, where Huffman codes lose 0.5-2%. See Duda,
-# https://arxiv.org/abs/0902.0271, and for interleaved coders Giesen, https://arxiv.org/abs/1402.3392.
+# Weights on a grid are noise with a skewed histogram: only symbol frequencies can be exploited.
+# rANS (Duda, https://arxiv.org/abs/0902.0271; interleaved: Giesen, https://arxiv.org/abs/1402.3392)
+# comes within 0.1% of the entropy, where Huffman codes lose 0.5-2%.
 BITS, LOW = 15, 1 << 31  # precision of a frequency; a coder's state lies in [2^31, 2^63)
 
 
@@ -3178,9 +3177,9 @@ def frequencies(counts: np.ndarray) -> np.ndarray:
 def rans_encode(data: np.ndarray, lengths) -> bytes:
     """uint8 streams laid end to end, each with its own frequency table.
 
-    Symbol i of a row belongs to coder i. Two symbols are coded between renormalizations, whose 32-bit
-    words go to one common list; coding runs backwards so that decoding runs forwards. Layout: bytes
-    of the zlib'd tables u32, tables, coder states u64, words u32.
+    Symbol i of a row belongs to coder i. Two symbols are coded between renormalizations, whose
+    32-bit words go to one common list; coding runs backwards so that decoding runs forwards.
+    Layout: bytes of the zlib'd tables u32, tables, coder states u64, words u32.
     """
     cuts = np.cumsum([0, *lengths])
     tables = [frequencies(np.bincount(data[a:b], minlength=256)) for a, b in zip(cuts, cuts[1:])]
@@ -3236,30 +3235,30 @@ def rans_decode(payload, lengths) -> np.ndarray:
     return out
 
 
-# A row per codec; of equal sizes the first wins. encode(uint8 array, lengths of its streams) gives
-# bytes; decode(bytes, lengths) at most one byte more than these lengths. module: None if its package is
-# not installed. whole: it codes all streams at once, the others pieces of them.
+# A row per codec; of equal sizes the first wins. encode(piece) gives bytes, decode(bytes, limit) at
+# most `limit` bytes of the piece; whole: these take all streams at once, with their lengths instead.
+# module: None if its package is missing.
 Codec = namedtuple("Codec", "encode decode module whole", defaults=(False,))
 LZMA2 = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 1 << 22, "lc": 0, "lp": 0, "pb": 0}]
 CODECS = {
     "rans": Codec(rans_encode, rans_decode, np, whole=True),
-    "zlib": Codec(lambda data, _: zlib.compress(data, 9),
-                  lambda data, lengths: inflate(data, sum(lengths)), zlib),
-    "zstd": Codec(lambda data, _: zstandard.ZstdCompressor(level=22).compress(data),
-                  lambda data, lengths: zstandard.ZstdDecompressor(max_window_size=1 << 27)
-                  .stream_reader(data).read(sum(lengths) + 1), zstandard),
-    "lzma": Codec(lambda data, _: lzma.compress(data, lzma.FORMAT_RAW, filters=LZMA2),
-                  lambda data, lengths: lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA2)
-                  .decompress(data, sum(lengths) + 1), lzma),
-    "brotli": Codec(lambda data, _: brotli.compress(data, quality=11, lgwin=20),
-                    lambda data, lengths: brotli.Decompressor().process(
-                        data, output_buffer_limit=sum(lengths) + 1), brotli)}
+    "zlib": Codec(lambda piece: zlib.compress(piece, 9),
+                  lambda data, limit: zlib.decompressobj().decompress(data, limit), zlib),
+    "zstd": Codec(lambda piece: zstandard.ZstdCompressor(level=22).compress(piece),
+                  lambda data, limit: zstandard.ZstdDecompressor(max_window_size=1 << 27)
+                  .stream_reader(data).read(limit), zstandard),
+    "lzma": Codec(lambda piece: lzma.compress(piece, lzma.FORMAT_RAW, filters=LZMA2),
+                  lambda data, limit: lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA2)
+                  .decompress(data, limit), lzma),
+    "brotli": Codec(lambda piece: brotli.compress(piece, quality=11, lgwin=20),
+                    lambda data, limit: brotli.Decompressor()
+                    .process(data, output_buffer_limit=limit), brotli)}
 
 
-def pack(data: np.ndarray, lengths: list[int], codecs: Iterable[str] = CODECS) -> tuple[list, dict]:
-    """The smallest coding of the streams: ([(section, payload)], report). A codec's fault is raised."""
+def pack(data: np.ndarray, lengths: list[int], codecs: Iterable[str]) -> tuple[list, dict]:
+    """The smallest coding of the streams: ([(section, payload)], report)."""
     pieces = [data[start:start + PIECE] for start in range(0, len(data), PIECE)]
-    parts = {False: (pieces, [[len(piece)] for piece in pieces]), True: ([data], [lengths])}
+    parts = {False: (pieces,), True: ([data], [lengths])}  # by Codec.whole
     rows = {name: CODECS[name] for name in codecs if CODECS[name].module}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = {name: pool.map(row.encode, *parts[row.whole]) for name, row in rows.items()}
@@ -3270,8 +3269,7 @@ def pack(data: np.ndarray, lengths: list[int], codecs: Iterable[str] = CODECS) -
     for part, payload in zip(parts[rows[best].whole][0], coded[best]):
         name, raw = str(len(sections)), len(part)
         sections.append((Section(name, best, len(payload), raw, "uint8", [raw]), payload))
-    missing = [name for name in codecs if name not in rows]
-    return sections, {"codec": best, "codec_bytes": sizes, "codec_missing": missing}
+    return sections, {"codec": best, "codec_bytes": sizes}
 
 
 def unpack(sections: list[tuple[Section, memoryview]], lengths: list[int]) -> np.ndarray:
@@ -3280,24 +3278,23 @@ def unpack(sections: list[tuple[Section, memoryview]], lengths: list[int]) -> np
         codec = CODECS[section.codec]
         if codec.module is None:
             raise UserError(f"codec {section.codec} is missing: install brotli and zstandard")
-        part = lengths if codec.whole else [section.raw]
-        require(sum(part) == section.raw, "sections and stream lengths disagree")
-        return codec.decode(payload, part)
+        require(not codec.whole or len(sections) == 1, "rans data in pieces")
+        return codec.decode(payload, lengths if codec.whole else section.raw + 1)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         data = b"".join(pool.map(decoded, *zip(*sections)))
-    require(len(data) == sum(lengths), "sections decode to another size than the header says")
+    require(len(data) == sum(lengths), "data have another size than the header says")
     return np.frombuffer(data, np.uint8)
 
 
-# Streams of each grid: which tensors are transposed, the class of each row, the symbols of each class;
-# then scales or plain values, one stream per byte. Rows with similar histograms share a class.
+# Streams of each grid: which tensors are transposed, the class of each row, the symbols of each
+# class; then scales or plain values, a stream per byte. Rows with similar histograms share a class.
 CLASSES = 16
 
 
 def row_classes(rows: list[np.ndarray], pairs: bool) -> tuple[np.ndarray, float]:
     """Class of each row of uint8 symbols, and the bits that coding them takes, tables included:
-    entropy-constrained clustering (Chou, Lookabaugh, Gray 1989, https://doi.org/10.1109/29.17498)."""
+    entropy-constrained clustering (Chou et al. 1989, https://doi.org/10.1109/29.17498)."""
     def histogram(q: np.ndarray) -> np.ndarray:
         cells = np.arange(len(q), dtype=np.int64)[:, None] * width + q
         return np.bincount(cells.ravel(), minlength=len(q) * width).reshape(len(q), width)
@@ -3326,8 +3323,8 @@ def row_classes(rows: list[np.ndarray], pairs: bool) -> tuple[np.ndarray, float]
 
 
 def by_columns(q: np.ndarray, pairs: bool) -> bool:
-    """Whether classes of columns cost less than classes of rows: so with an embedding, whose rows share
-    a mean that differs by column, and behind an activation whose units differ in size."""
+    """Whether classes of columns cost less than classes of rows: so with an embedding, whose rows
+    share a mean that differs by column, and behind an activation whose units differ in size."""
     return bool(q.size) and row_classes([q.T], pairs)[1] < row_classes([q], pairs)[1]
 
 
@@ -3379,7 +3376,8 @@ def build_streams(table: list, encoded: list[dict[str, Tensor]]) -> list[np.ndar
     for grid, members in grid_groups(table).items():
         arrays = [encoded[i] for i in members]
         if grid.symbols:
-            symbols = [(a["q"].cpu().view(torch.int8) + grid.qmax).view(torch.uint8).numpy() for a in arrays]
+            symbols = [a["q"].cpu().view(torch.int8) + grid.qmax for a in arrays]
+            symbols = [q.view(torch.uint8).numpy() for q in symbols]
             streams += symbol_streams(symbols, grid.top < 16)
         if grid.dtype:
             values = torch.cat([a[grid.values].reshape(-1) for a in arrays]).cpu()
@@ -3420,9 +3418,9 @@ def entropy_bytes(symbols: np.ndarray) -> float:
     return float((counts * bits).sum() / 8)
 
 
-def artifact_streams(config: dict, tensors: dict, given: dict | None = None) -> tuple[dict, list, int]:
-    """Meta and streams of an artifact, and the bytes that its tensors need one by one: entropy of the
-    symbols, all else at full width. given: arrays of tensors that are rounded already, by name."""
+def artifact_streams(config: dict, tensors: dict, given=None) -> tuple[dict, list, int]:
+    """Meta and streams of an artifact, and the bytes that its tensors need one by one: entropy of
+    the symbols, all else at full width. given: arrays of tensors already rounded, by name."""
     table = [(name, grid, list(w.shape)) for name, (w, grid) in tensors.items()]
     encoded = [(given or {}).get(name) or encode(*tensors[name], name) for name in tensors]
     streams = build_streams(table, encoded)
@@ -3445,11 +3443,11 @@ def estimate_bytes(tensors: dict[str, tuple[Tensor, Grid]], config: dict | None 
     return {"bytes": round(total), "entropy_bytes": entropy}
 
 
-def write_artifact(path, config: dict, tensors: dict[str, tuple[Tensor, Grid]], codecs=CODECS,
-                   given: dict | None = None) -> dict:
+def write_artifact(path, config: dict, tensors: dict[str, tuple[Tensor, Grid]],
+                   codecs: Iterable[str] = CODECS, given=None) -> dict:
     """Stores tensors {name: (weights, grid)} and a JSON-able config; the same input makes the same
-    file. Returns a report: codec, codec_bytes (payload by codec), codec_missing, bytes (of the file),
-    entropy_bytes. given, entropy_bytes: see artifact_streams."""
+    file. Returns a report: codec, codec_bytes (payload of each codec that is installed), bytes (of
+    the file), entropy_bytes. given, entropy_bytes: see artifact_streams."""
     meta, streams, entropy = artifact_streams(config, tensors, given)
     data = np.concatenate([*streams, np.empty(0, np.uint8)])
     sections, report = pack(data, meta["streams"], codecs)
@@ -3458,13 +3456,19 @@ def write_artifact(path, config: dict, tensors: dict[str, tuple[Tensor, Grid]], 
 
 
 def parse_table(meta: dict, raws: list[int]) -> list[tuple[str, Grid, list[int]]]:
-    """The tensor table of an artifact whose sections decode to so many bytes, if that fits."""
-    table = [(name, Grid.parse(grid), shape) for name, grid, shape in meta["tensors"]]
-    sizes = [n for _, _, shape in table for n in shape] + raws + meta["streams"]
+    """The tensor table of an artifact whose sections decode to so many bytes, bounds checked."""
+    table, lengths = [], meta["streams"]
+    for name, grid, shape in meta["tensors"]:
+        require(isinstance(name, str) and len(shape) <= 8, "a tensor's entry has another form")
+        table.append((name, Grid.parse(grid), shape))
+    sizes = [n for _, _, shape in table for n in shape] + raws + lengths
     require(all(type(n) is int and 0 <= n < 1 << 40 for n in sizes), "a size is out of range")
     need = sum(max(math.prod(shape), rows_columns(shape)[0]) for _, _, shape in table)
     require(need <= MAX_ELEMENTS, f"{need} weights are more than {MAX_ELEMENTS}")
-    require(sum(raws) == sum(meta["streams"]) <= 4 * need + 16, "streams, table, sections disagree")
+    counts = [(2 + CLASSES) * grid.symbols + (grid.dtype.itemsize if grid.dtype else 0)
+              for grid in grid_groups(table)]
+    require(len(lengths) == sum(counts) and sum(lengths) == sum(raws) <= 4 * need + 16,
+            "streams, tensors and sections disagree")
     return table
 
 
@@ -3493,7 +3497,7 @@ def read_artifact(path) -> tuple[dict, dict[str, Tensor], dict[str, Grid]]:
 # ------------------------------------------------------------------------------
 
 class Checkpoints:
-    """The folder of a run's checkpoints; rank 0 writes them in a background thread from a snapshot."""
+    """The folder of a run's checkpoints; rank 0 writes them in a background thread."""
 
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep = folder, keep
@@ -3505,10 +3509,11 @@ class Checkpoints:
         return sorted(self.folder.glob("step_*.ckpt"), reverse=True)
 
     def save(self, step: int, meta: dict, tensors: dict[str, Tensor]) -> None:
-        """Copy the tensors now, write them in a background thread; an earlier write's error is raised here."""
+        """Copy the tensors, then write in a background thread; raises an earlier write's error."""
         self.wait()
         snapshot = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        self.thread = threading.Thread(target=self.write, args=(step, meta, snapshot), name="checkpoint")
+        self.thread = threading.Thread(target=self.write, args=(step, meta, snapshot),
+                                       name="checkpoint")
         self.thread.start()
 
     def write(self, step: int, meta: dict, tensors: dict[str, Tensor]) -> None:
@@ -3519,10 +3524,11 @@ class Checkpoints:
                 left.unlink()
             write_tensors(self.folder / f"step_{step:09d}.ckpt", "checkpoint", meta, tensors)
             by_age = sorted(self.paths(), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-            for old in by_age[self.keep:]:  # not by step: a damaged newer one must not outlive this one
+            for old in by_age[self.keep:]:  # by step, a damaged newer one would outlive this one
                 old.unlink()
         except OSError as error:
-            self.fault = UserError(f"{self.folder}: no checkpoint of step {step} ({error.strerror})")
+            reason = error.strerror or error
+            self.fault = UserError(f"{self.folder}: no checkpoint of step {step} ({reason})")
         except BaseException as error:
             self.fault = error
 
@@ -3536,7 +3542,7 @@ class Checkpoints:
             raise fault
 
     def newest(self, say: Callable[[str], None]) -> tuple[dict, dict[str, Tensor]] | None:
-        """Meta and tensors of the newest valid checkpoint; damaged ones are named and passed over."""
+        """Meta and tensors of the newest valid checkpoint; says which it passes over."""
         for path in self.paths():
             try:
                 return read_tensors(path, "checkpoint")
@@ -3548,7 +3554,8 @@ class Checkpoints:
 def differences(old: dict[str, Any], new: dict[str, Any], but: Iterable[str] = ()) -> list[str]:
     """Knobs that differ, as lines `NAME: old -> new`, except those of `but`."""
     return [f"{name}: {format_knob(old.get(name))} -> {format_knob(new.get(name))}"
-            for name in sorted((set(old) | set(new)).difference(but)) if old.get(name) != new.get(name)]
+            for name in sorted((set(old) | set(new)).difference(but))
+            if old.get(name) != new.get(name)]
 
 
 # ------------------------------------------------------------------------------
@@ -3562,7 +3569,7 @@ class Score(NamedTuple):
 
 
 class Evaluator:
-    """Scores one model on tokens (n,) int64. Every token but the first is a target exactly once."""
+    """Scores a model on tokens (n,) int64. Every token but the first is a target exactly once."""
 
     def __init__(self, model: LanguageModel, tokens: Tensor, vocabulary: Vocabulary, seq_len: int,
                  batch_tokens: int, runtime: Runtime, forward: Callable | None = None):
@@ -3577,18 +3584,18 @@ class Evaluator:
         return Evaluator(self.model, tokens, self.vocabulary, self.seq_len,
                          self.sequences * self.seq_len, self.runtime, self.forward)
 
-    def _scores(self, total: Tensor) -> list[Score]:
-        """Sums of NLL (K,) fp64 of this rank -> scores over all ranks."""
-        total = self.runtime.sum_host(total.to("cpu"))
-        return [Score(nll / self.targets, nll / math.log(2) / max(self.bytes, 1))
-                for nll in total.tolist()]
-
     def _share(self, count: int) -> tuple[int, int]:
         """First and last + 1 of this rank's items out of `count`."""
         rank, world = self.runtime.rank, self.runtime.world
         return count * rank // world, count * (rank + 1) // world
 
-    def _zeros(self, count: int) -> Tensor:
+    def _scores(self, total: Tensor) -> list[Score]:
+        """This rank's sums of NLL (K,) fp64 -> scores over all ranks."""
+        total = self.runtime.sum_host(total.to("cpu"))
+        return [Score(nll / self.targets, nll / math.log(2) / max(self.bytes, 1))
+                for nll in total.tolist()]
+
+    def _zeros(self, count: int = 1) -> Tensor:
         return torch.zeros(count, dtype=torch.float64, device=self.runtime.device)
 
     def _hidden(self, ids: Tensor, states: list | None = None) -> tuple[Tensor, list]:
@@ -3611,8 +3618,7 @@ class Evaluator:
     def standard(self, temperatures: Sequence[float] = (1.0,), label: str = "validation"
                  ) -> list[Score]:
         """Sequences of seq_len tokens, each from an empty context; one score per temperature."""
-        T = self.seq_len
-        first, last = self._share(self.targets // T)
+        T, (first, last) = self.seq_len, self._share(self.targets // self.seq_len)
         total = self._zeros(len(temperatures))
         for start in progress_bar(range(first, last, self.sequences), label, self.runtime.main):
             span = self.tokens[start * T:min(start + self.sequences, last) * T + 1]
@@ -3628,15 +3634,14 @@ class Evaluator:
         T, n = self.seq_len, self.targets
         windows = self.tokens[:-1].unfold(0, T, stride)                       # (W,T), a view
         targets = self.tokens[1:].unfold(0, T, stride)[:, T - stride:]        # (W,stride), a view
-        count, rest = len(windows) - 1, (n - T) % stride
-        total = self._zeros(1)
+        rest, total = (n - T) % stride, self._zeros()
         if self.runtime.main:
             h, _ = self._hidden(self.tokens[:T].view(1, T))
             total += self._nll(h, self.tokens[1:T + 1], [temperature])
-            if rest:
-                h, _ = self._hidden(self.tokens[n - T:n].view(1, T))
-                total += self._nll(h[:, T - rest:], self.tokens[n + 1 - rest:], [temperature])
-        first, last = self._share(count)  # without the first window
+        if self.runtime.main and rest:
+            h, _ = self._hidden(self.tokens[n - T:n].view(1, T))
+            total += self._nll(h[:, T - rest:], self.tokens[n + 1 - rest:], [temperature])
+        first, last = self._share(len(windows) - 1)  # without the first window
         for index in progress_bar(range(first, last, batch), "sliding", self.runtime.main):
             part = slice(1 + index, 1 + min(index + batch, last))
             h, _ = self._hidden(windows[part])
@@ -3644,23 +3649,21 @@ class Evaluator:
         return self._scores(total)[0]
 
     @torch.no_grad()
-    def carried(self, temperatures: Sequence[float] = (1.0,), label: str = "carried"
-                ) -> list[Score]:
+    def carried(self, temperatures: Sequence[float] = (1.0,)) -> list[Score]:
         """One pass with the recurrent state carried from piece to piece: each token is scored with
-        its whole past. The pass is sequential, so rank 0 does it alone, in pieces of a batch."""
-        total = self._zeros(len(temperatures))
-        if self.runtime.main:
-            states, piece = None, self.sequences * self.seq_len
-            for start in progress_bar(range(0, self.targets, piece), label):
-                stop = min(start + piece, self.targets)
-                h, states = self._hidden(self.tokens[start:stop].unsqueeze(0), states)
-                total += self._nll(h, self.tokens[start + 1:stop + 1], temperatures)
+        its whole past. The pass is sequential: rank 0 does it alone, in pieces of a batch."""
+        total, states, piece = self._zeros(len(temperatures)), None, self.sequences * self.seq_len
+        for start in progress_bar(range(0, self.targets, piece) if self.runtime.main else (),
+                                  "carried", self.runtime.main):
+            stop = min(start + piece, self.targets)
+            h, states = self._hidden(self.tokens[start:stop].unsqueeze(0), states)
+            total += self._nll(h, self.tokens[start + 1:stop + 1], temperatures)
         return self._scores(total)
 
 
 def best_temperature(score: Callable[[Sequence[float]], list[Score]]) -> float:
-    """Temperature of the lowest loss: a coarse list first, then +-0.06 around its best in steps of
-    0.02. `score` maps temperatures to scores."""
+    """Temperature of the lowest loss: a coarse list, then +-0.06 around its best in steps of 0.02.
+    `score` maps temperatures to scores."""
     def best_of(temperatures: list[float]) -> float:
         losses = [result.loss for result in score(temperatures)]
         return temperatures[losses.index(min(losses))]
@@ -3671,7 +3674,6 @@ def best_temperature(score: Callable[[Sequence[float]], list[Score]]) -> float:
 
 class EvalPass(NamedTuple):
     """A way to score the stored model; result.json, the log, tools/ and README take it from here.
-
     `score` maps (evaluator, configuration, temperature) to a Score."""
     name: str    # result.json: <name>_val_loss, <name>_val_bpb
     label: str
@@ -3681,15 +3683,13 @@ class EvalPass(NamedTuple):
 
 
 PASSES = (
-    EvalPass("roundtrip", "round trip", lambda c: True,
-             lambda e, c, t: e.standard(label="round trip")[0]),
+    EvalPass("roundtrip", "round trip", lambda c: True, lambda e, c, t: e.standard()[0]),
     EvalPass("tempered", "temperature-scaled", lambda c: c.temp_scaling,
              lambda e, c, t: e.standard([t], "tempered")[0]),
     EvalPass("sliding", "sliding window", lambda c: c.sliding_eval,
              lambda e, c, t: e.sliding(c.sliding_eval_stride, c.sliding_batch_size, t)),
     EvalPass("carried", "state carried through, one pass", lambda c: c.eval_state == "carry",
-             lambda e, c, t: e.carried([t])[0], carries=True),
-)
+             lambda e, c, t: e.carried([t])[0], carries=True))
 
 
 def final_scores(evaluator: Evaluator, c: Config, calibration: Tensor | None,
@@ -3697,43 +3697,38 @@ def final_scores(evaluator: Evaluator, c: Config, calibration: Tensor | None,
     """Scores of PASSES for the weights read from the artifact, as result.json and MODE=eval report
     them. `calibration`: training tokens that the temperature is chosen on (None: temperature 1)."""
     result: dict[str, Any] = dict(temperature=None, sliding_stride=None)
-    if c.temp_scaling and not c.temp_calib and calibration is None:
+    chosen = {False: c.temp_calib or 1.0, True: c.temp_calib or 1.0}  # by EvalPass.carries
+    if c.temp_scaling and not c.temp_calib and calibration is not None:
+        chooser = evaluator.on(calibration)
+        chosen[False] = best_temperature(chooser.standard)
+        if c.eval_state == "carry":
+            chosen[True] = best_temperature(chooser.carried)
+    elif c.temp_scaling and not c.temp_calib:
         log("temperature: 1 (no unseen training tokens to choose one on)")
-
-    @functools.cache
-    def temperature(carries: bool) -> float:
-        if not c.temp_scaling or not c.temp_calib and calibration is None:
-            return 1.0
-        chooser = None if c.temp_calib else evaluator.on(calibration)
-        return c.temp_calib or best_temperature(chooser.carried if carries else chooser.standard)
-
     for row in PASSES:
         result[f"{row.name}_val_bpb"] = None
         if not row.asked(c):
             continue
-        t = 1.0 if row.name == "roundtrip" else temperature(row.carries)
-        if row.name != "tempered" or t != 1:    # else the round trip's score stands
+        t = chosen[row.carries] if c.temp_scaling and row.name != "roundtrip" else 1.0
+        if row.name != "tempered" or t != 1:  # else the round trip's score stands
             score = row.score(evaluator, c, t)
         result |= {f"{row.name}_val_loss": score.loss, f"{row.name}_val_bpb": score.bpb}
-        how = "" if row.name == "roundtrip" else f" temperature:{t:g}"
-        if row.name == "sliding":
-            result["sliding_stride"] = c.sliding_eval_stride
-            how = f" stride:{c.sliding_eval_stride}" + how
+        how = f" stride:{c.sliding_eval_stride}" if row.name == "sliding" else ""
+        how += f" temperature:{t:g}" if row.name != "roundtrip" else ""
         log(f"{row.name}{how} val_loss:{score.loss:.6f} val_bpb:{score.bpb:.6f}")
     if c.temp_scaling:
-        result["temperature"] = temperature(False)
-        if c.eval_state == "carry":
-            result["carried_temperature"] = temperature(True)
+        result["temperature"] = chosen[False]
+        result |= dict(carried_temperature=chosen[True]) if c.eval_state == "carry" else {}
+    result["sliding_stride"] = c.sliding_eval_stride if c.sliding_eval else None
     return result
 
 
-# Statistics of the latent: tensors in, numbers out. Values that are not finite give nan.
+# Statistics of the latent: tensors in, numbers out; nan for values that are not finite.
 
 def effective_rank(x: Tensor) -> float:
     """exp of the entropy of the covariance's normalized eigenvalues, from 1 to L; x (...,L). Roy &
     Vetterli 2007, https://ieeexplore.ieee.org/document/7098875."""
-    flat = x.float().flatten(0, -2)
-    covariance = torch.cov(flat.T).double().reshape(x.size(-1), -1)
+    covariance = torch.cov(x.float().flatten(0, -2).T).double().reshape(x.size(-1), -1)
     if not bool(covariance.isfinite().all()):
         return math.nan
     values = torch.linalg.eigvalsh(covariance).clamp(min=0)
@@ -3742,19 +3737,25 @@ def effective_rank(x: Tensor) -> float:
 
 
 def within_share(x: Tensor) -> float:
-    """Share of the variance of x (B,T,L) that lies within sequences: 0 where each sequence is
-    constant, near 1 where sequences are alike."""
+    """Share of the variance of x (B,T,L) that lies within sequences: 0 if each is constant, near 1
+    if they are alike."""
     x = x.double()
     within = (x - x.mean(1, keepdim=True)).square().mean()
     return float(within / (x - x.mean((0, 1))).square().mean().clamp(min=1e-30))
 
 
 def lag1_autocorrelation(x: Tensor) -> float:
-    """Correlation of neighbouring positions of x (B,T,L): sum (x_t - m)(x_{t+1} - m) over
-    sqrt(sum (x_t - m)^2 sum (x_{t+1} - m)^2), m the mean of all."""
+    """sum (x_t - m)(x_{t+1} - m) / sqrt(sum (x_t - m)^2 sum (x_{t+1} - m)^2) of x (B,T,L), m its
+    mean."""
     x = x.double() - x.double().mean((0, 1))
     a, b = x[:, :-1], x[:, 1:]
     return float((a * b).sum() / (a.square().sum() * b.square().sum()).sqrt().clamp(min=1e-30))
+
+
+def latent_statistics(name: str, x: Tensor) -> dict[str, float]:
+    """The three statistics above of x (B,T,L), under `name`."""
+    return {f"{name}_effective_rank": effective_rank(x), f"{name}_within_share": within_share(x),
+            f"{name}_lag1_autocorrelation": lag1_autocorrelation(x)}
 
 
 def predictability(prediction: Tensor, target: Tensor) -> float:
@@ -3769,8 +3770,8 @@ def gradient_shares(leaf: Tensor, terms: dict[str, Tensor]) -> dict[str, float]:
     it. terms: name -> weighted loss, a function of leaf."""
     grads = {name: torch.autograd.grad(loss, leaf, retain_graph=True)[0].double().flatten()
              for name, loss in terms.items()}
-    ce = grads.pop("ce")
-    reference, shares = ce.norm().clamp(min=1e-30), {}
+    ce, shares = grads.pop("ce"), {}
+    reference = ce.norm().clamp(min=1e-30)
     for name, grad in grads.items():
         norm = grad.norm()
         shares[f"{name}_grad_ratio"] = float(norm / reference)
@@ -3783,27 +3784,24 @@ def linear_probe(h: Tensor, targets: Tensor, lengths: Tensor, vocab_size: int, s
     """Bits per byte of a linear classifier on frozen h (n,D), trained on the first 80% of the
     positions with `steps` steps of Adam (1e-3, batch 4096) and scored on the last 20%. targets
     (n,) ids, lengths (n,) their bytes."""
-    cut = int(0.8 * len(h))
-    h, generator = h.float(), torch.Generator().manual_seed(seed)
-    with torch.enable_grad():
-        weight = torch.zeros(vocab_size, h.size(-1), device=h.device, requires_grad=True)
-        bias = torch.zeros(vocab_size, device=h.device, requires_grad=True)
-        adam = torch.optim.Adam([weight, bias], lr=1e-3)
-        for _ in range(steps):
-            batch = torch.randint(cut, (min(4096, cut),), generator=generator).to(h.device)
-            adam.zero_grad()
+    cut, generator, nll = int(0.8 * len(h)), torch.Generator().manual_seed(seed), 0.0
+    h = h.float()
+    weight = torch.zeros(vocab_size, h.size(-1), device=h.device, requires_grad=True)
+    bias = torch.zeros(vocab_size, device=h.device, requires_grad=True)
+    adam = torch.optim.Adam([weight, bias], lr=1e-3)
+    for _ in range(steps):
+        batch = torch.randint(cut, (min(4096, cut),), generator=generator).to(h.device)
+        adam.zero_grad()
+        with torch.enable_grad():
             token_loss_fused(h[batch], weight, bias, targets[batch])[0].backward()
-            adam.step()
-    nll = 0.0
-    with torch.no_grad():
-        for part, ids in zip(h[cut:].split(1024), targets[cut:].split(1024)):
-            nll += float(F.cross_entropy(F.linear(part, weight, bias), ids, reduction="sum"))
+        adam.step()
+    for part, ids in zip(h[cut:].split(1024), targets[cut:].split(1024)):
+        nll += float(F.cross_entropy(F.linear(part, weight, bias).detach(), ids, reduction="sum"))
     return float(nll / math.log(2) / lengths[cut:].sum().clamp(min=1))
 
 
 @torch.no_grad()
-def input_moments(model: nn.Module, batches: Sequence[Tensor],
-                  forward: Callable[[Tensor], Any]) -> dict[str, Tensor]:
+def input_moments(model: nn.Module, batches: Iterable, forward: Callable) -> dict[str, Tensor]:
     """Mean of x x^T (C,C) in fp64 over the inputs x of every Linear layer, by the layer's name."""
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -3872,18 +3870,13 @@ class Trainer:
                                c.in_lanes)
         share = c.micro_batches // runtime.world
         self.micros = range(runtime.rank * share, (runtime.rank + 1) * share)  # those of this rank
-        # CARRY_STATE: the mixers' states of each micro-batch, zeros at the start
-        self.states = {micro: self.empty_states() if c.carry_state else None
-                       for micro in self.micros}
+        # CARRY_STATE: the mixers' states of each micro-batch. Zeros at the start, not None: the
+        # first step then has the graph of all others.
+        zeros = lambda: self.model.empty_states(c.micro_sequences, runtime.dtype, runtime.device)
+        self.states = {micro: zeros() if c.carry_state else None for micro in self.micros}
         self.position = self.tokens = 0  # position in the stream; tokens trained on so far
         self.losses = compiled(self._losses, c.compile_mode)
         self.forward = compiled(self.model, c.compile_mode) if runtime.cuda else self.model
-
-    def empty_states(self) -> list[tuple[Tensor, ...]]:
-        """States before the first token; not None, so that the first step has no graph of its
-        own."""
-        return self.model.empty_states(self.config.micro_sequences, self.runtime.dtype,
-                                       self.runtime.device)
 
     def _losses(self, x: Tensor, y: Tensor, positions: Tensor, weights: Tensor, states,
                 active: Active) -> tuple[Tensor, Tensor, list | None]:
@@ -3892,16 +3885,11 @@ class Trainer:
         h, states = self.model(x, self.runtime.dtype, states)
         terms = loss_terms(self.config, self.model, self.jepa, h, y, positions, self.directions,
                            active)
-        zero = h.new_zeros((), dtype=torch.float32)
-        total = zero
-        for weight, name in zip(weights, TERMS):
-            if name in terms:
-                total = total + weight * terms[name]
+        total = sum(weight * terms[name] for weight, name in zip(weights, TERMS) if name in terms)
         shown = terms | ({"ce": terms["nll"]} if "ce" in terms else {})
+        zero = h.new_zeros((), dtype=torch.float32)
         parts = torch.stack([shown.get(name, zero).detach() for name in TERMS])
-        if not self.config.carry_state:
-            return total, parts, None
-        return total, parts, map_states(torch.detach, states)
+        return total, parts, map_states(torch.detach, states) if self.config.carry_state else None
 
     def step_inputs(self, step: int, micro: int) -> tuple[Tensor, Tensor, Tensor]:
         """x, y (B,T) and SIGReg's positions of one micro-batch, on the device; randomness follows
@@ -3930,24 +3918,19 @@ class Trainer:
     def train_step(self, progress: Progress) -> Tensor:
         """One optimizer step: storage grid, batches, losses, gradients, update. Returns this rank's
         share of TERMS, then the gradient norm."""
-        c, states_before = self.config, dict(self.states)
+        c, before = self.config, dict(self.states)
         self.weights.load(qat=qat_on(progress.fraction, c.qat_fraction))
         parts = self.accumulate(progress.step, loss_weights(progress.fraction, c))
         norm, ok = self.optimizer.step(lr_scale(progress, c), muon_momentum(progress.step, c))
         if averaging_on(progress.fraction, c.swa_start):
             self.weights.average(c.swa_decay, ok)
-        if c.carry_state:
-            self.restore_if_skipped(states_before, ok)
+        for micro in self.micros if c.carry_state else ():  # a skipped step may have left NaN
+            self.states[micro] = map_states(functools.partial(torch.where, ok > 0),
+                                            self.states[micro], before[micro])
         self.weights.zero_grad()
         self.position += self.batches.values_per_step()
         self.tokens += c.train_batch_tokens
         return torch.cat((parts, norm.view(1)))
-
-    def restore_if_skipped(self, before: dict[int, list], ok: Tensor) -> None:
-        """Take the states from before a step that was skipped, because they may hold NaN."""
-        for micro, states in self.states.items():
-            self.states[micro] = map_states(lambda new, old: torch.where(ok > 0, new, old),
-                                            states, before[micro])
 
     def warm_up(self) -> None:
         """Warm-up steps at the base rates, without QAT and clip. Weights, data position and
@@ -4002,15 +3985,13 @@ class RunStopped(Exception):
 
 
 class Signals:
-    """SIGTERM and SIGINT as a flag that the loop reads after each step; a second SIGINT ends at
-    once."""
+    """SIGTERM and SIGINT as a flag for the loop; a second SIGINT ends at once."""
 
     def __init__(self):
         self.caught = 0
         self._handle({signal.SIGTERM: self._catch, signal.SIGINT: self._catch})
 
-    @staticmethod
-    def _handle(handlers: dict) -> None:
+    def _handle(self, handlers: dict) -> None:
         with contextlib.suppress(ValueError):  # outside the main thread, in tests
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -4166,7 +4147,11 @@ class Run:
                 break
             if caught:
                 self.stop(int(caught))
-            self.announce_stage(progress.fraction)
+            stage = loss_weights(progress.fraction, c).stage
+            if stage != self.stage and c.loss_schedule == "staged":
+                self.log(f"stage: {stage} begins at step {self.step} "
+                         f"(progress {progress.fraction:.3f})")
+            self.stage = stage
             parts = trainer.train_step(progress)
             self.step += 1
             if self.step % c.train_log_every == 0 or self.step <= 10:
@@ -4178,12 +4163,6 @@ class Run:
             self.save(clock.seconds())
         self.checkpoints.wait()
         self.signals.release()
-
-    def announce_stage(self, p: float) -> None:
-        stage = loss_weights(p, self.config).stage
-        if stage != self.stage and self.config.loss_schedule == "staged":
-            self.log(f"stage: {stage} begins at step {self.step} (progress {p:.3f})")
-        self.stage = stage
 
     def term_names(self) -> list[str]:
         """Names of TERMS in the log: the anti-collapse term goes by its kind."""
@@ -4256,7 +4235,8 @@ class Run:
     def save(self, seconds: float) -> None:
         """Hand a snapshot to the checkpoint writer."""
         trainer, weights = self.trainer, self.trainer.weights
-        carried = self.gather_states()
+        own = {name: tensor.cpu() for name, tensor in self.named_states().items()}
+        everyone = self.runtime.collect(own) if self.config.carry_state else []
         if not self.runtime.main:
             return
         averaged = weights.groups[0].average is not None
@@ -4269,17 +4249,16 @@ class Run:
             parts["average"] = weights.tensors("average")
         tensors = {f"{part}/{name}": t
                    for part, named in parts.items() for name, t in named.items()}
-        tensors |= {"directions": trainer.directions, "rng": torch.get_rng_state()} | carried
+        tensors |= {"directions": trainer.directions, "rng": torch.get_rng_state()}
+        for states in everyone:
+            tensors |= states
         self.checkpoints.save(self.step, meta, tensors)
 
-    def gather_states(self) -> dict[str, Tensor]:
-        """CARRY_STATE: the mixers' states of all micro-batches, from all ranks, by name."""
-        if not self.config.carry_state:
-            return {}
-        own = {f"state/{micro}/{layer}/{index}": tensor.cpu()
-               for micro, states in self.trainer.states.items()
-               for layer, state in enumerate(states) for index, tensor in enumerate(state)}
-        return {name: tensor for part in self.runtime.collect(own) for name, tensor in part.items()}
+    def named_states(self) -> dict[str, Tensor]:
+        """CARRY_STATE: the mixers' states of this rank's micro-batches, by name."""
+        return {f"state/{micro}/{layer}/{index}": tensor
+                for micro, states in self.trainer.states.items()
+                for layer, state in enumerate(states or ()) for index, tensor in enumerate(state)}
 
     def load_checkpoint(self, path: Path, note: Callable[[str], None]) -> dict | None:
         """Restore the newest valid checkpoint and return its meta data; refuse one of another
@@ -4298,7 +4277,9 @@ class Run:
     def restore(self, path: Path, meta: dict, tensors: dict[str, Tensor]) -> None:
         """A checkpoint's contents into run and trainer; a foreign one raises an error that the
         caller names."""
-        check_checkpoint_meta(meta)
+        numbers = [meta[key] for key in ("step", "position", "tokens", "seconds")]
+        if not all(number >= 0 for number in (*numbers, *meta["journals"].values())):
+            raise ValueError("its meta data")
         old, new = meta["fixed"], self.config.fixed()
         any_grid = not old["QAT_FRACTION"] and not new["QAT_FRACTION"]  # no training on the grid
         if lines := differences(old, new, but=Config.tagged("grid") if any_grid else ()):
@@ -4314,16 +4295,12 @@ class Run:
         trainer.optimizer.load_state(part("optimizer/"))
         trainer.directions.copy_(checked_tensor(tensors, "directions", trainer.directions))
         torch.set_rng_state(tensors["rng"])
-        for micro in trainer.micros if self.config.carry_state else ():
-            states = trainer.empty_states()
-            for layer, state in enumerate(states):
-                for index, tensor in enumerate(state):
-                    name = f"state/{micro}/{layer}/{index}"
-                    tensor.copy_(checked_tensor(tensors, name, tensor))
-            trainer.states[micro] = states
-        trainer.position, trainer.tokens = meta["position"], meta["tokens"]
-        self.step, self.clock, self.stage = meta["step"], Stopwatch(meta["seconds"]), meta["stage"]
-        self.validated = meta["validated"]
+        for name, tensor in self.named_states().items():
+            tensor.copy_(checked_tensor(tensors, name, tensor))
+        trainer.position, trainer.tokens = int(meta["position"]), int(meta["tokens"])
+        self.step, self.clock = int(meta["step"]), Stopwatch(float(meta["seconds"]))
+        self.stage = meta["stage"]
+        self.validated = int(meta["validated"])
         if meta["score"]:  # null stands for a number that was not finite
             self.score = Score(*(math.nan if value is None else value for value in meta["score"]))
 
@@ -4493,24 +4470,6 @@ class Run:
         shown = " ".join(f"{name}:{value:.4g}" for name, value in report.items())
         self.log(f"diagnostics {shown}")
         return report
-
-
-def check_checkpoint_meta(meta: dict) -> None:
-    """ValueError unless a checkpoint's numbers are such as a run writes."""
-    whole = lambda value: type(value) is int and value >= 0
-    numbers = [meta["step"], meta["position"], meta["tokens"], *meta["journals"].values()]
-    if not (all(map(whole, numbers)) and type(meta["validated"]) is int
-            and type(meta["seconds"]) in (int, float) and meta["seconds"] >= 0
-            and isinstance(meta["stage"], str) and isinstance(meta["averaged"], bool)
-            and isinstance(meta["config"], dict)
-            and (meta["score"] is None or len(meta["score"]) == 2)):
-        raise ValueError("its meta data")
-
-
-def latent_statistics(name: str, x: Tensor) -> dict[str, float]:
-    """Effective rank, share of variance within sequences and lag-1 autocorrelation of x (B,T,L)."""
-    return {f"{name}_effective_rank": effective_rank(x), f"{name}_within_share": within_share(x),
-            f"{name}_lag1_autocorrelation": lag1_autocorrelation(x)}
 
 
 CALIBRATION = 65_536  # training tokens that the temperature is chosen on
