@@ -21,7 +21,7 @@ import train_jepa as tj
 
 FUZZ = int(os.environ.get("FUZZ_COUNT", 2000))  # mutated files per run; 10,000 for the long test
 CONFIG = {"MODEL_DIM": 64, "TOKENIZER": "byte", "temperature": 0.97, "nested": {"a": [1, None, True]}}
-GRIDS = ["int4", "int5", "int6", "int8a", "int4s0.35", "int8", "int8f", "fp8", "bf16", "fp16", "fp32"]
+GRIDS = ["int4", "int5", "int6", "int7", "int8a", "int4s0.35", "int8", "int8f", "fp8", "bf16", "fp16", "fp32"]
 CODECS = ["rans", "zlib", "zstd", "brotli", "lzma"]
 
 
@@ -108,7 +108,8 @@ def artifact(tmp_path):
 def refused(path, match=".", reader=None):
     with pytest.raises(tj.UserError, match=match) as caught:
         (reader or tj.read_artifact)(path)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    message = str(caught.value)
+    assert message.count(str(path)) == 1 and message.isprintable() and len(message) < len(str(path)) + 260
 
 
 # ------------------------------------------------------------------------------------------------ round trips
@@ -143,7 +144,7 @@ def test_empty_models(tmp_path):
 
 def test_rans_on_every_kind_of_stream():
     rng = np.random.default_rng(0)
-    for lengths in ([0], [1], [2], [3, 0, 1], [4097, 4096, 4095], [70_000, 5, 33_333], [9_000_000]):
+    for lengths in ([0], [1], [2], [3, 0, 1], [4097, 4096, 4095], [70_000, 5, 33_333], [3_000_000]):
         for make in (
             lambda n: rng.integers(0, 256, n),
             lambda n: np.full(n, 7),
@@ -152,7 +153,7 @@ def test_rans_on_every_kind_of_stream():
         ):
             data = make(sum(lengths)).astype(np.uint8)
             coded = tj.rans_encode(data, lengths)
-            assert np.array_equal(tj.rans_decode(coded, lengths, "x"), data)
+            assert np.array_equal(tj.rans_decode(coded, lengths), data)
             if sum(lengths) > 10**6:  # tables, lanes and the precision of frequencies cost under 0.2% of 8 bits
                 assert len(coded) < tj.entropy_bytes(data) + 0.002 * len(data) + 1200
 
@@ -184,7 +185,7 @@ def test_estimate_predicts_the_file(tmp_path):
             for i in range(5)
         }
         estimate = tj.estimate_bytes(tensors, CONFIG)["bytes"]
-        real = tj.write_artifact(tmp_path / "m", CONFIG, tensors, ("rans", "zlib", "zstd"))["bytes"]
+        real = tj.write_artifact(tmp_path / "m", CONFIG, tensors, ("rans", "zlib"))["bytes"]
         assert abs(estimate / real - 1) < 0.02, (grid, estimate, real)
 
 
@@ -227,17 +228,18 @@ def test_full_model_with_our_coder_alone(tmp_path):
 
 
 def test_snap_and_file_agree_for_awkward_weights(tmp_path):
+    g, tensors = torch.Generator().manual_seed(1), {}
     for name in GRIDS:
-        grid, g = tj.Grid.parse(name), torch.Generator().manual_seed(1)
-        tensors = {
-            "zeros": (-torch.zeros(40, 30), grid),
-            "denormal": (torch.full((3, 3), -1e-41), grid),
-            "halves": (torch.arange(-14, 15).reshape(1, -1) * 0.5, grid),
-            "strided": (torch.randn(30, 50, generator=g).T, grid),
-            "scales": (torch.randn(60, 33, generator=g) * torch.logspace(-9, 4, 60)[:, None], grid),
+        weights = {
+            "zeros": -torch.zeros(40, 30),
+            "denormal": torch.full((3, 3), -1e-41),
+            "halves": torch.arange(-14, 15).reshape(1, -1) * 0.5,
+            "strided": torch.randn(30, 50, generator=g).T,
+            "scales": torch.randn(60, 33, generator=g) * torch.logspace(-9, 4, 60)[:, None],
         }
-        tj.write_artifact(tmp_path / "m", {}, tensors, ("rans",))
-        same(tensors, tj.read_artifact(tmp_path / "m")[1])
+        tensors |= {f"{name} {kind}": (w, tj.Grid.parse(name)) for kind, w in weights.items()}
+    tj.write_artifact(tmp_path / "m", {}, tensors, ("rans",))
+    same(tensors, tj.read_artifact(tmp_path / "m")[1])
 
 
 # ------------------------------------------------------------------------------------------------ tensors (checkpoints)
@@ -249,7 +251,7 @@ def checkpoint_tensors():
         "half": torch.randn(3, 3, generator=g).bfloat16(),
         "count": torch.tensor(1 << 60),
         "rng": torch.get_rng_state(),
-        "mask": torch.tensor([[True, False]]),
+        "mask": torch.tensor([[1, 0]], dtype=torch.uint8),
         "empty": torch.empty(0, 4),
         "strided": torch.randn(6, 4, generator=g).T,
         "nan": torch.tensor([math.nan, -0.0, math.inf]),
@@ -265,17 +267,27 @@ def test_tensors_round_trip(tmp_path):
         assert got[name].dtype == t.dtype and got[name].shape == t.shape and got[name].is_contiguous()
         assert torch.equal(got[name].reshape(-1).view(torch.uint8), t.contiguous().reshape(-1).view(torch.uint8)), name
     got["w"].add_(1)  # writable memory of its own
-    refused(tmp_path / "c", "'checkpoint' file; a 'artifact'")
-    with pytest.raises(tj.UserError, match="complex"):
+    refused(tmp_path / "c", "its kind is 'checkpoint', not 'artifact'")
+    with pytest.raises(AssertionError, match="z has dtype complex64"):
         tj.write_tensors(tmp_path / "d", "checkpoint", {}, {"z": torch.zeros(2, dtype=torch.complex64)})
     assert os.listdir(tmp_path) == ["c"]
 
 
 def test_meta_that_is_not_json_is_an_error_before_anything_is_written(tmp_path):
-    for meta in ({"x": math.nan}, {"x": torch.zeros(1)}, {"x": object()}):
-        with pytest.raises((ValueError, TypeError)):
+    for meta in ({"x": torch.zeros(1)}, {"x": object()}):
+        with pytest.raises(TypeError):
             tj.write_tensors(tmp_path / "c", "checkpoint", meta, {})
+    with pytest.raises(ValueError):
+        tj.write_artifact(tmp_path / "m", {"temperature": math.nan}, {})
     assert not os.listdir(tmp_path)
+
+
+def test_non_finite_numbers_of_a_checkpoints_meta_are_stored_as_null(tmp_path):
+    meta = {"score": (math.nan, 1.25), "deep": {"a": [math.inf, -math.inf, [math.nan]]}, "text": "NaN", "n": 3}
+    tj.write_tensors(tmp_path / "c", "checkpoint", meta, {})
+    assert tj.read_tensors(tmp_path / "c", "checkpoint")[0] == {
+        "score": [None, 1.25], "deep": {"a": [None, None, [None]]}, "text": "NaN", "n": 3}
+    assert math.isnan(meta["score"][0])  # the caller's own stays as it is
 
 
 class FullDisk:
@@ -345,11 +357,11 @@ def test_unwritable_places(tmp_path):
 
 
 def test_a_codec_that_fails_is_an_error(tmp_path, monkeypatch):
-    def fail(codec, data):
+    def fail(piece):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(tj, "compress", fail)
-    with pytest.raises(RuntimeError, match="codec (zlib|zstd|lzma|brotli) failed: no room"):
+    monkeypatch.setitem(tj.CODECS, "zlib", tj.CODECS["zlib"]._replace(encode=fail))
+    with pytest.raises(MemoryError, match="no room"):
         tj.write_artifact(tmp_path / "m", {}, small())
     assert not os.listdir(tmp_path)
 
@@ -357,39 +369,29 @@ def test_a_codec_that_fails_is_an_error(tmp_path, monkeypatch):
 def test_codecs_that_are_not_installed_are_named(tmp_path, monkeypatch):
     tj.write_artifact(tmp_path / "z", {}, small(), ("zstd",))
     tj.write_artifact(tmp_path / "b", {}, small(), ("brotli",))
-    monkeypatch.setattr(tj, "brotli", None)
-    monkeypatch.setattr(tj, "zstandard", None)
+    for name in ("brotli", "zstd"):
+        monkeypatch.setitem(tj.CODECS, name, tj.CODECS[name]._replace(module=None))
     report = tj.write_artifact(tmp_path / "m", {}, small())
-    assert sorted(report["codec_missing"]) == ["brotli", "zstd"] and set(report["codec_bytes"]) == {
-        "lzma",
-        "zlib",
-        "rans",
-    }
-    refused(tmp_path / "z", "package zstandard")
-    refused(tmp_path / "b", "package brotli")
+    assert set(report["codec_bytes"]) == {"lzma", "zlib", "rans"}
+    refused(tmp_path / "z", "codec zstd is missing: install .*zstandard")
+    refused(tmp_path / "b", "codec brotli is missing: install brotli")
 
 
-def test_large_brotli_is_estimated_close_and_said(tmp_path, monkeypatch):
+def test_streams_in_several_pieces(tmp_path, monkeypatch):
+    """Repeated tensors, for which a general codec wins; its sections are PIECE bytes each."""
     monkeypatch.setattr(tj, "PIECE", 1 << 13)
-    tensors = {f"m{i}": (torch.randn(200, 256), tj.Grid.parse("int4")) for i in range(8)}
-    report = tj.write_artifact(tmp_path / "m", {}, tensors)
-    assert report["codec"] == "rans" and report["codec_estimated"] == ["brotli"] and report["codec_bytes"]["zstd"]
-    real = tj.write_artifact(tmp_path / "m", {}, tensors, ("brotli",))
-    assert (
-        real["codec_estimated"] == []
-        and abs(report["codec_bytes"]["brotli"] / real["codec_bytes"]["brotli"] - 1) < 0.005
-    )
-    repeated = {f"m{i}": (torch.randn(200, 256), tj.Grid.parse("int4")) for i in range(1)}
-    repeated |= {f"n{i}": repeated["m0"] for i in range(8)}  # here brotli wins, and is run in full
-    report = tj.write_artifact(tmp_path / "m", {}, repeated, ("rans", "zlib", "brotli"))
-    assert report["codec_estimated"] in ([], ["brotli"]) and report["codec"] not in report["codec_estimated"]
-    same(repeated, tj.read_artifact(tmp_path / "m")[1])
+    matrix = torch.randn(200, 256)
+    tensors = {f"n{i}": (matrix, tj.Grid.parse("int4")) for i in range(3)}
+    for codecs in (CODECS, ("zlib",), ("zstd",), ("lzma",)):
+        report = tj.write_artifact(tmp_path / "m", {}, tensors, codecs)
+        assert report["codec"] != "rans" and len(tj.read_container(tmp_path / "m", "artifact")[1]) > 9
+        same(tensors, tj.read_artifact(tmp_path / "m")[1])
 
 
 # ------------------------------------------------------------------------------------------------ damage
 def test_every_truncation_and_extension(artifact):
     data = artifact.read_bytes()
-    for n in [*range(0, 60), *range(60, len(data), 97), *range(len(data) - 40, len(data))]:
+    for n in [*range(0, 60), *range(60, len(data), 301), *range(len(data) - 40, len(data))]:
         artifact.write_bytes(data[:n])
         refused(artifact)
     artifact.write_bytes(data + b"\0")
@@ -400,7 +402,7 @@ def test_every_bit_of_the_prefix_and_many_others(artifact):
     data, rng = artifact.read_bytes(), random.Random(0)
     places = [
         *range(8 * tj.PREFIX.size),
-        *rng.sample(range(8 * len(data)), 500),
+        *rng.sample(range(8 * len(data)), 150),
         *range(8 * len(data) - 256, 8 * len(data), 3),
     ]
     for bit in places:
@@ -456,92 +458,139 @@ def tensor(header, i, j, value):
 
 
 EDITS = {
-    "other kind": (lambda h: h.update(kind="checkpoint"), "artifact"),
-    "kind is a list": (lambda h: h.update(kind=[1]), "artifact"),
-    "extra field": (lambda h: h.update(more=1), "fields"),
-    "no meta": (lambda h: h.pop("meta") and None, "fields"),
-    "meta is a list": (lambda h: h.update(meta=[]), "types"),
-    "sections is a dict": (lambda h: h.update(sections={}), "types"),
-    "header is a list": (lambda h: [h], "fields"),
-    "section is a list": (lambda h: h.update(sections=[[]]), "section"),
-    "section lacks": (lambda h: drop(h, "raw"), "fields"),
-    "section more": (lambda h: entry(h, path="/etc/passwd"), "fields"),
-    "negative": (lambda h: entry(h, stored=-1), "size"),
-    "fraction": (lambda h: entry(h, stored=10.0), "size"),
-    "truth as size": (lambda h: entry(h, raw=True), "size"),
-    "text as size": (lambda h: entry(h, raw="12"), "size"),
-    "huge stored": (lambda h: entry(h, stored=1 << 45), "add up"),
-    "very huge": (lambda h: entry(h, stored=1 << 400), "size"),
-    "huge raw": (lambda h: entry(h, raw=1 << 45, shape=[1 << 45]), "disagree"),
-    "shape": (lambda h: entry(h, shape=[3]), "disagree"),
-    "deep shape": (lambda h: entry(h, shape=[1] * 9), "disagree"),
-    "negative shape": (lambda h: entry(h, shape=[-1]), "disagree"),
-    "unknown dtype": (lambda h: entry(h, dtype="object"), "dtype"),
-    "dtype list": (lambda h: entry(h, dtype=[]), "dtype"),
-    "unknown codec": (lambda h: entry(h, codec="pickle"), "codec"),
-    "codec null": (lambda h: entry(h, codec=None), "codec"),
-    "other codec": (lambda h: entry(h, codec="zstd"), "damaged"),
-    "as lzma": (lambda h: entry(h, codec="lzma"), "lzma"),
-    "as brotli": (lambda h: entry(h, codec="brotli"), "brotli"),
-    "as zlib": (lambda h: entry(h, codec="zlib"), "zlib"),
-    "raw codec": (lambda h: entry(h, codec="raw"), "disagree"),
-    "name": (lambda h: entry(h, name=5), "name"),
-    "twice": (lambda h: h["sections"].append(dict(h["sections"][0], stored=0)), "twice"),
-    "no sections": (lambda h: h.update(sections=[]), "add up"),
-    "meta fields": (lambda h: h["meta"].update(x=1), "fields"),
-    "config list": (lambda h: h["meta"].update(config=[]), "fields"),
-    "tensors dict": (lambda h: h["meta"].update(tensors={}), "form"),
-    "tensor name": (lambda h: tensor(h, 0, 0, 3), "form"),
-    "same tensor": (lambda h: tensor(h, 0, 0, h["meta"]["tensors"][1][0]), "twice"),
-    "grid": (lambda h: tensor(h, 0, 1, "int3"), "grid"),
-    "grid type": (lambda h: tensor(h, 0, 1, {"a": 1}), "grid"),
-    "other grid": (lambda h: tensor(h, 0, 1, "int5"), "disagree"),
-    "shape swapped": (lambda h: tensor(h, 0, 2, [15, 33]), "disagree"),
-    "huge shape": (lambda h: tensor(h, 0, 2, [1 << 30, 1 << 30]), "more than"),
-    "rows": (lambda h: tensor(h, 0, 2, [1 << 39, 0]), "more than"),
-    "shape text": (lambda h: tensor(h, 0, 2, "ab"), "form"),
-    "nested shape": (lambda h: tensor(h, 0, 2, [[3]]), "form"),
-    "tensor more": (lambda h: h["meta"]["tensors"].append(["new", "int4", [5, 5]]), "disagree"),
-    "tensor less": (lambda h: h["meta"]["tensors"].pop() and None, "disagree"),
-    "streams": (lambda h: h["meta"].update(streams=[]), "disagree"),
-    "streams null": (lambda h: h["meta"].update(streams=None), "disagree"),
-    "stream": (lambda h: h["meta"]["streams"].__setitem__(0, -5), "disagree"),
-    "streams shifted": (lambda h: h["meta"]["streams"].reverse(), "damaged|disagree"),
-    "huge stream": (lambda h: h["meta"]["streams"].__setitem__(0, 1 << 62), "disagree"),
+    "other kind": lambda h: h.update(kind="checkpoint"),
+    "kind is a list": lambda h: h.update(kind=[1]),
+    "no meta": lambda h: h.pop("meta") and None,
+    "meta is a list": lambda h: h.update(meta=[]),
+    "sections is a dict": lambda h: h.update(sections={}),
+    "header is a list": lambda h: [h],
+    "section is a list": lambda h: h.update(sections=[[]]),
+    "section lacks": lambda h: drop(h, "raw"),
+    "section more": lambda h: entry(h, path="/etc/passwd"),
+    "negative": lambda h: entry(h, stored=-1),
+    "fraction": lambda h: entry(h, stored=10.0),
+    "truth as size": lambda h: entry(h, raw=True),
+    "text as size": lambda h: entry(h, raw="12"),
+    "huge stored": lambda h: entry(h, stored=1 << 45),
+    "very huge": lambda h: entry(h, stored=1 << 400),
+    "huge raw": lambda h: entry(h, raw=1 << 45, shape=[1 << 45]),
+    "unknown codec": lambda h: entry(h, codec="pickle"),
+    "codec null": lambda h: entry(h, codec=None),
+    "codec list": lambda h: entry(h, codec=[]),
+    "as zstd": lambda h: entry(h, codec="zstd"),
+    "as lzma": lambda h: entry(h, codec="lzma"),
+    "as brotli": lambda h: entry(h, codec="brotli"),
+    "as zlib": lambda h: entry(h, codec="zlib"),
+    "raw codec": lambda h: entry(h, codec="raw"),
+    "twice": lambda h: h["sections"].append(dict(h["sections"][0], stored=0)),
+    "no sections": lambda h: h.update(sections=[]),
+    "no config": lambda h: h["meta"].pop("config") and None,
+    "tensors dict": lambda h: h["meta"].update(tensors={}),
+    "tensor name": lambda h: tensor(h, 0, 0, 3),
+    "same tensor": lambda h: tensor(h, 0, 0, h["meta"]["tensors"][1][0]),
+    "grid": lambda h: tensor(h, 0, 1, "int3"),
+    "grid type": lambda h: tensor(h, 0, 1, {"a": 1}),
+    "other grid": lambda h: tensor(h, 0, 1, "int5"),
+    "shape swapped": lambda h: tensor(h, 0, 2, [15, 33]),
+    "huge shape": lambda h: tensor(h, 0, 2, [1 << 30, 1 << 30]),
+    "rows": lambda h: tensor(h, 0, 2, [1 << 39, 0]),
+    "many dimensions": lambda h: tensor(h, 0, 2, [1 << 39] * 100_000),
+    "shape text": lambda h: tensor(h, 0, 2, "ab"),
+    "nested shape": lambda h: tensor(h, 0, 2, [[3]]),
+    "tensor more": lambda h: h["meta"]["tensors"].append(["new", "int4", [5, 5]]),
+    "tensor less": lambda h: h["meta"]["tensors"].pop() and None,
+    "streams": lambda h: h["meta"].update(streams=[]),
+    "streams null": lambda h: h["meta"].update(streams=None),
+    "many streams": lambda h: h["meta"].update(streams=[0] * 200_000),
+    "stream": lambda h: h["meta"]["streams"].__setitem__(0, -5),
+    "streams shifted": lambda h: h["meta"]["streams"].reverse(),
+    "huge stream": lambda h: h["meta"]["streams"].__setitem__(0, 1 << 62),
 }
 
 
 @pytest.mark.parametrize("label", EDITS)
 def test_edited_header_with_a_right_checksum(artifact, label):
-    edit, match = EDITS[label]
-    refused(rebuild(artifact, edit), match)
+    refused(rebuild(artifact, EDITS[label]), "storage grid" if label.startswith("grid") else "damaged or foreign file")
 
 
-@pytest.mark.parametrize(
-    "text,match",
-    [
-        (b"", "JSON"),
-        (b"{", "JSON"),
-        (b"\xff\xfe", "JSON"),
-        (b"[" * 100_000, "JSON"),
-        (b'{"a":' * 50_000, "JSON"),
-        (b"null", "fields"),
-        (b'{"kind":"artifact","kind":"artifact"}', "duplicate"),
-        (b'{"kind":NaN}', "range"),
-        (b'{"kind":-Infinity}', "range"),
-        (b'{"kind":1e999}', "range"),
-        (b"9" * 5000, "JSON"),
-        (b'"' + b"a" * (1 << 20) + b'"', "fields"),
-        (b'{"kind":"\\ud800"}', "fields"),
-    ],
-)
-def test_header_text(artifact, text, match):
-    refused(rebuild(artifact, text=text), match)
+@pytest.mark.parametrize("change", [dict(dtype="object"), dict(dtype=[]), dict(shape=[3]), dict(shape=[1] * 9),
+                                    dict(shape=3), dict(shape=[-7]), dict(codec="zlib"), dict(stored=1 << 45)], ids=str)
+def test_edited_section_of_a_checkpoint(tmp_path, change):
+    tj.write_tensors(tmp_path / "c", "checkpoint", {}, checkpoint_tensors())
+    refused(rebuild(tmp_path / "c", lambda h: entry(h, **change)), "damaged or foreign file",
+            lambda path: tj.read_tensors(path, "checkpoint"))
+
+
+def million(header):
+    header["meta"]["tensors"] = [["w", "int4", []]] * 70_000  # just below the limit in bytes
+
+
+BOMBS = {  # issue: these took 12 to 42 s and 2 GB
+    "nothing": b"", "open": b"{", "no text": b"\xff\xfe", "utf-16": '{"kind":[[[[[[[[[[[[]]]]]]]]]]]]}'.encode("utf-16"),
+    "nested lists": b"[" * 100_000, "nested objects": b'{"a":' * 50_000, "nested within": b'{"a":' + b"[" * 9 + b"]" * 9 + b"}",
+    "null": b"null", "key twice": b'{"kind":"artifact","kind":"artifact"}', "nan": b'{"kind":NaN}',
+    "infinity": b'{"kind":-Infinity}', "large number": b'{"kind":1e999}', "many digits": b"9" * 5000,
+    "long text": b'"' + b"a" * (1 << 20) + b'"', "half a character": b'{"kind":"\\ud800"}',
+    "empty lists": b"[" + b"[]," * 300_000 + b"[]]", "empty objects": b"[" + b"{}," * 300_000 + b"{}]",
+    "quotes": b'"' * (1 << 20), "escapes": b'"' + b"\\" * ((1 << 20) - 2) + b'"', "escaped quotes": b'\\"' * (1 << 19),
+    "brackets in a text": b'"' + b"[" * 1000 + b'"', "terminal": b'{"kind":"' + b"\\u001b[31m" * 80_000 + b'"}',
+    "30 MB": b'{"kind":"' + b"x" * (30 << 20) + b'"}',
+}
+
+
+@pytest.mark.parametrize("label", BOMBS)
+def test_header_text(artifact, label):
+    before, began = peak(reset=True), time.perf_counter()
+    refused(rebuild(artifact, text=BOMBS[label]), "damaged or foreign file")
+    assert peak() - before < 200 << 20 and time.perf_counter() - began < 5
+
+
+def test_table_of_too_many_tensors(artifact):
+    before, began = peak(reset=True), time.perf_counter()
+    refused(rebuild(artifact, million), "damaged or foreign file")
+    assert peak() - before < 200 << 20 and time.perf_counter() - began < 5
+
+
+@pytest.mark.parametrize("text,depth", [('{"a":[[{"b":"[[[[[[[[["}]]}', 4), ('["\\"]]]]","[[[[[[[[["]', 1), ("[[[[[[[[]]]]]]]]", 8)])
+def test_nesting_is_counted_outside_of_texts(text, depth):
+    limit, tj_limit = depth, tj.MAX_DEPTH
+    header = '{"kind":"k","meta":%s}' % text
+    try:
+        tj.MAX_ENTRIES["k"], tj.MAX_DEPTH = 4, limit + 1
+        assert tj.parse_header(header.encode(), "k") == json.loads(header)
+        tj.MAX_DEPTH = limit
+        with pytest.raises(ValueError, match="too large"):
+            tj.parse_header(header.encode(), "k")
+    finally:
+        tj.MAX_DEPTH = tj_limit
+        del tj.MAX_ENTRIES["k"]
+
+
+def test_limits_of_the_header_fit_full_size_models_several_times(tmp_path):
+    """The largest models of the run scripts and of a recipe with 16 hybrid blocks: as artifact and as checkpoint."""
+    hybrid = dict(NUM_LAYERS=16, MIXER="mmmmmmmammmmmmma", MLP_MULT=3, MLP_EVERY=1, EXPAND=2, DT_GRID="int8a")
+    bpe = dict(TOKENIZER="bpe", VOCAB_SIZE=8192, MODEL_DIM=640, NUM_LAYERS=10, MLP_MULT=4, MLP_EVERY=2, EXPAND=1,
+               EMBED_DIM=336, TIE_EMBEDDINGS=1, QUANT_BITS=4)
+    for knobs in (bpe, bpe | hybrid):
+        config = tj.Config.from_env({name: str(value) for name, value in knobs.items()}).validate()
+        with torch.device("meta"):
+            model, jepa = tj.build_models(config)
+        roles = [(name, p) for name, _, p in tj.named_roles(model) + tj.named_roles(jepa, "jepa.")]
+        plan = tj.storage_plan(model, config)
+        entries = tj.artifact_tensors(((name, p) for name, p in roles if name in plan), plan)
+        sections = 4 * len(roles) + 2 * config.num_layers * config.micro_batches  # average, two moments, states
+        print(f"{len(entries)} tensors in the artifact, {sections} sections in a checkpoint")
+        assert 10 * len(entries) < tj.MAX_ENTRIES["artifact"] and 10 * sections < tj.MAX_ENTRIES["checkpoint"]
+        long = max(len(f"optimizer/exp_avg_sq/{name}") for name, _ in roles)
+        assert 10 * sections * (long + 100) < tj.MAX_HEADER["checkpoint"]
+        assert 10 * len(entries) * (long + 40) < tj.MAX_HEADER["artifact"]
+    with pytest.raises(tj.UserError, match="20000 sections are too many"):
+        tj.write_tensors(tmp_path / "c", "checkpoint", {}, {f"{i:>100}": torch.zeros(0) for i in range(20_000)})
 
 
 def test_header_that_inflates_without_end(artifact):
-    bomb = zlib.compress(b" " * (1 << 28))
-    for raw in (100, 1 << 20, tj.MAX_HEADER, tj.MAX_HEADER + 1, (1 << 32) - 1):
+    bomb, limit = zlib.compress(b" " * (1 << 26)), tj.MAX_HEADER["artifact"]
+    for raw in (100, 1 << 16, limit, limit + 1, (1 << 32) - 1):
         artifact.write_bytes(reseal(tj.PREFIX.pack(tj.MAGIC, tj.VERSION, len(bomb), raw) + bomb))
         refused(artifact)
     for stored in (0, len(bomb) + 1, (1 << 32) - 1):
@@ -558,51 +607,58 @@ def peak(reset=False) -> int:
 
 
 @pytest.mark.parametrize("codec", ["zlib", "zstd", "brotli", "lzma"])
-def test_decompression_bombs(codec, tmp_path):
+def test_decompression_bombs(codec):
+    def quick_lzma(data):
+        import lzma
+        return lzma.compress(data, lzma.FORMAT_RAW, filters=[tj.LZMA2[0] | {"preset": 0}])
+
     fast = {
         "zlib": zlib.compress,
-        "lzma": lambda data: tj.compress("lzma", data),
+        "lzma": quick_lzma,
         "zstd": tj.zstandard.compress,
         "brotli": lambda data: tj.brotli.compress(data, quality=5),
     }
-    bomb = fast[codec](b"\0" * (100 << 20))
+    bomb, lengths, row = fast[codec](b"\0" * (64 << 20)), [1 << 20], tj.CODECS[codec]
+    section = tj.Section("0", codec, len(bomb), 1 << 20, "uint8", [1 << 20])
     before = peak(reset=True)
     for raw in (0, 1, 1000, 1 << 20):
-        with pytest.raises(tj.UserError, match=f"{codec} data"):
-            tj.decompress(codec, bomb, raw, "x")
-    assert peak() - before < 32 << 20  # of 100 MB of zeros
-    good = tj.compress(codec, b"abc" * 1000)
+        assert len(row.decode(bomb, raw + 1)) <= raw + 1
+    with pytest.raises(ValueError, match="another size"):
+        tj.unpack([(section, memoryview(bomb))], lengths)
+    assert peak() - before < 24 << 20  # of 64 MB of zeros
+    good = row.encode(b"abc" * 1000)
     for n in range(len(good)):
         try:
-            assert tj.decompress(codec, good[:n], 3000, "x") == b"abc" * 1000  # a trailer may be missing, no data
-        except tj.UserError:
-            pass
+            assert (b"abc" * 1000).startswith(row.decode(good[:n], 3001))  # a trailer may be missing
+        except Exception as error:
+            assert type(error).__module__ in ("zlib", "_lzma", "brotli", "zstd", "builtins"), error
     for raw in (2999, 3001, 1 << 40):
-        with pytest.raises(tj.UserError):
-            tj.decompress(codec, good, raw, "x")
+        cut = section._replace(stored=len(good), raw=raw)
+        with pytest.raises(ValueError, match="another size"):
+            tj.unpack([(cut, memoryview(good))], [raw])
 
 
 def test_hostile_rans():
-    rng = np.random.default_rng(0)
+    rng, damage = np.random.default_rng(0), (ValueError, zlib.error)  # to be turned into a UserError by the reader
     lengths = [5000, 300]
     data = rng.geometric(0.3, 5300).clip(0, 255).astype(np.uint8)
     coded = tj.rans_encode(data, lengths)
     for n in [*range(0, 80), len(coded) - 4, len(coded) - 1]:
-        with pytest.raises(tj.UserError):
-            tj.rans_decode(coded[:n], lengths, "x")
+        with pytest.raises(damage):
+            tj.rans_decode(coded[:n], lengths)
     for wrong in ([5300], [5300, 0], [300, 5000], [5000, 301], [4999, 300], [], [5000, 300, 0]):
-        with pytest.raises(tj.UserError):
-            tj.rans_decode(coded, wrong, "x")
+        with pytest.raises(damage):
+            tj.rans_decode(coded, wrong)
     size = struct.unpack("<I", coded[:4])[0]
     for table in (np.zeros(512, "<u2"), np.full(512, 128 + 1, "<u2"), np.full(512, 65535, "<u2")):
         packed = zlib.compress(np.ascontiguousarray(table.view(np.uint8).reshape(-1, 2).T).tobytes())
-        with pytest.raises(tj.UserError):
-            tj.rans_decode(struct.pack("<I", len(packed)) + packed + coded[4 + size :], lengths, "x")
+        with pytest.raises(damage):
+            tj.rans_decode(struct.pack("<I", len(packed)) + packed + coded[4 + size :], lengths)
     for state in (0, 1, (1 << 31) - 1, 1 << 63, (1 << 64) - 1):
         hostile = bytearray(coded)
         hostile[4 + size : 12 + size] = struct.pack("<Q", state)
-        with pytest.raises(tj.UserError):
-            tj.rans_decode(hostile, lengths, "x")
+        with pytest.raises(damage):
+            tj.rans_decode(hostile, lengths)
 
 
 def test_claims_within_bounds_that_the_data_do_not_keep(artifact):
@@ -633,7 +689,7 @@ def test_a_check_of_the_caller_comes_before_decoding(artifact, monkeypatch):
         assert config == CONFIG and shapes["int4.0"] == (33, 15)
         raise tj.UserError(f"{artifact}: another model")
 
-    monkeypatch.setattr(tj, "rans_decode", None)
+    monkeypatch.setattr(tj, "unpack", None)
     refused(artifact, "another model", lambda p: tj.read_artifact(p, check))
 
 
@@ -691,15 +747,16 @@ def fuzz(count: int, folder: Path, seed: int = 0) -> dict:
             outcome["read"] += 1
         except tj.UserError as error:
             outcome["refused"] += 1
-            assert "\n" not in str(error) and len(str(error)) < 1000
+            assert str(error).isprintable() and len(str(error)) < len(str(folder)) + 260
         slowest = max(slowest, time.perf_counter() - began)
     return outcome | {"slowest_s": slowest, "memory_bytes": peak() - before}
 
 
 def test_fuzz(tmp_path):
-    outcome = fuzz(FUZZ, tmp_path)
-    print(f"{FUZZ} mutated files: {outcome}")
-    assert outcome["refused"] + outcome["read"] == FUZZ and outcome["refused"] > FUZZ / 2
+    count = FUZZ // 4
+    outcome = fuzz(count, tmp_path)
+    print(f"{count} mutated files: {outcome}")
+    assert outcome["refused"] + outcome["read"] == count and outcome["refused"] > count / 2
     assert outcome["slowest_s"] < 5 and outcome["memory_bytes"] < 128 << 20
 
 

@@ -1,6 +1,7 @@
 """Storage grids: closed forms, hand values, and snap(w) = decode(encode(w)) bit for bit."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ GRIDS = [
     "int4",
     "int5",
     "int6",
+    "int7",
     "int8a",
     "int4s0.35",
     "int5s0.2",
@@ -76,6 +78,8 @@ def test_snap_is_decode_of_encode_bit_for_bit(name):
         assert torch.equal(bits(w), bits(before)), label
         out = torch.full(w.shape, math.nan)
         assert tj.snap(w, grid, out=out) is out and torch.equal(bits(out), bits(snapped)), label
+        half = tj.snap(w, grid, out=torch.empty(w.shape, dtype=torch.bfloat16))
+        assert torch.equal(bits(half.float()), bits(snapped.bfloat16().float())), label
         if w.is_contiguous():
             assert torch.equal(bits(tj.snap(before, grid, out=before)), bits(snapped)), label
 
@@ -87,10 +91,11 @@ def test_intn_equals_its_formula(name):
     snapped, arrays = tj.snap(w, grid), tj.encode(w, grid)
     for r in range(0, len(w), 7):
         row = w[r].tolist()
-        if grid.k:
-            step, qmax = torch.tensor(grid.k * math.sqrt(sum(v * v for v in row) / len(row))), 127
+        if "s" in name:
+            k = float(name.partition("s")[2])
+            step, qmax = torch.tensor(k * math.sqrt(sum(v * v for v in row) / len(row))), 127
         else:
-            qmax = 2 ** (grid.bits - 1) - 1
+            qmax = 2 ** (int(name[3]) - 1) - 1
             step = torch.tensor(max(max(map(abs, row)), 1e-8)) / qmax
         scale = step.bfloat16().float()
         assert arrays["s"][r].float() == scale and arrays["s"].dtype == torch.bfloat16
@@ -116,18 +121,17 @@ def test_every_symbol_range_is_used_and_kept():
     torch.manual_seed(0)
     for name in INTN + ["int8", "int8f"]:
         grid = tj.Grid.parse(name)
-        w = torch.randn(200, 300) * torch.logspace(-2 if grid.kind == "int8" else -6, 3, 200)[:, None]
+        w = torch.randn(200, 300) * torch.logspace(-2 if name in ("int8", "int8f") else -6, 3, 200)[:, None]
         q = tj.encode(w, grid)["q"]
         assert q.abs().max() <= grid.qmax
-        if not grid.k and not grid.floor:
+        if "s" not in name and name != "int8f":
             assert (q.abs().amax(1) == grid.qmax).all()
     w = torch.zeros(1, 100_000)
     w[0, 0] = 1000.0  # 316 deviations: clamped
     assert tj.encode(w, tj.Grid.parse("int4s0.35"))["q"][0, 0] == 127
-    for n in range(1, 2000):  # absmax symbols cannot exceed their range unclamped
-        peak = torch.tensor([[1 + n / 2000]])
-        for b, name in ((7, "int4"), (15, "int5"), (31, "int6"), (127, "int8a")):
-            assert tj.encode(peak, tj.Grid.parse(name))["q"].item() == b
+    peaks = 1 + torch.arange(1, 2000)[:, None] / 2000  # absmax symbols cannot exceed their range unclamped
+    for b, name in ((7, "int4"), (15, "int5"), (31, "int6"), (63, "int7"), (127, "int8a")):
+        assert (tj.encode(peaks, tj.Grid.parse(name))["q"] == b).all()
 
 
 def test_fp8_bf16_fp16():
@@ -196,7 +200,8 @@ def test_overflow_is_refused_by_name(name, value):
         "",
         "int",
         "int3",
-        "int7",
+        "int9",
+        "int7a",
         "int4a",
         "INT4",
         "int4 ",
@@ -206,6 +211,9 @@ def test_overflow_is_refused_by_name(name, value):
         "int4s0.350",
         "int4snan",
         "int4s1e9",
+        "int4s0.0009",
+        "int4s10.5",
+        "int4s.5",
         "int8as1",
         "fp8f",
         "bf16f",
@@ -243,7 +251,7 @@ def test_threads_do_not_change_the_grid():
         torch.set_num_threads(threads)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("name", GRIDS)
 def test_cuda_equals_cpu(name):
     for label, w in tensors().items():
@@ -251,6 +259,21 @@ def test_cuda_equals_cpu(name):
             assert torch.equal(
                 bits(tj.snap(w.cuda(), tj.Grid.parse(name)).cpu()), bits(tj.snap(w, tj.Grid.parse(name)))
             ), label
+
+
+def test_every_grid_is_one_row_of_the_table():
+    """A name belongs to one kind, says itself, and its arrays fit what the kind says of the file."""
+    for name in GRIDS:
+        assert sum(bool(re.fullmatch(kind.pattern, name)) for kind in tj.GRIDS) == 1
+        grid = tj.Grid.parse(name)
+        arrays = tj.encode(torch.randn(6, 10), grid)
+        assert set(arrays) == ({"q"} if grid.symbols else set()) | ({grid.values} if grid.dtype else set())
+        if grid.symbols:
+            numbers = arrays["q"].view(torch.int8).int() + grid.qmax
+            assert arrays["q"].shape == (6, 10) and 0 <= (numbers & 255).min() and (numbers & 255).max() <= grid.top
+        if grid.dtype:
+            assert arrays[grid.values].dtype == grid.dtype
+        assert tj.fused_form(grid) is None or tj.fused_form(grid)[0] in tj.FORMATS
 
 
 def test_entropy_of_known_histograms():
