@@ -4638,15 +4638,16 @@ def evaluate_alone(c: Config) -> dict[str, Any]:
                                      device=runtime.describe()["device"])
 
 
-def choose_token(logits: Tensor, c: Config, generator: torch.Generator) -> int:
-    """An id drawn from logits (V,): TEMPERATURE (0 = the most likely id), then TOP_K, then TOP_P
-    (nucleus sampling, https://arxiv.org/abs/1904.09751)."""
-    if c.temperature == 0:
+def choose_token(logits: Tensor, temperature: float, top_k: int, top_p: float,
+                 generator: torch.Generator) -> int:
+    """An id drawn from logits (V,): temperature (0 = the most likely id), then the top k, then the
+    nucleus of probability top_p (https://arxiv.org/abs/1904.09751)."""
+    if temperature == 0:
         return int(logits.argmax())
-    probability = torch.softmax(logits.float().cpu() / c.temperature, dim=-1)
+    probability = torch.softmax(logits.float().cpu() / temperature, dim=-1)
     ranked, ids = probability.sort(descending=True)
     likelier = ranked.cumsum(0) - ranked  # probability of the likelier ids; 0 for the first
-    allowed = (torch.arange(len(ranked)) < (c.top_k or len(ranked))) & (likelier < c.top_p)
+    allowed = (torch.arange(len(ranked)) < (top_k or len(ranked))) & (likelier < top_p)
     return int(ids[torch.multinomial(ranked * allowed, 1, generator=generator)])
 
 
@@ -4700,7 +4701,9 @@ def sample(c: Config) -> None:
         silent[bos] = False                   # the end of the document may be
         for index in range(c.num_samples):
             generator, decoder = torch.Generator().manual_seed(c.seed + index), TextDecoder(pieces)
-            choose = functools.partial(choose_audible, silent=silent, c=c, generator=generator)
+            choose = lambda logits, generator=generator: choose_token(
+                logits.cpu().masked_fill(silent, -math.inf), c.temperature, c.top_k, c.top_p,
+                generator)
             if c.num_samples > 1:
                 print(f"--- sample {index + 1}")
             print(c.prompt, end="", flush=True)
@@ -4709,11 +4712,6 @@ def sample(c: Config) -> None:
             for token in generate(model, [bos, *body], c.sample_tokens, runtime, choose, bos):
                 print(decoder.feed(token), end="", flush=True)
             print(decoder.feed(-1, last=True), flush=True)
-
-
-def choose_audible(logits: Tensor, silent: Tensor, c: Config, generator: torch.Generator) -> int:
-    """choose_token among the ids that stand for text or end the document."""
-    return choose_token(logits.cpu().masked_fill(silent, -math.inf), c, generator)
 
 
 # ------------------------------------------------------------------------------

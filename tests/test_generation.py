@@ -33,10 +33,10 @@ def test_step_logits_equal_full_forward_logits(mixer, prefill):
     model = lively(mixer=mixer)
     ids = torch.randint(1, 256, (1, 40), generator=torch.Generator().manual_seed(2))
     whole = model.logits(model(ids, torch.float32)[0])[0]
-    h, _, states = model(ids[:, :prefill], torch.float32)
+    h, states = model(ids[:, :prefill], torch.float32)
     seen = [model.logits(h)[0]]
     for t in range(prefill, 40):
-        h, _, states = model(ids[:, t:t + 1], torch.float32, states, step=True)
+        h, states = model(ids[:, t:t + 1], torch.float32, states, step=True)
         seen.append(model.logits(h)[0])
     assert torch.allclose(torch.cat(seen), whole, atol=2e-5, rtol=0)
 
@@ -63,10 +63,10 @@ def test_generate_ends_at_the_stop_token_and_after_count():
 
 def test_state_per_token_is_constant_for_mamba_blocks():
     model, sizes = lively(), set()
-    h, _, states = model(torch.tensor([[0] * 40]), torch.float32)
+    h, states = model(torch.tensor([[0] * 40]), torch.float32)
     for _ in range(30):
         sizes.add(sum(t.numel() for state in states for t in state))
-        h, _, states = model(torch.tensor([[1]]), torch.float32, states, step=True)
+        h, states = model(torch.tensor([[1]]), torch.float32, states, step=True)
     assert len(sizes) == 1
 
 
