@@ -232,7 +232,7 @@ def test_torchrun_restarts_after_a_killed_rank_and_ends_with_the_weights_of_an_u
     knobs = dict(CHECKPOINT_EVERY=2, ITERATIONS=10, VAL_LOSS_EVERY=3)
     assert [c.code for c in run_ranks(tmp_path, 2, RUN_ID="whole", **knobs)] == [0, 0]
     process = torchrun(tmp_path, 2, "--max-restarts=2", patch=NOTE_PID + SLOWER, **knobs)
-    wait_for(tmp_path / "r/log.txt", r"(?m)^step:5/")
+    wait_for(tmp_path / "r/log.txt", r"(?m)^step:5 ")
     os.kill(pids(tmp_path, 1)[-1], signal.SIGKILL)
     assert ended(process, tmp_path) == 0, (tmp_path / "torchrun.txt").read_text()[-3000:]
     assert re.search(r"(?m)^resumed at step \d", (tmp_path / "r/log.txt").read_text()) and len(pids(tmp_path, 0)) == 2
@@ -243,7 +243,7 @@ def test_torchrun_restarts_after_a_killed_rank_and_ends_with_the_weights_of_an_u
 @pytest.mark.slow
 def test_torchrun_without_restarts_ends_all_when_a_rank_dies(tmp_path):
     process = torchrun(tmp_path, 2, patch=NOTE_PID + SLOWER, ITERATIONS=500)
-    wait_for(tmp_path / "r/log.txt", r"(?m)^step:2/")
+    wait_for(tmp_path / "r/log.txt", r"(?m)^step:2 ")
     began = time.time()
     os.kill(pids(tmp_path, 1)[-1], signal.SIGKILL)
     assert ended(process, tmp_path, 60) != 0 and time.time() - began < 60
@@ -254,7 +254,7 @@ def test_torchrun_without_restarts_ends_all_when_a_rank_dies(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_a_signal_to_the_group_ends_all_ranks_saves_and_leaves_the_log_readable(tmp_path, number):
     process = torchrun(tmp_path, 2, patch=NOTE_PID + SLOWER, ITERATIONS=500, CHECKPOINT_EVERY=400)
-    wait_for(tmp_path / "r/log.txt", r"(?m)^step:3/")
+    wait_for(tmp_path / "r/log.txt", r"(?m)^step:3 ")
     os.killpg(process.pid, number)
     assert ended(process, tmp_path, 60) != 0
     no_orphans(tmp_path)
