@@ -2075,7 +2075,10 @@ CHECKS.append(check_mixers)
 # ------------------------------------------------------------------------------
 
 class LanguageModel(nn.Module):
-    """Token ids to hidden states h, and h to logits; everything that the artifact stores."""
+    """Token ids to hidden states h, and h to logits; everything that the artifact stores.
+
+    A U-Net: the first half of the blocks encodes, and the others add the outputs of these, last
+    in, first out."""
     roles = {"token_embed": EMBEDDING, "lm_head": HEAD, "lm_head_correction": CORRECTION,
              "vocab_bias": SCALAR, "skip_weights": CONTROL}
 
@@ -2099,8 +2102,7 @@ class LanguageModel(nn.Module):
         self.vocab_bias = nn.Parameter(torch.zeros(vocab)) if c.vocab_bias else None
         self.embed_proj_rev = None
         if tie == 0:
-            bound = dim ** -0.5
-            self.lm_head = nn.Parameter(torch.empty(vocab, dim).uniform_(-bound, bound))
+            self.lm_head = nn.Parameter(torch.empty(vocab, dim).uniform_(-dim ** -0.5, dim ** -0.5))
         elif tie == 3:
             self.adapter = Linear(dim, embed)
         elif embed != dim:
@@ -2125,7 +2127,7 @@ class LanguageModel(nn.Module):
         skips, new_states = [], []
         for index, block in enumerate(self.blocks):
             decoder = index - self.encoders
-            if decoder >= 0 and skips:  # last in, first out
+            if decoder >= 0 and skips:
                 x = x + self.skip_weights[decoder].to(dtype) * skips.pop()
             x, state = block(x, x0, None if states is None else states[index], step)
             new_states.append(state)
