@@ -116,7 +116,7 @@ SCRIPT_KNOBS = {
     "PRESET": "recipe that the run scripts take: published or best",
     "NPROC_PER_NODE": "ranks that the run scripts start (default: the number of GPUs)",
     "TORCHRUN_ARGS": "arguments of torchrun instead of --standalone: several machines, restarts",
-    "TRAIN_SHARDS": "training shards that setup_jepa.sh downloads (default: all in the manifest)"}
+    "TRAIN_SHARDS": "training shards that setup_jepa.sh downloads (default: 53; all: every one)"}
 
 # Later sections append checks of their own knobs: each yields one message per fault.
 CHECKS: list[Callable[[Config], Iterable[str]]] = []
@@ -2265,9 +2265,8 @@ def rollout(jepa: JepaHead, z: Tensor, steps: int) -> Iterator[tuple[Tensor, Ten
     """(prediction, target) for each horizon k = 1..steps; z (B,T,L).
 
     Prediction k starts from prediction k-1 (from z at first); its target is z shifted by k."""
-    prediction = z
-    for k in range(1, steps + 1):
-        target = z[:, k:]
+    prediction, targets = z, [z[:, k:] for k in range(1, steps + 1)]
+    for target in targets:
         prediction = jepa.predict(prediction[:, :target.size(1)])
         yield prediction, target
 
