@@ -4248,7 +4248,7 @@ class Run:
                 self.log_step(progress, parts)
             self.guard(progress, force=self.step % max(c.train_log_every, c.nonfinite_limit) == 0)
             if self.checkpoint_due(progress, elapsed):
-                self.save(elapsed)
+                self.save(clock.seconds())
         if c.checkpoint_every:
             self.save(clock.seconds())
         self.checkpoints.wait()
@@ -4411,7 +4411,8 @@ class Run:
         """A checkpoint's contents into run and trainer; a foreign one raises an error that the
         caller names."""
         numbers = [meta[key] for key in ("step", "position", "tokens", "seconds")]
-        if not all(number >= 0 for number in (*numbers, *meta["journals"].values())):
+        sane = all(number >= 0 for number in (*numbers, *meta["journals"].values()))
+        if not sane or not isinstance(meta["config"], dict):
             raise ValueError("its meta data")
         old, new = meta["fixed"], self.config.fixed()
         free = []
