@@ -1555,10 +1555,10 @@ def ssd_bwd_bc(x, B, C, dy, dt, A, states, dstates, ddt, dB, dC, part, T, ROW: t
                H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr):
     """One program per (chunk, sequence) sums dB and dC over the heads in registers.
 
-    The first loop is what stays inside the chunk: B and C serve all heads, so d(C B^T) is summed
-    first and multiplied once. The second is what passes through the states; it meets x and dy
-    again in L2. The gradient of the log decay is the reverse sum of C_i.dC_i - B_i.dB_i; terms
-    that cancel (those through the chunk's end) are left out, not subtracted."""
+    B and C serve all heads, so the gradient of C B^T is summed first and multiplied once; the
+    rest of dB and dC passes through the states. The gradient of the log decay is the reverse sum
+    of C_i.dC_i - B_i.dB_i; terms that cancel (those through the chunk's end) are left out, not
+    subtracted."""
     c, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i, p, n = tl.arange(0, Q), tl.arange(0, P), tl.arange(0, N)
     typ: tl.constexpr = x.dtype.element_ty
@@ -1567,34 +1567,24 @@ def ssd_bwd_bc(x, B, C, dy, dt, A, states, dstates, ddt, dB, dC, part, T, ROW: t
     Cs = load_tile(C + row * ROW, i, ROW, n, ok)
     x, dy, dt, ddt = x + row * ROW, dy + row * H * P, dt + row * H, ddt + row * H
     cell = (b * H * chunks + c) * N * P + n[:, None] * P + p[None, :]
-    part += (b * chunks + c) * 3 * H
+    part += (b * chunks + c) * 2 * H
     gain = dot(Cs, tl.trans(Bs))
     acc = tl.zeros((Q, Q), tl.float32)
+    sum_B, sum_C = tl.zeros((Q, N), tl.float32), tl.zeros((Q, N), tl.float32)
     for h in range(H):
         xs = load_tile(x + h * P, i, ROW, p, ok)
         g = load_tile(dy + h * P, i, H * P, p, ok)
         rate = tl.load(A + h)
-        step, cs, _ = decays(dt + h, rate, i, ok, H)
+        step, cs, total = decays(dt + h, rate, i, ok, H)
         share = dot(g, tl.trans(xs))  # dy_i . x_j
         share *= exp2_where(i[:, None] >= i[None, :], cs[:, None] - cs[None, :])
         dD = tl.sum(tl.sum(tl.where(i[:, None] == i[None, :], share, 0.0), 1), 0)
         column = tl.sum(share * gain, 0)  # by j, without dt_j
         share *= step[None, :]
         acc += share
-        da = tl.cumsum(tl.sum(share * gain, 1) - column * step, 0, reverse=True)
-        tl.store(ddt + h + i * H, rate * da + column, mask=ok)
-        tl.store(part + h, tl.sum(step * da, 0))
-        tl.store(part + 2 * H + h, dD)
-    acc = acc.to(typ)
-    sum_C, sum_B = dot(acc, Bs), dot(tl.trans(acc), Cs)
-    tl.debug_barrier()  # ddt is read back below, perhaps by other threads
-    for h in range(H):
-        xs = load_tile(x + h * P, i, ROW, p, ok)
-        g = load_tile(dy + h * P, i, H * P, p, ok)
+        inside = tl.sum(share * gain, 1) - column * step
         S = tl.load(states + h * chunks * N * P + cell)
         dS = tl.load(dstates + h * chunks * N * P + cell)
-        rate = tl.load(A + h)
-        step, cs, total = decays(dt + h, rate, i, ok, H)
         through = tl.exp2(total) * tl.sum(tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1), 0)
         out = dot(g, tl.trans(S)) * tl.exp2(cs)[:, None]
         sum_C += out
@@ -1602,12 +1592,13 @@ def ssd_bwd_bc(x, B, C, dy, dt, A, states, dstates, ddt, dB, dC, part, T, ROW: t
         out = dot(xs, tl.trans(dS)) * tl.exp2(total - cs)[:, None]
         r = tl.sum(out * Bs, 1)
         sum_B += out * step[:, None]
-        da = tl.cumsum(q, 0, reverse=True) + tl.cumsum(r * step, 0) - r * step + through
-        inside = tl.load(ddt + h + i * H, mask=ok, other=0.0)
-        tl.store(ddt + h + i * H, inside + rate * da + r, mask=ok)
-        tl.store(part + H + h, tl.sum(step * da, 0))
-    store_tile(dB + row * N, i, N, n, ok, sum_B)
-    store_tile(dC + row * N, i, N, n, ok, sum_C)
+        da = tl.cumsum(inside + q, 0, reverse=True) + tl.cumsum(r * step, 0) - r * step + through
+        tl.store(ddt + h + i * H, rate * da + column + r, mask=ok)
+        tl.store(part + h, tl.sum(step * da, 0))
+        tl.store(part + H + h, dD)
+    acc = acc.to(typ)
+    store_tile(dB + row * N, i, N, n, ok, dot(tl.trans(acc), Cs, sum_B))
+    store_tile(dC + row * N, i, N, n, ok, dot(acc, Bs, sum_C))
 
 
 def _ssd_layout(x, B, C, chunk):
@@ -1638,15 +1629,14 @@ def _launch_ssd_fused_backward(dx, ddt, dA, dB, dC, dD, dinit, dy, dfinal, x, dt
     (b, T, H, P), chunks = x.shape, states.size(2)
     dy, dfinal, dt = _contiguous(torch.zeros_like(dx) if dy is None else dy, dfinal, dt)
     x, B, C, sizes = _ssd_layout(x, B, C, chunk)
-    dstates, part = torch.empty_like(states), dt.new_empty(b, chunks, 3, H)
+    dstates, part = torch.empty_like(states), dt.new_empty(b, chunks, 2, H)
     ssd_scan[H, b](dy, B, C, dt, A, D.float(), dfinal, dx, dstates, dinit, T, X=H * P,
                    BACK=True, FIRST=dfinal is not None, SAVE=True, LAST=initial_state is not None,
                    **sizes, num_warps=4, num_stages=3)
     ssd_bwd_bc[chunks, b](x, B, C, dy, dt, A, states, dstates, ddt, dB, dC, part, T, **sizes,
                           num_warps=8, num_stages=2)
-    part = part.sum((0, 1))
-    torch.add(part[0], part[1], out=dA)  # from inside the chunks, and through the states
-    dD.copy_(part[2])
+    for gradient, total in zip((dA, dD), part.sum((0, 1))):
+        gradient.copy_(total)
 
 
 # -- SSD by mamba-ssm ----------------------------------------------------------
