@@ -7,11 +7,15 @@
 #   bash setup_jepa.sh bytes     .venv; byte shards decoded from FineWeb's sp1024 or the demo's
 #   bash setup_jepa.sh text      .venv; shards of both kinds from a text of your own (TEXT_PATH)
 #   bash setup_jepa.sh env       .venv only
+#   bash setup_jepa.sh dev       .venv only, with what tests and tools/compare.py need
 #
 # Environment variables (relative paths count from this folder):
 #   PYTHON         interpreter that .venv is made with, 3.11 to 3.13 (default: the first one found)
 #   SKIP_VENV=1    no .venv: take PYTHON (default python3) as it is and install nothing
-#   TRAIN_SHARDS   training shards at most (default: all)
+#   TORCH_BUILD    cuda, cpu, or auto (default): cuda if nvidia-smi shows a GPU. A cluster's login
+#                  node without a GPU needs TORCH_BUILD=cuda
+#   TRAIN_SHARDS   training shards at most, or all (default: 53, up to 11 GB for each kind: what
+#                  10,000 steps read)
 #   FINEWEB_KINDS  what `fineweb` downloads (default: "sp8192 bytes"; sp1024 too)
 #   SOURCE_PATH, SOURCE_TOKENIZER, BYTES_PATH
 #                  `bytes`: folder of other SentencePiece shards, their model, output folder
@@ -26,7 +30,10 @@
 
 VENV=.venv
 STAMP=$VENV/.jepa-requirements    # hash of requirements.txt, written when all of it is installed
+DEV_STAMP=$VENV/.jepa-requirements-dev
 MAMBA_SSM=2.3.2.post1
+UV=0.13.9
+DRIVER=580    # the oldest NVIDIA driver for CUDA 13, which the registry's torch is built for
 SELF=$(basename "$0")
 
 note() { echo "$SELF: $*"; }
@@ -40,7 +47,7 @@ skips_venv() { [[ -n "${SKIP_VENV-}" && $SKIP_VENV != 0 ]]; }
 set_python() { if skips_venv; then PY=${PYTHON:-python3}; else PY=$VENV/bin/python; fi; }
 set_python
 
-requirements_hash() { sha256sum requirements.txt | cut -d' ' -f1; }
+requirements_hash() { sha256sum "${1:-requirements.txt}" | cut -d' ' -f1; }
 
 env_ready() {
     skips_venv && return
@@ -88,23 +95,74 @@ install_mamba() {
         note "warning: mamba-ssm could not be installed; trainer and tests run without it"
 }
 
+# Prints the version of the NVIDIA driver; fails where nvidia-smi shows no GPU.
+gpu_driver() {
+    local versions
+    versions=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null) || return 1
+    [[ $versions =~ ^[0-9]+(\.[0-9]+)* ]] && echo "${BASH_REMATCH[0]}"
+}
+
+# Without a GPU: torch for CPUs, 0.2 GB. The registry's build would bring 2.7 GB of CUDA libraries.
+# uv knows where CPU builds are; if it cannot fetch one, pip takes the build that it finds.
+install_cpu_torch() {
+    local pin installed
+    case "${TORCH_BUILD:=auto}" in
+    cuda) return ;;
+    cpu) ;;
+    auto) if gpu_driver >/dev/null; then return; fi ;;
+    *) die "TORCH_BUILD=$TORCH_BUILD: it is auto, cuda or cpu" 2 ;;
+    esac
+    pin=$(grep -o '^torch==[^ ]*' requirements.txt)
+    installed=$("$PY" -c 'from importlib.metadata import version; print(version("torch"))' \
+        2>/dev/null) && [[ "torch==$installed" == "$pin"* ]] && return
+    note "no NVIDIA GPU: installing $pin for CPUs"
+    { "$PY" -m pip install -q --disable-pip-version-check "uv==$UV" &&
+        "$PY" -m uv pip install -q --python "$PY" --torch-backend cpu "$pin"; } >/dev/null 2>&1 ||
+        note "its CPU build cannot be fetched here; another build, up to 2.7 GB, does as well"
+}
+
+install_requirements() {    # file
+    local quiet=-q
+    [[ -t 1 ]] && quiet=
+    note "installing $1 into $VENV"
+    "$PY" -m pip install $quiet --disable-pip-version-check -r "$1" ||
+        die "pip could not install $1 (see above); repeat this command"
+}
+
 make_env() {
     skips_venv && return
     make_venv
     if ! env_ready; then
-        note "installing requirements.txt into $VENV"
-        local quiet=-q
-        [[ -t 1 ]] && quiet=
-        "$PY" -m pip install $quiet --disable-pip-version-check -r requirements.txt ||
-            die "pip could not install requirements.txt (see above); repeat this command"
+        install_cpu_torch
+        install_requirements requirements.txt
     fi
     install_mamba
     requirements_hash >"$STAMP.tmp" && mv "$STAMP.tmp" "$STAMP"
 }
 
+add_dev_requirements() {
+    local file=requirements-dev.txt
+    skips_venv && return
+    [[ -f $DEV_STAMP && "$(<"$DEV_STAMP")" == "$(requirements_hash $file)" ]] && return
+    install_requirements $file
+    requirements_hash $file >"$DEV_STAMP.tmp" && mv "$DEV_STAMP.tmp" "$DEV_STAMP"
+}
+
+# Prints how many GPUs torch can use; says why there are none although the driver sees some.
 cuda_devices() {
-    "$PY" -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)' ||
+    local count driver
+    count=$("$PY" -c \
+        'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)') ||
         die "$PY cannot import torch; repair .venv with: rm -rf .venv; bash setup_jepa.sh env"
+    if [[ $count == 0 && -z "${CUDA_VISIBLE_DEVICES+set}" ]] && driver=$(gpu_driver); then
+        if ((${driver%%.*} < DRIVER)); then
+            note "NVIDIA driver $driver is too old for torch's CUDA 13: update it to $DRIVER" >&2
+        else
+            note "torch cannot use the GPU that nvidia-smi shows; with a torch for CPUs in .venv:" \
+                "rm -rf .venv; bash setup_jepa.sh env" >&2
+        fi
+    fi
+    echo "$count"
 }
 
 # ---- data
@@ -127,8 +185,8 @@ default_data() {
 }
 
 setup() {
-    [[ $# -le 1 && ${1-} =~ ^(|fineweb|demo|bytes|text|env)$ ]] ||
-        die "usage: bash setup_jepa.sh [fineweb|demo|bytes|text|env]" 2
+    [[ $# -le 1 && ${1-} =~ ^(|fineweb|demo|bytes|text|env|dev)$ ]] ||
+        die "usage: bash setup_jepa.sh [fineweb|demo|bytes|text|env|dev]" 2
     mkdir -p data
     if command -v flock >/dev/null; then    # of two set-ups at once, the second waits for the first
         exec 9>data/.setup.lock
@@ -137,6 +195,7 @@ setup() {
     make_env
     case "${1-}" in
     env) return ;;
+    dev) add_dev_requirements && return ;;
     "") default_data ;;
     *) prepare_data "$1" ;;
     esac

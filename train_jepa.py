@@ -35,11 +35,13 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import fcntl
 import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
+import itertools
 import json
 import lzma
 import math
@@ -61,6 +63,9 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
+
+if __name__ == "__main__":  # Ctrl-C during the slow imports below ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -99,6 +104,7 @@ def knob(default, help: str, tags: str = "", *, choices: str = "", low: float = 
         result  free, but runs that differ in it are no repetitions of each other
         model   the artifact carries it, to rebuild the model
         grid    how tensors are stored
+        rate    of the optimizers: RESUME_AFTER_DIVERGENCE=1 may change it
         eval    MODE=eval needs the run's value to repeat the run's scores
     `group` names the group that starts here and goes on to the next knob with a group."""
     return field(default=default, metadata=dict(help=help, tags=tags.split(), low=low, high=high,
@@ -110,7 +116,7 @@ SCRIPT_KNOBS = {
     "PRESET": "recipe that the run scripts take: published or best",
     "NPROC_PER_NODE": "ranks that the run scripts start (default: the number of GPUs)",
     "TORCHRUN_ARGS": "arguments of torchrun instead of --standalone: several machines, restarts",
-    "TRAIN_SHARDS": "training shards that setup_jepa.sh downloads (default: all in the manifest)"}
+    "TRAIN_SHARDS": "training shards that setup_jepa.sh downloads (default: 53; all: every one)"}
 
 # Later sections append checks of their own knobs: each yields one message per fault.
 CHECKS: list[Callable[[Config], Iterable[str]]] = []
@@ -179,6 +185,9 @@ class Config:
                      group="run")
     run_id: str = knob("", "name of the run's folder (empty: configuration and time)", "free")
     runs_dir: str = knob("runs", "folder of the run folders", "free")
+    resume_after_divergence: bool = knob(
+        False, "1 = a run that diverged goes on from its last good state with other optimizer knobs",
+        "free")
     overwrite: bool = knob(False, "1 = start over in a run folder that exists", "free")
     profile: str = knob("auto", "machine that the run scripts choose defaults for and "
                         "MODE=describe assumes (auto: gpu if CUDA is found)", "free",
@@ -290,24 +299,24 @@ class Config:
     nonfinite_limit: int = knob(
         10, "stop after this many steps in a row with a non-finite gradient", "free", low=1)
 
-    matrix_lr: float = knob(0.02, "Muon's LR: 2-D weights", group="optimizers")
-    scalar_lr: float = knob(0.01, "AdamW's LR: everything else")
-    embed_lr: float = knob(0.01, "AdamW's LR: the embedding")
-    tied_embed_lr: float = knob(0.05, "AdamW's LR: the embedding with EMBED_STYLE=tied")
-    head_lr: float = knob(0.008, "AdamW's LR: the untied unembedding with EMBED_STYLE=tied")
-    muon_momentum: float = knob(0.95, "Muon's final momentum", high=0.9999)
-    muon_momentum_warmup_start: float = knob(0.85, "momentum at step 0", high=0.9999)
-    muon_momentum_warmup_steps: int = knob(500, "steps until the final momentum")
-    muon_backend_steps: int = knob(3, "Newton-Schulz iterations", low=1, high=20)
-    muon_wd: float = knob(0.04, "Muon's decoupled weight decay")
-    row_norm: bool = knob(True, "row-wise RMS normalization before Newton-Schulz")
-    adam_wd: float = knob(0.05, "AdamW's weight decay (dt_bias, A_log and D are exempt)")
-    beta1: float = knob(0.9, "Adam's first-moment decay", high=0.99999)
-    beta2: float = knob(0.95, "Adam's second-moment decay", high=0.99999)
-    adam_eps: float = knob(1e-8, "Adam's epsilon")
-    grad_clip_norm: float = knob(1.0, "maximum global gradient norm (0 = off)")
-    swa_start: float = knob(1.0, "progress at which the EMA of weights starts (1 = off)", high=1)
-    swa_decay: float = knob(0.995, "decay of the EMA per step", high=0.999999)
+    matrix_lr: float = knob(0.02, "Muon's LR: 2-D weights", "rate", group="optimizers")
+    scalar_lr: float = knob(0.01, "AdamW's LR: everything else", "rate")
+    embed_lr: float = knob(0.01, "AdamW's LR: the embedding", "rate")
+    tied_embed_lr: float = knob(0.05, "AdamW's LR: the embedding with EMBED_STYLE=tied", "rate")
+    head_lr: float = knob(0.008, "AdamW's LR: the untied unembedding with EMBED_STYLE=tied", "rate")
+    muon_momentum: float = knob(0.95, "Muon's final momentum", "rate", high=0.9999)
+    muon_momentum_warmup_start: float = knob(0.85, "momentum at step 0", "rate", high=0.9999)
+    muon_momentum_warmup_steps: int = knob(500, "steps until the final momentum", "rate")
+    muon_backend_steps: int = knob(3, "Newton-Schulz iterations", "rate", low=1, high=20)
+    muon_wd: float = knob(0.04, "Muon's decoupled weight decay", "rate")
+    row_norm: bool = knob(True, "row-wise RMS normalization before Newton-Schulz", "rate")
+    adam_wd: float = knob(0.05, "AdamW's weight decay (dt_bias, A_log and D are exempt)", "rate")
+    beta1: float = knob(0.9, "Adam's first-moment decay", "rate", high=0.99999)
+    beta2: float = knob(0.95, "Adam's second-moment decay", "rate", high=0.99999)
+    adam_eps: float = knob(1e-8, "Adam's epsilon", "rate")
+    grad_clip_norm: float = knob(1.0, "maximum global gradient norm (0 = off)", "rate")
+    swa_start: float = knob(1.0, "progress at which the EMA of weights starts (1 = off)", "rate", high=1)
+    swa_decay: float = knob(0.995, "decay of the EMA per step", "rate", high=0.999999)
 
     storage: str = knob("intn", "intn: QUANT_BITS per matrix weight; int8: system B's format",
                         "grid", choices="intn int8", group="storage")
@@ -518,6 +527,14 @@ def check_world(config: Config, world: int) -> None:
                         f"{world * config.train_seq_len})")
 
 
+def end_with_parent() -> None:
+    """Ask Linux for SIGTERM when torchrun is gone, so that no worker trains on beside the next start."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() == 1:  # it was gone before
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def keep_freed_memory() -> None:
     """Make glibc reuse large freed blocks; returning them costs a third of a CPU step."""
     with contextlib.suppress(OSError, AttributeError):  # other systems
@@ -567,6 +584,8 @@ class Runtime(contextlib.AbstractContextManager):
         torch.backends.cudnn.allow_tf32 = False
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
         self.control = None
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            end_with_parent()
         if self.world > 1:
             self._join(timedelta(seconds=config.collective_timeout))
 
@@ -718,6 +737,16 @@ def replacing(path: Path) -> Iterator[Any]:
             temporary.unlink()
 
 
+def say(line: str) -> None:
+    """Print a line at once. A console on a full disk must not end a run; a closed pipe ends it."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace `path` by `data`, or leave it as it was."""
     with replacing(path) as file:
@@ -752,7 +781,7 @@ class RunFolder:
         if self.main:
             self._append("log.txt", line)
             if console:
-                print(line, flush=True)
+                say(line)
 
     def metric(self, **values) -> None:
         """One line of metrics.jsonl."""
@@ -2012,7 +2041,10 @@ CHECKS.append(check_mixers)
 # ------------------------------------------------------------------------------
 
 class LanguageModel(nn.Module):
-    """Token ids to hidden states h, and h to logits; everything that the artifact stores."""
+    """Token ids to hidden states h, and h to logits; everything that the artifact stores.
+
+    A U-Net: the first half of the blocks encodes, and the others add the outputs of these, last
+    in, first out."""
     roles = {"token_embed": EMBEDDING, "lm_head": HEAD, "lm_head_correction": CORRECTION,
              "vocab_bias": SCALAR, "skip_weights": CONTROL}
 
@@ -2036,8 +2068,7 @@ class LanguageModel(nn.Module):
         self.vocab_bias = nn.Parameter(torch.zeros(vocab)) if c.vocab_bias else None
         self.embed_proj_rev = None
         if tie == 0:
-            bound = dim ** -0.5
-            self.lm_head = nn.Parameter(torch.empty(vocab, dim).uniform_(-bound, bound))
+            self.lm_head = nn.Parameter(torch.empty(vocab, dim).uniform_(-dim ** -0.5, dim ** -0.5))
         elif tie == 3:
             self.adapter = Linear(dim, embed)
         elif embed != dim:
@@ -2062,7 +2093,7 @@ class LanguageModel(nn.Module):
         skips, new_states = [], []
         for index, block in enumerate(self.blocks):
             decoder = index - self.encoders
-            if decoder >= 0 and skips:  # last in, first out
+            if decoder >= 0 and skips:
                 x = x + self.skip_weights[decoder].to(dtype) * skips.pop()
             x, state = block(x, x0, None if states is None else states[index], step)
             new_states.append(state)
@@ -2200,9 +2231,8 @@ def rollout(jepa: JepaHead, z: Tensor, steps: int) -> Iterator[tuple[Tensor, Ten
     """(prediction, target) for each horizon k = 1..steps; z (B,T,L).
 
     Prediction k starts from prediction k-1 (from z at first); its target is z shifted by k."""
-    prediction = z
-    for k in range(1, steps + 1):
-        target = z[:, k:]
+    prediction, targets = z, [z[:, k:] for k in range(1, steps + 1)]
+    for target in targets:
         prediction = jepa.predict(prediction[:, :target.size(1)])
         yield prediction, target
 
@@ -3471,8 +3501,14 @@ class Checkpoints:
         self.fault: BaseException | None = None
 
     def paths(self) -> list[Path]:
-        """Existing checkpoints, newest first."""
-        return sorted(self.folder.glob("step_*.ckpt"), reverse=True)
+        """Existing checkpoints, newest first; UserError if the folder cannot be read."""
+        try:
+            names = sorted(os.listdir(self.folder), reverse=True)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be read ({error.strerror})") from error
+        return [self.folder / name for name in names if re.fullmatch(r"step_\d+\.ckpt", name)]
 
     def save(self, step: int, meta: dict, tensors: dict[str, Tensor]) -> None:
         """Copy the tensors, then write in a background thread; raises an earlier write's error."""
@@ -3507,13 +3543,23 @@ class Checkpoints:
             fault, self.fault = self.fault, None
             raise fault
 
-    def newest(self, say: Callable[[str], None]) -> tuple[dict, dict[str, Tensor]] | None:
-        """Meta and tensors of the newest valid checkpoint; says which it passes over."""
+    def newest(self, note: Callable[[str], None]) -> tuple[dict, dict[str, Tensor]] | None:
+        """Meta and tensors of the newest sound checkpoint, None without any; `note` is told of damaged
+        ones. UserError if all are damaged, or one cannot be read: nothing may replace them then."""
+        faults = []
         for path in self.paths():
             try:
-                return read_tensors(path, "checkpoint")
+                newest = read_tensors(path, "checkpoint")
             except UserError as error:
-                say(f"checkpoint passed over: {error}")
+                if isinstance(error.__cause__, OSError):  # no damage: it may be readable later
+                    raise UserError(f"{error}; make it readable, or OVERWRITE=1 starts over") from error
+                faults.append(str(error))
+                continue
+            for fault in faults:
+                note(f"checkpoint passed over: {fault}")
+            return newest
+        if faults:
+            raise UserError(f"no checkpoint can be used ({'; '.join(faults)}); OVERWRITE=1 starts over")
         return None
 
 
@@ -3951,25 +3997,25 @@ class RunStopped(Exception):
 
 
 class Signals:
-    """SIGTERM and SIGINT as a flag for the loop; a second SIGINT ends at once."""
+    """SIGTERM, SIGHUP and SIGINT as a flag for the loop; a second SIGINT ends at once."""
 
     def __init__(self):
-        self.caught = 0
-        self._handle({signal.SIGTERM: self._catch, signal.SIGINT: self._catch})
-
-    def _handle(self, handlers: dict) -> None:
+        self.caught, self.released = 0, False
         with contextlib.suppress(ValueError):  # outside the main thread, in tests
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+                signal.signal(number, self._catch)
 
     def _catch(self, number: int, frame) -> None:
+        if self.released:
+            raise RunStopped(f"stopped by {signal.Signals(number).name} in the final evaluation; the "
+                             "same command repeats it", 128 + number)
         if self.caught and number == signal.SIGINT:
             os._exit(128 + number)
         self.caught = number
 
     def release(self) -> None:
         """From now on signals act at once: a checkpoint can repeat the final evaluation."""
-        self._handle({signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler})
+        self.released = True
 
 
 class Stopwatch:
@@ -3995,39 +4041,80 @@ class Stopwatch:
 
 
 def default_run_id(c: Config) -> str:
+    """Kind, size, seed, time and a hash of the configuration."""
     kind = {"mamba2": "mamba2", "attention": "bytejepa"}.get(c.mixer, "hybrid")
     begun = datetime.now()
     if "TORCHELASTIC_RESTART_COUNT" in os.environ:  # the same name after a restart by torchrun
         with contextlib.suppress(OSError):
             begun = datetime.fromtimestamp(os.stat(f"/proc/{os.getppid()}").st_ctime)
-    return f"{kind}-{c.tokenizer}-{c.num_layers}x{c.model_dim}-seed{c.seed}-{begun:%Y%m%d-%H%M%S}"
+    digest = hashlib.sha256(repr(c.named()).encode()).hexdigest()[:6]
+    size = f"{c.num_layers}x{c.model_dim}-seed{c.seed}"
+    return f"{kind}-{c.tokenizer}-{size}-{begun:%Y%m%d-%H%M%S}-{digest}"
 
 
 RUN_FILES = ("log.txt", "metrics.jsonl", "config.json", "model.jepa", "result.json", "curves.png")
 
 
-def open_run(c: Config, runtime: Runtime) -> tuple[Path, Checkpoints]:
-    """The run's folder and its checkpoints; rank 0 decides for all ranks. A finished run is refused
-    unless OVERWRITE=1, which removes it."""
-    def decide() -> str:
-        run_id = c.run_id or default_run_id(c)
-        path = Path(c.runs_dir) / run_id
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun
-        if c.overwrite and not restarted:
-            for old in [path / name for name in RUN_FILES] + checkpoints_of(c, path).paths():
-                old.unlink(missing_ok=True)
-        elif (path / "result.json").exists():
-            raise UserError(f"RUN_ID={run_id}: {path} holds a finished run; choose another RUN_ID, "
-                            "or OVERWRITE=1")
+class RunLock:
+    """An exclusive lock on a run's folder, held as long as this object lives (kill -9 included)."""
+
+    def __init__(self, path: Path):
+        self.note, self.file = "", open(path / ".lock", "a+", encoding="utf-8")
+        self.file.seek(0)
+        self.holder = self.file.read(200).strip()  # of this lock, or the last one
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.file.close()
+            raise UserError(f"RUN_ID={path.name}: {path} is in use by {self.holder or 'another run'};"
+                            " stop that run, or choose another RUN_ID") from None
         except OSError as error:
-            raise UserError(f"RUNS_DIR={c.runs_dir}: {path} cannot be made "
-                            f"({error.strerror})") from error
-        return run_id
+            self.note = f"{path}: no file locks here ({error.strerror}); two runs must not share it"
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()} of {os.getppid()} on {platform.node()}")
+        self.file.flush()
+
+
+def open_run(c: Config, runtime: Runtime) -> tuple[Path, Checkpoints, RunLock | None]:
+    """The run's folder, its checkpoints and, on rank 0, its lock. Rank 0 decides for all ranks. A
+    finished run is refused unless OVERWRITE=1, which removes it."""
+    restarts, locks = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), []
+
+    def decide() -> str:
+        base = c.run_id or default_run_id(c)
+        for number in itertools.count(1):
+            path = Path(c.runs_dir) / (base if number == 1 else f"{base}-{number}")
+            try:
+                path.mkdir(parents=True, exist_ok=bool(c.run_id) or restarts > 0)
+                lock = RunLock(path)
+            except FileExistsError:
+                if c.run_id:  # a file
+                    raise UserError(f"RUN_ID={c.run_id}: {path} is no folder") from None
+                continue      # another run with a default name
+            except OSError as error:
+                raise UserError(f"RUNS_DIR={c.runs_dir}: {path} cannot be used "
+                                f"({error.strerror})") from error
+            if c.run_id or not restarts or f"of {os.getppid()} " in lock.holder:
+                locks.append(lock)
+                return path.name
 
     path = Path(c.runs_dir) / runtime.main_first(decide)
-    return path, checkpoints_of(c, path)
+    checkpoints, finished = checkpoints_of(c, path), (path / "result.json").exists()
+
+    def clear() -> None:
+        if c.overwrite and not restarts:
+            for old in [path / name for name in RUN_FILES] + checkpoints.paths():
+                old.unlink(missing_ok=True)
+        elif finished:
+            if not (path / "curves.png").exists():  # the run was killed just before it
+                plot_curves(path)
+            raise UserError(f"RUN_ID={path.name}: {path} holds a finished run; choose another "
+                            "RUN_ID, or OVERWRITE=1")
+        for left in path.glob(".*.tmp"):  # by a process that was killed
+            left.unlink(missing_ok=True)
+
+    runtime.main_first(clear)
+    return path, checkpoints, locks[0] if locks else None
 
 
 def checkpoints_of(c: Config, path: Path) -> Checkpoints:
@@ -4053,12 +4140,14 @@ class Run:
         self.step, self.clock, self.stage = 0, Stopwatch(), ""
         self.score, self.validated = None, -1  # of the last validation: its score and its step
         self.folder = None
+        self.good: list[tuple[int, dict, dict]] = []  # the last two snapshots, see `remember`
+        self.saved_at = 0.0   # training seconds at the last checkpoint
 
     def open(self) -> None:
         """Open the run's folder, go on from its newest checkpoint if it has one, and warm up."""
         self.signals = Signals()
-        path, self.checkpoints = open_run(self.config, self.runtime)
-        notes: list[str] = []
+        path, self.checkpoints, self.lock = open_run(self.config, self.runtime)
+        notes = [self.lock.note] if self.lock and self.lock.note else []
         saved = self.load_checkpoint(path, notes.append)
         journals = saved["journals"] if saved else {"metrics.jsonl": 0}
         self.folder = RunFolder(path, self.runtime.main, journals)
@@ -4118,17 +4207,39 @@ class Run:
                 self.log(f"stage: {stage} begins at step {self.step} "
                          f"(progress {progress.fraction:.3f})")
             self.stage = stage
+            self.remember(elapsed)
             parts = trainer.train_step(progress)
             self.step += 1
             if self.step % c.train_log_every == 0 or self.step <= 10:
                 self.log_step(progress, parts)
             self.guard(progress, force=self.step % max(c.train_log_every, c.nonfinite_limit) == 0)
-            if c.checkpoint_every and self.step % c.checkpoint_every == 0:
-                self.save(clock.seconds())
+            if self.checkpoint_due(progress, elapsed):
+                self.save(elapsed)
         if c.checkpoint_every:
             self.save(clock.seconds())
         self.checkpoints.wait()
         self.signals.release()
+
+    def checkpoint_due(self, progress: Progress, elapsed: float) -> bool:
+        """After CHECKPOINT_EVERY steps; without it every ten minutes of a run longer than thirty.
+        Not in a row of steps that were skipped."""
+        every, due = self.config.checkpoint_every, False
+        if every:
+            due = self.step % every == 0
+        elif elapsed - self.saved_at >= 600 and elapsed > 1800 * progress.fraction:
+            if not self.saved_at:
+                self.log("checkpoints: every 10 minutes (CHECKPOINT_EVERY sets another interval)")
+            due = True
+        return due and not self.trainer.optimizer.skipped_in_row
+
+    def remember(self, elapsed: float) -> None:
+        """Keep copies of recent states on the device, for a run that diverges. Of two that are some
+        steps apart, at least the older was followed by a finite loss and norm."""
+        every = self.config.train_log_every if self.runtime.cuda else self.config.nonfinite_limit
+        if self.step % every == 0 and not self.trainer.optimizer.skipped_in_row:
+            meta, tensors = self.snapshot(elapsed)
+            copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+            self.good = [*self.good[-1:], (self.step, meta, copies)]
 
     def term_names(self) -> list[str]:
         """Names of TERMS in the log: the anti-collapse term goes by its kind."""
@@ -4144,7 +4255,9 @@ class Run:
         active = loss_weights(progress.fraction, c).active
         shown = " ".join(f"{name}:{value:.4f}" for name, value, on
                          in zip(self.term_names(), values, active) if on)
-        self.log(f"step:{self.step}/{c.iterations} {shown} grad_norm:{norm:.3f} "
+        left = seconds * (1 - progress.fraction) / max(progress.fraction, 1e-9)
+        eta = f" eta:{int(left) // 60}:{int(left) % 60:02d}" if progress.fraction else ""
+        self.log(f"step:{self.step} {100 * progress.fraction:.0f}%{eta} {shown} grad_norm:{norm:.3f} "
                  f"lr_scale:{scale:.3f} time:{seconds:.1f}s "
                  f"step_avg:{1e3 * seconds / self.step:.1f}ms "
                  f"tok/s:{self.trainer.tokens / max(seconds, 1e-9):.0f}")
@@ -4157,7 +4270,7 @@ class Run:
         """Standard score of the masters, or of their EMA where it has begun."""
         self.trainer.weights.load("average")
         score = self.evaluator.standard()[0]
-        self.log(f"step:{self.step}/{self.config.iterations} val_loss:{score.loss:.4f} "
+        self.log(f"step:{self.step} val_loss:{score.loss:.4f} "
                  f"val_bpb:{score.bpb:.4f} train_time:{elapsed:.1f}s")
         latent = self.latent_report() if self.config.diagnostics else {}
         self.folder.metric(kind="validation", step=self.step, val_loss=score.loss,
@@ -4182,13 +4295,29 @@ class Run:
         layers = [name for group in trainer.weights.groups if group.touched
                   for name, grad in zip(group.names, group.grad) if not grad.isfinite().all()]
         trainer.weights.zero_grad()
-        self.save(self.clock.seconds())
-        self.checkpoints.wait()
+        if not terms and not layers:
+            layers = ["none, but the gradient's norm overflows"]
+        skipped = int(optimizer.skipped_in_row)
+        good = self.save_good_state(self.step - skipped)
         raise RunStopped(
-            f"stopped at step {self.step}: {int(optimizer.skipped_in_row)} steps in a row had a "
-            f"non-finite gradient; terms: {', '.join(terms) or 'all finite'}; "
-            f"layers: {', '.join(layers[:4]) or 'none'}; the weights before them are saved; "
-            "lower MATRIX_LR or SCALAR_LR", 1)
+            f"stopped at step {self.step}: {skipped} steps in a row had a non-finite gradient; "
+            f"terms: {', '.join(terms) or 'all finite'}; layers: {', '.join(layers[:4]) or 'none'}; "
+            f"the last good state, of step {good}, is saved: lower rates and "
+            f"RESUME_AFTER_DIVERGENCE=1 RUN_ID={self.folder.path.name} go on from it", 1)
+
+    def save_good_state(self, last_finite: int) -> int:
+        """Make the newest state that was followed by a finite step the newest checkpoint; returns its
+        step. Later checkpoints, which lead to the divergence, are removed."""
+        self.checkpoints.wait()
+        good = [snapshot for snapshot in self.good if snapshot[0] < max(last_finite, 1)]
+        step, meta, tensors = good[-1]
+        if self.runtime.main:
+            for path in self.checkpoints.paths():
+                if int(path.stem.removeprefix("step_")) >= max(last_finite, 1):
+                    path.unlink()
+            self.checkpoints.save(step, meta, tensors)
+            self.checkpoints.wait()
+        return step
 
     def stop(self, number: int) -> None:
         """End on a signal: save and leave with 128 + its number."""
@@ -4200,11 +4329,14 @@ class Run:
 
     def save(self, seconds: float) -> None:
         """Hand a snapshot to the checkpoint writer."""
+        meta, tensors = self.snapshot(seconds)
+        self.saved_at = seconds
+        if self.runtime.main:
+            self.checkpoints.save(self.step, meta, tensors)
+
+    def snapshot(self, seconds: float) -> tuple[dict, dict[str, Tensor]]:
+        """Everything a checkpoint holds: JSON-able meta data and tensors (views, on their device)."""
         trainer, weights = self.trainer, self.trainer.weights
-        own = {name: tensor.cpu() for name, tensor in self.named_states().items()}
-        everyone = self.runtime.collect(own) if self.config.carry_state else []
-        if not self.runtime.main:
-            return
         averaged = weights.groups[0].average is not None
         meta = dict(step=self.step, seconds=seconds, position=trainer.position,
                     tokens=trainer.tokens, stage=self.stage, journals=self.folder.sizes(),
@@ -4216,9 +4348,10 @@ class Run:
         tensors = {f"{part}/{name}": t
                    for part, named in parts.items() for name, t in named.items()}
         tensors |= {"directions": trainer.directions, "rng": torch.get_rng_state()}
-        for states in everyone:
+        own = {name: tensor.cpu() for name, tensor in self.named_states().items()}
+        for states in self.runtime.collect(own) if self.config.carry_state else ():
             tensors |= states
-        self.checkpoints.save(self.step, meta, tensors)
+        return meta, tensors
 
     def named_states(self) -> dict[str, Tensor]:
         """CARRY_STATE: the mixers' states of this rank's micro-batches, by name."""
@@ -4247,8 +4380,12 @@ class Run:
         if not all(number >= 0 for number in (*numbers, *meta["journals"].values())):
             raise ValueError("its meta data")
         old, new = meta["fixed"], self.config.fixed()
-        any_grid = not old["QAT_FRACTION"] and not new["QAT_FRACTION"]  # no training on the grid
-        if lines := differences(old, new, but=Config.tagged("grid") if any_grid else ()):
+        free = []
+        if not old["QAT_FRACTION"] and not new["QAT_FRACTION"]:  # no training on the grid
+            free += Config.tagged("grid")
+        if self.config.resume_after_divergence:
+            free += Config.tagged("rate")
+        if lines := differences(old, new, but=free):
             raise UserError(f"RUN_ID={path.name}: its checkpoint was made with other settings; "
                             "undo these, or start another RUN_ID:\n"
                             + "\n".join("  " + line for line in lines))
@@ -4311,6 +4448,9 @@ class Run:
                 self.log(f"curves.png cannot be written ({error.strerror})")
         self.log(f"done: {self.folder.path}  roundtrip_val_bpb:{result['roundtrip_val_bpb']:.6f} "
                  f"eval_time:{result['eval_seconds']:.1f}s")
+        if not math.isfinite(result["roundtrip_val_bpb"]):
+            raise RunStopped("the final score is not finite: the stored model predicts nothing; lower "
+                             "the learning rates, or mend LOGIT_SOFTCAP and the like", 1)
         return result
 
     def size_facts(self, report: dict[str, Any]) -> dict[str, Any]:
@@ -4604,15 +4744,16 @@ def evaluate_alone(c: Config) -> dict[str, Any]:
                                      device=runtime.describe()["device"])
 
 
-def choose_token(logits: Tensor, c: Config, generator: torch.Generator) -> int:
-    """An id drawn from logits (V,): TEMPERATURE (0 = the most likely id), then TOP_K, then TOP_P
-    (nucleus sampling, https://arxiv.org/abs/1904.09751)."""
-    if c.temperature == 0:
+def choose_token(logits: Tensor, temperature: float, top_k: int, top_p: float,
+                 generator: torch.Generator) -> int:
+    """An id drawn from logits (V,): temperature (0 = the most likely id), then the top k, then the
+    nucleus of probability top_p (https://arxiv.org/abs/1904.09751)."""
+    if temperature == 0:
         return int(logits.argmax())
-    probability = torch.softmax(logits.float().cpu() / c.temperature, dim=-1)
+    probability = torch.softmax(logits.float().cpu() / temperature, dim=-1)
     ranked, ids = probability.sort(descending=True)
     likelier = ranked.cumsum(0) - ranked  # probability of the likelier ids; 0 for the first
-    allowed = (torch.arange(len(ranked)) < (c.top_k or len(ranked))) & (likelier < c.top_p)
+    allowed = (torch.arange(len(ranked)) < (top_k or len(ranked))) & (likelier < top_p)
     return int(ids[torch.multinomial(ranked * allowed, 1, generator=generator)])
 
 
@@ -4666,7 +4807,9 @@ def sample(c: Config) -> None:
         silent[bos] = False                   # the end of the document may be
         for index in range(c.num_samples):
             generator, decoder = torch.Generator().manual_seed(c.seed + index), TextDecoder(pieces)
-            choose = functools.partial(choose_audible, silent=silent, c=c, generator=generator)
+            choose = lambda logits, generator=generator: choose_token(
+                logits.cpu().masked_fill(silent, -math.inf), c.temperature, c.top_k, c.top_p,
+                generator)
             if c.num_samples > 1:
                 print(f"--- sample {index + 1}")
             print(c.prompt, end="", flush=True)
@@ -4675,11 +4818,6 @@ def sample(c: Config) -> None:
             for token in generate(model, [bos, *body], c.sample_tokens, runtime, choose, bos):
                 print(decoder.feed(token), end="", flush=True)
             print(decoder.feed(-1, last=True), flush=True)
-
-
-def choose_audible(logits: Tensor, silent: Tensor, c: Config, generator: torch.Generator) -> int:
-    """choose_token among the ids that stand for text or end the document."""
-    return choose_token(logits.cpu().masked_fill(silent, -math.inf), c, generator)
 
 
 # ------------------------------------------------------------------------------
@@ -4977,9 +5115,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunStopped as stopped:
         if rank == 0:
             print(f"train_jepa.py: {stopped}", file=sys.stderr, flush=True)
+        if stopped.code > 128:  # die by the signal itself: a shell loop around this run then ends too
+            signal.signal(stopped.code - 128, signal.SIG_DFL)
+            os.kill(os.getpid(), stopped.code - 128)
         return stopped.code
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:  # the output's reader is gone, as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE

@@ -6,6 +6,7 @@ As a script: that warm process. The functions below `# -- what a child can be to
 
 import atexit
 import functools
+import gc
 import hashlib
 import json
 import os
@@ -19,10 +20,12 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(
     TOKENIZER="byte", DATA_PATH=str(ROOT / "data/datasets/demo_bytes"), MODEL_DIM=64, NUM_LAYERS=2, EXPAND=1,
-    D_STATE=16, MLP_MULT=2, TRAIN_SEQ_LEN=32, TRAIN_BATCH_TOKENS=256, MICRO_BATCHES=4, COMPILE_MODE="off", QUANT_BITS=4,
+    D_STATE=16, MLP_MULT=2, TRAIN_SEQ_LEN=32, TRAIN_BATCH_TOKENS=256, MICRO_BATCHES=2, COMPILE_MODE="off", QUANT_BITS=4,
     FP_STORAGE="FP8", JEPA_STEPS=2, VAL_LOSS_EVERY=0, VAL_MAX_TOKENS=2000, WARMUP_STEPS=1, ITERATIONS=12, DIAGNOSTICS=0,
     TEMP_SCALING=0, VAL_BATCH_SIZE=4096, SSD_CHUNK=16, DEVICE="cpu", SEED=7)
 SYSTEM_B = TINY | dict(
@@ -90,7 +93,7 @@ def _warm() -> subprocess.Popen:
     process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                                env=os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}, cwd=ROOT)
     assert json.loads(process.stdout.readline()) == "ready"
-    atexit.register(lambda: (process.stdin.close(), process.wait(10)))
+    atexit.register(lambda: (process.stdin.close(), process.wait()))
     return process
 
 
@@ -130,6 +133,13 @@ def run_ranks(folder, world: int, patch: str = "", base: dict = TINY, timeout: f
     for child in ranks:
         child.wait(timeout)
     return ranks
+
+
+def write_shard(path: Path, tokens) -> None:
+    """Tokens in the challenge's shard format: 256 int32 (magic, version, count, zeros), then uint16."""
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    path.write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
 
 
 def metrics(path: Path) -> list[dict]:
@@ -234,6 +244,16 @@ def before_step(number: int, action) -> None:
     tj.Trainer.train_step = train_step
 
 
+def after_step(action) -> None:
+    """Call action() after the first optimizer step of this process."""
+    step = tj.Trainer.train_step
+
+    def train_step(self, at):
+        step(self, at)
+        action()
+    tj.Trainer.train_step = train_step
+
+
 def full_disk(part: str, room: int = 0) -> None:
     """Writing to a file whose path contains `part` fails with ENOSPC after `room` bytes (of this process)."""
     import errno
@@ -332,12 +352,25 @@ def _serve():
     return None
 
 
+def leave(code: int) -> None:
+    """sys.exit, except that the interpreter is not taken apart, which takes longer than a tiny run."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
+    import torch._dynamo  # noqa: F401  (torch.optim imports it in every run: two thirds of a tiny run's time)
+
     import train_jepa as tj
     if os.environ.get("HARNESS_PATCH"):  # a rank of torchrun: no fork, the lines come by the environment
         exec(os.environ["HARNESS_PATCH"])
-        sys.exit(tj.main([]))
+        leave(tj.main([]))
+    gc.collect()
+    gc.freeze()  # children neither walk nor free what they share with this process
     job = _serve()
     if job is None:
         sys.exit(0)
@@ -349,4 +382,4 @@ if __name__ == "__main__":
         os.environ.pop(knob_name, None)
     os.environ.update(job["env"])
     exec(job["patch"])
-    sys.exit(tj.main([]))
+    leave(tj.main([]))

@@ -3,6 +3,7 @@
 # quick: the parts by themselves, in about two minutes. TEST_WORKERS (2) files run side by side.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash setup_jepa.sh dev
 bash setup_jepa.sh demo
 source ./setup_jepa.sh
 arguments=()

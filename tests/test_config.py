@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import update_knobs
 
 import train_jepa as tj
 from train_jepa import Config, UserError
@@ -343,17 +344,9 @@ def test_checks_of_later_sections_are_reported_with_those_of_the_configuration(m
     read(SEED=12).validate()
 
 
-def test_readme_table_is_the_knob_table():
-    readme = tj.Path(tj.__file__).with_name("README.md")
-    if not readme.exists():
-        pytest.skip("README.md is not written yet")
-    text = readme.read_text(encoding="utf-8")
-    rows = {tuple(cell.strip().strip("`") for cell in re.split(r"(?<!\\)\|", line.strip().strip("|")))
-            for line in text.splitlines() if line.startswith("|")}
-    for group, name, default, help in tj.knob_table():
-        clean = help.replace("|", "\\|")
-        assert any({name, default, clean} <= set(row) or {f"{name}={default}", clean} <= set(row)
-                   for row in rows), f"README.md lacks the row of {name} ({group}): default {default!r}, {clean!r}"
+def test_knobs_md_is_the_knob_table():
+    text = tj.Path(tj.__file__).with_name("KNOBS.md").read_text(encoding="utf-8")
+    assert text == update_knobs.document(), "run: python tests/update_knobs.py"
 
 
 @pytest.mark.parametrize("knobs, stored, training_only", [

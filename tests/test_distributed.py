@@ -37,12 +37,12 @@ def hashes(folder: Path, world: int) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("base,knobs", [
-    (TINY, dict(QAT_FRACTION=0)), (TINY, dict(SIGREG_RESAMPLE=1, CARRY_STATE=1, QAT_FRACTION=0.3)), (SYSTEM_B, {})],
-    ids=["system_A", "system_A_carried_resampled_QAT", "system_B_all_stages"])
-def test_1_2_and_4_ranks_have_the_same_losses_and_each_the_same_weights(tmp_path, base, knobs):
+@pytest.mark.parametrize("base, knobs, worlds", [
+    (TINY, dict(QAT_FRACTION=0, MICRO_BATCHES=4), (1, 2, 4)), (TINY, dict(CARRY_STATE=1, QAT_FRACTION=0.3), (1, 2)),
+    (SYSTEM_B, {}, (1, 2))], ids=["system_A", "system_A_carried_QAT", "system_B_all_stages"])
+def test_any_number_of_ranks_has_the_same_losses_and_each_the_same_weights(tmp_path, base, knobs, worlds):
     seen = {}
-    for world in (1, 2, 4):
+    for world in worlds:
         folder = tmp_path / str(world)
         folder.mkdir()
         ranks = run_ranks(folder, world, f"hash_at_end({str(folder)!r})", base, ITERATIONS=8, VAL_LOSS_EVERY=4, **knobs)
@@ -50,7 +50,7 @@ def test_1_2_and_4_ranks_have_the_same_losses_and_each_the_same_weights(tmp_path
         assert len(set(hashes(folder, world))) == 1, "ranks ended with different weights"
         seen[world] = losses_of(folder / "r")
     tolerance = LOOSE if knobs.get("QAT_FRACTION", 0) else TIGHT
-    for world in (2, 4):
+    for world in worlds[1:]:
         assert close(seen[1], seen[world], tolerance), (seen[1], seen[world])
     if base is SYSTEM_B:
         stages = re.findall(r"stage: (\w+) begins", (tmp_path / "2/r/log.txt").read_text())
@@ -69,7 +69,7 @@ def test_a_checkpoint_of_2_ranks_resumes_on_1_with_the_same_losses(tmp_path):
 
 
 def test_3_ranks_are_refused_naming_settings_that_do(tmp_path):
-    ranks = run_ranks(tmp_path, 3)
+    ranks = run_ranks(tmp_path, 3, MICRO_BATCHES=4)
     assert [child.code for child in ranks] == [2, 2, 2]
     assert ranks[0].errors() == ["train_jepa.py: 3 ranks cannot share MICRO_BATCHES=4: start [1, 2, 4] ranks, or set "
                                  "MICRO_BATCHES=3 (with TRAIN_BATCH_TOKENS a multiple of 96)"]
@@ -78,53 +78,6 @@ def test_3_ranks_are_refused_naming_settings_that_do(tmp_path):
     with pytest.raises(tj.UserError, match="MICRO_BATCHES=16"):
         tj.check_world(config, 16)
     tj.check_world(tj.Config(micro_batches=16), 16)
-
-
-AVERAGE = """
-import sys, torch, torch.nn.functional as F
-sys.path.insert(0, {root!r})
-import train_jepa as tj
-g = torch.Generator().manual_seed(0)
-z, directions = torch.randn(8, 5, 6, generator=g), F.normalize(torch.randn(4, 6, generator=g), dim=-1)
-with tj.Runtime(tj.Config(device="cpu")) as runtime:
-    for scale in (False, True):
-        whole = z.clone().requires_grad_()
-        expected = tj.sigreg(whole, directions, scale=scale)
-        expected.backward()
-        mine = slice(4 * runtime.rank, 4 * runtime.rank + 4)
-        part = z[mine].clone().requires_grad_()
-        value = tj.sigreg(part, directions, scale=scale, average=runtime.average, ranks=runtime.world)
-        (value / runtime.world).backward()  # the run's loss is the mean over ranks
-        assert torch.allclose(value, expected, rtol=1e-5), (scale, "value", value.item(), expected.item())
-        assert torch.allclose(part.grad, whole.grad[mine], rtol=1e-4, atol=1e-7), (scale, "gradient")
-print("same")
-"""
-
-
-@pytest.mark.slow
-def test_synchronized_sigreg_on_two_ranks_equals_one_rank_with_both_halves(tmp_path):
-    """Value and gradient through runtime.average (SIGREG_SYNC=1), with and without SIGREG_SCALE."""
-    port, children = free_port(), []
-    for rank in range(2):
-        env = harness.plain_environment(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1",
-                                        MASTER_PORT=port)
-        children.append(subprocess.Popen([sys.executable, "-c", AVERAGE.format(root=str(harness.ROOT))], env=env,
-                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    try:
-        for child in children:
-            out, _ = child.communicate(timeout=120)
-            assert child.returncode == 0 and "same" in out, out[-1500:]
-    finally:
-        for child in children:
-            child.kill()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["off", "aot_eager"])
-def test_synchronized_sigreg_trains_and_ranks_agree(tmp_path, mode):
-    ranks = run_ranks(tmp_path, 2, f"hash_at_end({str(tmp_path)!r})", SIGREG_SYNC=1, ITERATIONS=3, COMPILE_MODE=mode)
-    assert [child.code for child in ranks] == [0, 0], ranks[0].text()[-1500:]
-    assert len(set(hashes(tmp_path, 2))) == 1
 
 
 @pytest.mark.slow
@@ -232,7 +185,7 @@ def test_torchrun_restarts_after_a_killed_rank_and_ends_with_the_weights_of_an_u
     knobs = dict(CHECKPOINT_EVERY=2, ITERATIONS=10, VAL_LOSS_EVERY=3)
     assert [c.code for c in run_ranks(tmp_path, 2, RUN_ID="whole", **knobs)] == [0, 0]
     process = torchrun(tmp_path, 2, "--max-restarts=2", patch=NOTE_PID + SLOWER, **knobs)
-    wait_for(tmp_path / "r/log.txt", r"(?m)^step:5/")
+    wait_for(tmp_path / "r/log.txt", r"(?m)^step:5 ")
     os.kill(pids(tmp_path, 1)[-1], signal.SIGKILL)
     assert ended(process, tmp_path) == 0, (tmp_path / "torchrun.txt").read_text()[-3000:]
     assert re.search(r"(?m)^resumed at step \d", (tmp_path / "r/log.txt").read_text()) and len(pids(tmp_path, 0)) == 2
@@ -243,7 +196,7 @@ def test_torchrun_restarts_after_a_killed_rank_and_ends_with_the_weights_of_an_u
 @pytest.mark.slow
 def test_torchrun_without_restarts_ends_all_when_a_rank_dies(tmp_path):
     process = torchrun(tmp_path, 2, patch=NOTE_PID + SLOWER, ITERATIONS=500)
-    wait_for(tmp_path / "r/log.txt", r"(?m)^step:2/")
+    wait_for(tmp_path / "r/log.txt", r"(?m)^step:2 ")
     began = time.time()
     os.kill(pids(tmp_path, 1)[-1], signal.SIGKILL)
     assert ended(process, tmp_path, 60) != 0 and time.time() - began < 60
@@ -251,15 +204,14 @@ def test_torchrun_without_restarts_ends_all_when_a_rank_dies(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-def test_a_signal_to_the_group_ends_all_ranks_saves_and_leaves_the_log_readable(tmp_path, number):
+def test_ctrl_c_ends_all_ranks_saves_and_leaves_the_log_readable(tmp_path):
     process = torchrun(tmp_path, 2, patch=NOTE_PID + SLOWER, ITERATIONS=500, CHECKPOINT_EVERY=400)
-    wait_for(tmp_path / "r/log.txt", r"(?m)^step:3/")
-    os.killpg(process.pid, number)
+    wait_for(tmp_path / "r/log.txt", r"(?m)^step:3 ")
+    os.killpg(process.pid, signal.SIGINT)
     assert ended(process, tmp_path, 60) != 0
     no_orphans(tmp_path)
     text = (tmp_path / "torchrun.txt").read_text()
-    assert re.search(rf"stopped by {number.name} after step \d+", text), text[-2500:]
+    assert re.search(r"stopped by SIGINT after step \d+", text), text[-2500:]
     step = tj.Checkpoints(tmp_path / "r/checkpoints", 2).newest(pytest.fail)[0]["step"]
     lines = (tmp_path / "r/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines][-1] == min(step, 10)

@@ -223,10 +223,9 @@ def test_several_temperatures_in_one_pass_equal_single_passes(model):
 
 
 @pytest.mark.slow
-def test_number_of_ranks_does_not_change_the_score_of_a_run(tmp_path, demo_data):
+def test_number_of_ranks_does_not_change_the_score_of_a_run(tmp_path, diagnosed):
     """Evaluation alone, of one artifact, with gloo: all ranks' sums in fp64, forward passes of other sizes."""
-    assert harness.run(tmp_path, ITERATIONS=2).code == 0
-    knobs = dict(MODE="eval", ARTIFACT=tmp_path / "r/model.jepa", SLIDING_EVAL=1, SLIDING_EVAL_STRIDE=8,
+    knobs = dict(MODE="eval", ARTIFACT=diagnosed / "model.jepa", SLIDING_EVAL=1, SLIDING_EVAL_STRIDE=8,
                  SLIDING_BATCH_SIZE=16, EVAL_STATE="carry", VAL_MAX_TOKENS=500)
     reports = []
     for world in (1, 2):
@@ -333,10 +332,17 @@ def test_linear_probe_learns_what_is_linear_and_nothing_from_noise():
     assert tj.linear_probe(h, targets, lengths, 8, 50, 1) == tj.linear_probe(h, targets, lengths, 8, 50, 1)
 
 
-def test_accuracies_and_probe_of_a_run_are_shares(tmp_path, demo_data):
-    child = harness.run(tmp_path, DIAGNOSTICS=1, PROBE_STEPS=5, ITERATIONS=3, VAL_LOSS_EVERY=2)
+@pytest.fixture(scope="module")
+def diagnosed(tmp_path_factory, demo_data):
+    """The folder of a finished run with DIAGNOSTICS=1."""
+    folder = tmp_path_factory.mktemp("diagnosed")
+    child = harness.run(folder, DIAGNOSTICS=1, PROBE_STEPS=5, ITERATIONS=3, VAL_LOSS_EVERY=2)
     assert child.code == 0, child.text()[-1500:]
-    found = tj.json.loads((tmp_path / "r/result.json").read_text())["diagnostics"]
+    return folder / "r"
+
+
+def test_accuracies_and_probe_of_a_run_are_shares(diagnosed):
+    found = tj.json.loads((diagnosed / "result.json").read_text())["diagnostics"]
     assert 0 <= found["top1_accuracy"] <= found["top5_accuracy"] <= found["top10_accuracy"] <= 1
     assert -1 <= found["jepa_cosine"] <= 1 and found["jepa_mse"] >= 0 and 0 < found["probe_bpb"] < 10
     assert 1 <= found["z_effective_rank"] <= 64 and found["sigreg_over_null"] > 0
@@ -345,8 +351,6 @@ def test_accuracies_and_probe_of_a_run_are_shares(tmp_path, demo_data):
 
 
 @pytest.mark.slow
-def test_diagnostics_change_nothing_in_training(tmp_path, demo_data):
-    for name, on in (("with", 1), ("without", 0)):
-        assert harness.run(tmp_path, RUN_ID=name, DIAGNOSTICS=on, PROBE_STEPS=3, ITERATIONS=4, VAL_LOSS_EVERY=2,
-                           SIGREG_RESAMPLE=1).code == 0
-    assert tj.file_hash(tmp_path / "with/model.jepa") == tj.file_hash(tmp_path / "without/model.jepa")
+def test_diagnostics_change_nothing_in_training(tmp_path, diagnosed):
+    assert harness.run(tmp_path, ITERATIONS=3, VAL_LOSS_EVERY=2).code == 0
+    assert tj.file_hash(diagnosed / "model.jepa") == tj.file_hash(tmp_path / "r/model.jepa")

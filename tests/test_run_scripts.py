@@ -333,6 +333,12 @@ def test_describe_needs_no_data(fresh, scripts):
     assert not (scripts.root / "data").exists()
 
 
+def test_settings_of_set_up_may_be_arguments(fresh):
+    got = fresh("run_jepa_bpe.sh", "TRAIN_SHARDS=all", "TORCH_BUILD=cpu", "SEED=1", FAKE_GPUS="1")
+    assert got["args"] == ["train_jepa.py", "SEED=1"]
+    assert (got["env"]["TRAIN_SHARDS"], got["env"]["TORCH_BUILD"]) == ("all", "cpu")
+
+
 def test_own_data_path_needs_no_set_up(fresh):
     got = fresh("run_jepa_bpe.sh", DATA_PATH="/elsewhere")
     assert got["env"]["DATA_PATH"] == "/elsewhere" and [c.split()[0] for c in got["calls"]] == ["env"]

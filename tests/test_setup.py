@@ -79,7 +79,8 @@ def read_shard(path):
     return np.frombuffer(data[1024:], "<u2")
 
 
-ALONE = ("setup_jepa.sh", "requirements.txt", "tools/prepare_data.py")    # what set-up consists of
+REQUIREMENTS = ("requirements.txt", "requirements-dev.txt")
+ALONE = ("setup_jepa.sh", "tools/prepare_data.py", *REQUIREMENTS)    # what set-up consists of
 VARIABLES = ("TRAIN_SHARDS", "FINEWEB_KINDS", "SOURCE_PATH", "SOURCE_TOKENIZER", "BYTES_PATH", "TEXT_PATH", "TEXT_NAME",
              "TEXT_PIECE")
 
@@ -182,8 +183,9 @@ def test_shell_syntax_and_line_length(name):
     assert max(map(len, (ROOT / name).read_text().splitlines())) <= 100
 
 
-def test_requirements_are_pinned_and_justified():
-    for line in (ROOT / "requirements.txt").read_text().splitlines():
+@pytest.mark.parametrize("name", REQUIREMENTS)
+def test_requirements_are_pinned_and_justified(name):
+    for line in (ROOT / name).read_text().splitlines():
         if line and not line.startswith("#"):
             assert re.match(r"[A-Za-z_-]+==[\w.]+(; platform_system == \"Linux\")? +# \S", line), line
             assert "transformers" not in line
@@ -341,6 +343,18 @@ def test_fineweb_takes_the_manifest_count_and_the_limit(copy):
     assert len(list(folder.glob("*train*.bin"))) == 3      # the fourth is there but not counted
     assert "fineweb_train_000000.bin" not in copy.downloads()
     assert "TRAIN_SHARDS=no" in copy.prepare("fineweb", TRAIN_SHARDS="no", code=2)
+
+
+def test_fineweb_takes_what_ten_minutes_need_unless_told_otherwise(copy, monkeypatch):
+    assert (prepare_data.DEFAULT_SHARDS - 1) * 1e8 < 10_000 * 524_288 < prepare_data.DEFAULT_SHARDS * 1e8
+    monkeypatch.setattr(prepare_data, "DEFAULT_SHARDS", 2)
+    fill_hub(copy.hub, train=5)
+    shards = lambda: len(list((copy.datasets / "fineweb10B_sp8192").glob("fineweb_train_*.bin")))
+    text = copy.prepare("fineweb", FINEWEB_KINDS="sp8192")
+    assert shards() == 2 and "3 shards of kevclark/parameter-golf, up to 0.6 GB; TRAIN_SHARDS=all takes 3 more" in text
+    text = copy.prepare("fineweb", FINEWEB_KINDS="sp8192", TRAIN_SHARDS="all")
+    assert shards() == 5 and "6 shards of kevclark/parameter-golf, up to 1.2 GB\n" in text
+    assert "complete" in copy.prepare("fineweb", FINEWEB_KINDS="sp8192") and shards() == 5
     assert "FINEWEB_KINDS" in copy.prepare("fineweb", FINEWEB_KINDS="sp99", code=2)
 
 
@@ -513,9 +527,13 @@ echo "$*" >>"$CALLS"
 if [[ "$1 $2" == "-m venv" ]]; then
     rm -rf "$4"; mkdir -p "$4/bin"; cp "$0" "$4/bin/python"
 elif [[ "$1 $2" == "-m pip" ]]; then
-    [[ "$*" == *requirements.txt* && -n "$FAIL_PIP" ]] && exit 1
+    [[ "$*" == *requirements* && -n "$FAIL_PIP" ]] && exit 1
     if [[ "$*" == *mamba* ]]; then [[ -n "$FAIL_MAMBA" ]] && exit 1; touch "$CALLS.mamba"; fi
     exit 0
+elif [[ "$1 $2" == "-m uv" ]]; then
+    exit "${FAIL_UV:-0}"
+elif [[ "$*" == *'version("torch")'* ]]; then
+    [[ -n "$HAS_TORCH" ]] && echo "$HAS_TORCH"
 elif [[ "$*" == *importlib.metadata* ]]; then
     [[ -e "$CALLS.mamba" ]]
 else
@@ -530,11 +548,11 @@ def venv(copy, tmp_path):
     python.write_text(FAKE_PYTHON)
     python.chmod(0o755)
 
-    def run(code=0, **env):
+    def run(code=0, action="env", **env):
         calls.write_text("")
-        text = copy.setup("env", code=code, **{"SKIP_VENV": "", "PYTHON": str(python), "CALLS": str(calls),
+        text = copy.setup(action, code=code, **{"SKIP_VENV": "", "PYTHON": str(python), "CALLS": str(calls),
                                                "REAL": sys.executable} | env)
-        log = calls.read_text()
+        log = run.log = calls.read_text()
         return text, "-m venv" in log, "-r requirements.txt" in log, "mamba-ssm==" in log
     return run
 
@@ -565,6 +583,64 @@ def test_mamba_failure_is_a_warning(venv):
     text, *_ = venv(FAIL_MAMBA="1")
     assert "warning: mamba-ssm could not be installed" in text
     assert venv()[1:] == (False, False, True)              # tried again, nothing else is
+
+
+def test_requirements_of_tests_are_installed_when_asked_for(copy, venv):
+    stamp = copy.root / ".venv/.jepa-requirements-dev"
+    venv()
+    assert "requirements-dev.txt" not in venv.log and not stamp.exists()
+    text, *_ = venv(action="dev", code=1, FAIL_PIP="1")
+    assert "pip could not install requirements-dev.txt" in text and not stamp.exists()
+    assert venv(action="dev")[1:] == (False, False, False) and "-r requirements-dev.txt" in venv.log and stamp.exists()
+    venv(action="dev")
+    assert "-m pip install" not in venv.log
+    with open(copy.root / "requirements-dev.txt", "a") as file:
+        file.write("# changed\n")
+    venv(action="dev")
+    assert "-r requirements-dev.txt" in venv.log
+
+
+def nvidia_smi(folder, answer, code=0):
+    """A folder for PATH whose nvidia-smi gives this answer."""
+    folder.mkdir()
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\necho '{answer}'\nexit {code}\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+PIN = re.search(r"^torch==\S+", (ROOT / "requirements.txt").read_text(), re.M)[0]
+
+
+@pytest.mark.parametrize("answer, code, env, cpu", [
+    ("580.65.06", 0, {}, False), ("580.65.06\n580.65.06", 0, {}, False), ("No devices were found", 6, {}, True),
+    ("580.65.06", 0, dict(TORCH_BUILD="cpu"), True), ("", 9, dict(TORCH_BUILD="cuda"), False),
+    ("", 9, dict(HAS_TORCH=PIN.removeprefix("torch==") + "+cpu"), False), ("", 9, dict(HAS_TORCH="1.0"), True)])
+def test_torch_for_cpus_where_nvidia_smi_shows_no_gpu(venv, tmp_path, answer, code, env, cpu):
+    text, _, required, _ = venv(PATH=nvidia_smi(tmp_path / "smi", answer, code), **env)
+    assert (f"-m uv pip install -q --python .venv/bin/python --torch-backend cpu {PIN}" in venv.log) == cpu
+    assert (f"no NVIDIA GPU: installing {PIN} for CPUs" in text) == cpu and required and "cannot be fetched" not in text
+
+
+def test_torch_for_cpus_that_cannot_be_fetched_is_left_to_pip(venv, tmp_path):
+    text, _, required, _ = venv(PATH=nvidia_smi(tmp_path / "smi", "", 9), FAIL_UV="2")
+    assert required and "cannot be fetched here" in text
+
+
+def test_an_unknown_build_of_torch_is_named(venv):
+    assert "TORCH_BUILD=gpu: it is auto, cuda or cpu" in venv(TORCH_BUILD="gpu", code=2)[0]
+
+
+@pytest.mark.parametrize("answer, env, words", [
+    ("535.183.01", {}, "NVIDIA driver 535.183.01 is too old for torch's CUDA 13: update it to 580"),
+    ("580.65.06", {}, "torch cannot use the GPU that nvidia-smi shows"),
+    ("535.183.01", dict(CUDA_VISIBLE_DEVICES=""), None), ("535.183.01", dict(FAKE_GPUS="1"), None), ("none", {}, None)])
+def test_a_gpu_that_torch_cannot_use_is_said(copy, tmp_path, answer, env, words):
+    command = ["bash", "-c", "source ./setup_jepa.sh; cuda_devices"]
+    env = dict(SKIP_VENV="1", PYTHON=sys.executable, PYTHONPATH=str(copy.stubs),
+               PATH=nvidia_smi(tmp_path / "smi", answer)) | env
+    done = subprocess.run(command, cwd=copy.root, env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == env.get("FAKE_GPUS", "0")
+    assert len(done.stderr.splitlines()) == bool(words) and (words or "") in done.stderr
 
 
 def test_wrong_python_is_named(copy, tmp_path):

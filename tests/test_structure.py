@@ -31,8 +31,12 @@ def section_of(line: int) -> int:
 
 
 def bound_names(function) -> set[str]:
-    """Names that a function, lambda or comprehension binds itself."""
+    """Names that a function, class, lambda or comprehension binds itself."""
     names = set()
+    if isinstance(function, ast.ClassDef):  # only what stands directly in its body, such as methods
+        return {node.name for node in function.body if isinstance(node, ast.FunctionDef)} | {
+            target.id for node in function.body if isinstance(node, ast.Assign)
+            for target in node.targets if isinstance(target, ast.Name)}
     if hasattr(function, "args"):
         a = function.args
         names |= {x.arg for x in [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]}
@@ -67,7 +71,7 @@ def module_names() -> dict[str, int]:
 
 def uses(node, local: frozenset = frozenset()):
     """(name, line) of every name that is read and not bound by an enclosing function."""
-    scopes = (ast.FunctionDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+    scopes = (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
     if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id not in local:
         yield node.id, node.lineno
     inner = local | bound_names(node) if isinstance(node, scopes) else local

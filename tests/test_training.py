@@ -1,11 +1,11 @@
 """Trainer and Run: what a step keeps, what a run writes down when it ends early."""
 import json
 
-import torch
-
 import harness
-import train_jepa as tj
+import torch
 from harness import TINY
+
+import train_jepa as tj
 
 CARRY = dict(CARRY_STATE=1, EVAL_STATE="carry")
 

@@ -83,7 +83,8 @@ take_arguments() {
     local argument
     for argument in "$@"; do
         case "${argument%%=*}" in
-        PROFILE | PRESET | NPROC_PER_NODE | TORCHRUN_ARGS | SKIP_VENV | PYTHON)
+        PROFILE | PRESET | NPROC_PER_NODE | TORCHRUN_ARGS | SKIP_VENV | PYTHON | TRAIN_SHARDS | \
+            TORCH_BUILD)
             export "${argument?}"
             continue ;;
         MODE | DATA_PATH | TOKENIZER_PATH | MICRO_BATCHES | MAX_WALLCLOCK_SECONDS | ITERATIONS | \

@@ -37,6 +37,10 @@ DEMO_MODEL = DEMO / "fineweb_8192_bpe.model"
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 BOS = 1     # SentencePiece shards: begins each document
 MARK = 0    # byte shards: begins each document and costs no bytes; a NUL of the text is dropped
+# Training shards that are downloaded by default: 10,000 steps of 524,288 tokens, the most that ten
+# minutes are asked for, read 52.4 published shards of 1e8 tokens.
+DEFAULT_SHARDS = 53
+SHARD_GB = 0.2      # of 1e8 tokens of two bytes
 SHARD_NAME = re.compile(r"fineweb_(train|val)_(\d{6})\.bin")
 # kind: (Hugging Face data set, folder of the shards in it and here, tokenizer)
 HUB = {
@@ -180,12 +184,14 @@ def split_of(path):
     return SHARD_NAME.fullmatch(path.name)[1]
 
 
-def train_limit():
-    """TRAIN_SHARDS as a number; None (no limit) when it is not set."""
+def train_limit(default=None):
+    """TRAIN_SHARDS as a number; `default` where it is not set; None (no limit) for "all"."""
     text = os.environ.get("TRAIN_SHARDS", "")
-    if text and not (text.isdecimal() and int(text) > 0):
-        raise UserError(f"TRAIN_SHARDS={text}: it is a number of shards, 1 or more")
-    return int(text) if text else None
+    if text in ("", "all"):
+        return None if text else default
+    if not (text.isdecimal() and int(text) > 0):
+        raise UserError(f"TRAIN_SHARDS={text}: it is a number of shards, 1 or more, or all")
+    return int(text)
 
 
 # ---- documents to shards: demo and text
@@ -451,7 +457,7 @@ def is_complete(folder, repo, tokenizer, limit):
 def fetch(kind):
     """The shards of one kind and their tokenizer in data/; asks nobody when they are complete."""
     repo, name, tokenizer = HUB[kind]
-    folder, limit = DATASETS / name, train_limit()
+    folder, limit = DATASETS / name, train_limit(DEFAULT_SHARDS)
     if is_complete(folder, repo, tokenizer, limit):
         note(f"{folder}: complete")
         return
@@ -466,7 +472,9 @@ def fetch(kind):
         download(repo, remote, TOKENIZERS / tokenizer)
         sentencepiece_model(TOKENIZERS / tokenizer)
     shards = plan["val"] + plan["train"][:limit]
-    note(f"{folder}: {len(shards)} shards of {repo}")
+    left = len(plan["train"][len(shards) - len(plan["val"]):])
+    more = f"; TRAIN_SHARDS=all takes {left} more" if left else ""
+    note(f"{folder}: {len(shards)} shards of {repo}, up to {SHARD_GB * len(shards):.1f} GB{more}")
     with progress_bar(len(shards), desc=name, unit="shard") as bar:
         for remote in shards:
             fetch_shard(repo, remote, folder / Path(remote).name)

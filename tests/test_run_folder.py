@@ -1,0 +1,250 @@
+"""The run's folder: checkpoints that cannot be used, two runs at once, runs that diverge, ends by a signal."""
+import hashlib
+import json
+import os
+import signal
+import time
+
+import harness
+import pytest
+
+import train_jepa as tj
+
+RUN = dict(ITERATIONS=6, CHECKPOINT_EVERY=2, CHECKPOINT_KEEP=3)
+
+
+@pytest.fixture(autouse=True)
+def _data(demo_data):
+    pass
+
+
+def contents(folder) -> dict[str, str]:
+    """Hash of every file below the folder, but the lock's."""
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"}
+
+
+@pytest.fixture
+def unfinished(tmp_path):
+    """A run with three checkpoints that was killed before its result."""
+    child = harness.run(tmp_path, "tj.Run.finish = lambda self: die()", **RUN)
+    assert child.code == 137 and len(list((tmp_path / "r/checkpoints").glob("*.ckpt"))) == 3
+    return tmp_path
+
+
+def damage(path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+# -- checkpoints that cannot be used -----------------------------------------------------------------------------------
+
+def test_when_all_checkpoints_are_damaged_the_run_stops_and_keeps_every_file(unfinished):
+    paths = sorted((unfinished / "r/checkpoints").glob("*.ckpt"))
+    for path in paths:
+        damage(path)
+    before = contents(unfinished / "r")
+    child = harness.run(unfinished, **RUN)
+    assert child.code == 2 and len(child.errors()) == 1
+    assert all(str(path) in child.errors()[0] for path in paths)
+    assert "checksum" in child.errors()[0] and "OVERWRITE=1" in child.errors()[0]
+    assert contents(unfinished / "r") == before
+    child = harness.run(unfinished, OVERWRITE=1, **RUN)
+    assert child.code == 0 and "resumed" not in child.text()
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_taken(unfinished):
+    newest = max((unfinished / "r/checkpoints").glob("*.ckpt"))
+    damage(newest)
+    child = harness.run(unfinished, **RUN)
+    assert child.code == 0 and f"checkpoint passed over: {newest}: " in child.text()
+    assert "resumed at step 4 " in child.text()
+
+
+@pytest.mark.parametrize("patch", [
+    "opened = open\ndef refuse(path, *a, **k):\n    if str(path).endswith('6.ckpt'): raise PermissionError(13, 'denied')\n"
+    "    return opened(path, *a, **k)\ntj.open = refuse",
+    "listed = os.listdir\ndef refuse(path):\n    if str(path).endswith('checkpoints'): raise OSError(5, 'I/O error')\n"
+    "    return listed(path)\nos.listdir = refuse"], ids=["file", "folder"])
+def test_an_unreadable_checkpoint_is_not_taken_for_damage(unfinished, patch):
+    before = contents(unfinished / "r")
+    child = harness.run(unfinished, patch, **RUN)
+    assert child.code == 2 and len(child.errors()) == 1 and "cannot be read" in child.errors()[0]
+    assert contents(unfinished / "r") == before
+
+
+# -- two runs in one folder --------------------------------------------------------------------------------------------
+
+def test_of_two_starts_on_one_name_exactly_one_runs(tmp_path):
+    for attempt in range(3):
+        name = f"race{attempt}"
+        pair = [harness.launch(tmp_path, "no_curves()", RUN_ID=name, SEED=seed, ITERATIONS=8) for seed in (1, 2)]
+        codes = sorted(child.wait() for child in pair)
+        assert codes == [0, 2], [child.text()[-500:] for child in pair]
+        won, lost = sorted(pair, key=lambda child: child.code)
+        (line,) = lost.errors()
+        assert "is in use by process" in line or "holds a finished run" in line
+        seed = json.loads((tmp_path / name / "result.json").read_text())["seed"]
+        assert json.loads((tmp_path / name / "config.json").read_text())["SEED"] == seed == pair.index(won) + 1
+
+
+def test_overwrite_does_not_break_the_lock_and_a_killed_holder_frees_it(tmp_path):
+    knobs = dict(ITERATIONS=400, CHECKPOINT_EVERY=1)
+    holder = harness.launch(tmp_path, "no_curves()", **knobs)
+    holder.wait_for(r"(?m)^step:3 ")
+    child = harness.run(tmp_path, OVERWRITE=1, **knobs)
+    assert child.code == 2 and f"process {holder.pid} of" in child.errors()[0] and "RUN_ID=r" in child.errors()[0]
+    holder.signal(signal.SIGKILL)
+    holder.wait()
+    child = harness.run(tmp_path, ITERATIONS=8, CHECKPOINT_EVERY=1)
+    assert child.code == 0 and "resumed at step" in child.text()
+
+
+def test_default_names_of_runs_that_start_together_differ(tmp_path):
+    together = [harness.launch(tmp_path, "no_curves()", RUN_ID="", ITERATIONS=2) for _ in range(4)]
+    together.append(harness.launch(tmp_path, "no_curves()", RUN_ID="", ITERATIONS=2, MUON_WD=0.5))
+    assert [child.wait() for child in together] == [0] * 5
+    assert len(list(tmp_path.glob("*/result.json"))) == 5
+
+
+def test_without_file_locks_one_line_says_so(tmp_path):
+    patch = "import fcntl\ndef none(*a): raise OSError(37, 'No locks available')\nfcntl.flock = none"
+    child = harness.run(tmp_path, patch, ITERATIONS=2)
+    assert child.code == 0 and child.text().count("no file locks here (No locks available)") == 1
+
+
+def test_leftovers_of_a_killed_process_are_removed(unfinished):
+    left = unfinished / "r/.model.jepa.999.tmp"
+    left.write_bytes(b"half")
+    assert harness.run(unfinished, **RUN).code == 0 and not left.exists()
+
+
+# -- divergence --------------------------------------------------------------------------------------------------------
+
+WILD = dict(ITERATIONS=30, VAL_LOSS_EVERY=5, DIAGNOSTICS=1, PROBE_STEPS=0, NONFINITE_LIMIT=3)
+
+
+@pytest.mark.parametrize("cause, words", [
+    (dict(SCALAR_LR=100), "the gradient's norm overflows"), (dict(ADAM_EPS=0), "terms: ce, jepa, sigreg"),
+    (dict(MATRIX_LR=1e308), "terms: ce, jepa, sigreg"), (dict(LOGIT_SOFTCAP=1e308), "terms: ce; layers: token_embed"),
+    (dict(QK_GAIN_INIT=1e38, MIXER="attention", NUM_HEADS=4, NUM_KV_HEADS=2), "layers: token_embed")],
+    ids=lambda cause: next(iter(cause)) if isinstance(cause, dict) else "")
+def test_a_diverging_run_ends_with_one_line_that_names_terms_and_layers(tmp_path, cause, words):
+    child = harness.run(tmp_path, **WILD | cause)
+    assert child.code == 1 and "Traceback" not in child.text(), child.text()[-2000:]
+    (line,) = child.errors()
+    assert words in line and "is saved" in line and "RESUME_AFTER_DIVERGENCE=1 RUN_ID=r" in line
+
+
+def test_a_diverged_run_goes_on_from_its_last_good_state_with_lower_rates(tmp_path):
+    """Infinite gradients from step 14 on: the state kept is one whose loss and norm were finite."""
+    poisoned = "poison(range(14, 40), 'token_embed')"
+    knobs = WILD | dict(CHECKPOINT_EVERY=4)
+    child = harness.run(tmp_path, poisoned, **knobs)
+    assert child.code == 1 and "of step 12, is saved" in child.errors()[0], child.errors()
+    newest = tj.Checkpoints(tmp_path / "r/checkpoints", 2).newest(pytest.fail)
+    assert newest[0]["step"] == 12 and all(t.isfinite().all() for t in newest[1].values() if t.is_floating_point())
+    child = harness.run(tmp_path, SCALAR_LR=0.001, **knobs)
+    assert child.code == 2 and any("SCALAR_LR: 0.01 -> 0.001" in line for line in child.errors())
+    child = harness.run(tmp_path, SCALAR_LR=0.001, RESUME_AFTER_DIVERGENCE=1, **knobs)
+    assert child.code == 0, child.text()[-1500:]
+    assert "resumed at step 12 " in child.text() and "changed since the checkpoint: SCALAR_LR: 0.01 -> 0.001" in child.text()
+
+
+def test_checkpoints_that_lead_to_the_divergence_are_removed(tmp_path):
+    """The weights of step 8 are poisoned although the step before was finite: its checkpoint must not stay."""
+    spoil = "before_step(9, lambda trainer: [group.master.fill_(float('nan')) for group in trainer.weights.groups])"
+    child = harness.run(tmp_path, spoil, **WILD | dict(CHECKPOINT_EVERY=1, CHECKPOINT_KEEP=2))
+    assert child.code == 1 and "Traceback" not in child.text()
+    meta, tensors = tj.Checkpoints(tmp_path / "r/checkpoints", 2).newest(pytest.fail)
+    assert meta["step"] < 8 and all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
+
+
+def test_a_final_score_that_is_not_finite_is_the_last_line_and_code_1(tmp_path):
+    spoil = ("finish = tj.Run.finish\ndef spoiled(self):\n    self.trainer.model.softcap = float('inf')\n"
+             "    return finish(self)\ntj.Run.finish = spoiled")
+    child = harness.run(tmp_path, spoil, ITERATIONS=2)
+    assert child.code == 1 and "the final score is not finite" in child.text().splitlines()[-1]
+    assert (tmp_path / "r/log.txt").read_text().splitlines()[-1].startswith("ended: the final score is not finite")
+
+
+# -- signals -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_in_the_loop_saves_writes_the_end_and_kills_by_itself(tmp_path, number):
+    child = harness.launch(tmp_path, "no_curves()", ITERATIONS=400)
+    child.wait_for(r"(?m)^step:3 ")
+    child.signal(number)
+    assert child.wait() == 128 + number
+    assert (tmp_path / "r/log.txt").read_text().splitlines()[-1].startswith(f"ended: stopped by {number.name} after step")
+    assert list((tmp_path / "r/checkpoints").glob("*.ckpt")) and len(child.errors()) == 1
+
+
+def test_a_signal_in_the_final_evaluation_writes_the_end_too(tmp_path):
+    slow = "def finish(self):\n    print('evaluating', flush=True)\n    time.sleep(60)\ntj.Run.finish = finish"
+    child = harness.launch(tmp_path, "no_curves()\n" + slow, ITERATIONS=2, CHECKPOINT_EVERY=2)
+    child.wait_for("evaluating")
+    child.signal(signal.SIGTERM)
+    assert child.wait() == 143
+    assert (tmp_path / "r/log.txt").read_text().splitlines()[-1].startswith("ended: stopped by SIGTERM in the final")
+
+
+def test_a_full_console_does_not_end_the_training(tmp_path):
+    full = "os.dup2(os.open('/dev/full', os.O_WRONLY), 1)"
+    child = harness.run(tmp_path, full, ITERATIONS=2)
+    assert child.code == 0 and (tmp_path / "r/result.json").exists()
+
+
+def test_long_runs_get_checkpoints_without_being_asked(tmp_path):
+    """Five minutes a step on a replaced clock: a checkpoint after ten minutes, and one line that says so."""
+    child = harness.run(tmp_path, "clock_by_steps(300.0)", ITERATIONS=8)
+    assert child.code == 0 and child.text().count("checkpoints: every 10 minutes") == 1
+    assert len(list((tmp_path / "r/checkpoints").glob("*.ckpt"))) == 2
+    child = harness.run(tmp_path, "clock_by_steps(100.0)", RUN_ID="short", ITERATIONS=8)
+    assert child.code == 0 and not (tmp_path / "short/checkpoints").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_workers_end_when_torchrun_is_killed_and_the_next_start_is_bit_exact(tmp_path, world):
+    from test_distributed import torchrun
+    knobs = dict(ITERATIONS=30, CHECKPOINT_EVERY=1)
+    assert harness.run(tmp_path, RUN_ID="whole", **knobs).code == 0 if world == 1 else True
+    process = torchrun(tmp_path, world, patch="no_curves()\nclock_by_steps(0.01)", **knobs)
+    harness_wait(tmp_path / "r/log.txt", "step:4 ")
+    workers = children_of(process.pid)
+    os.kill(process.pid, signal.SIGKILL)
+    end = time.time() + 30
+    while any(alive(pid) for pid in workers) and time.time() < end:
+        time.sleep(0.1)
+    assert not any(alive(pid) for pid in workers)
+    assert "ended: stopped by SIGTERM" in (tmp_path / "r/log.txt").read_text().splitlines()[-1]
+    if world == 1:
+        assert harness.run(tmp_path, **knobs).code == 0
+        assert harness.final_state(tmp_path / "whole") == harness.final_state(tmp_path / "r")
+
+
+def alive(pid: int) -> bool:
+    try:
+        return open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def children_of(pid: int) -> list[int]:
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if int(open(f"/proc/{name}/stat").read().rsplit(")", 1)[1].split()[1]) == pid:
+                found.append(int(name))
+        except OSError:
+            continue
+    return found
+
+
+def harness_wait(path, text: str, timeout: float = 90) -> None:
+    end = time.time() + timeout
+    while not path.exists() or text not in path.read_text():
+        assert time.time() < end, f"no {text!r} in {path}"
+        time.sleep(0.05)
