@@ -521,8 +521,6 @@ EDITS = {
 def test_edited_header_with_a_right_checksum(artifact, label):
     match = "storage grid" if label.startswith("grid") else "damaged or foreign file"
     refused(rebuild(artifact, EDITS[label]), match)
-    if "stream" not in label and not label.startswith("as "):  # these show when the streams are decoded
-        refused(artifact, match, tj.artifact_outline)
 
 
 @pytest.mark.parametrize("change", [dict(dtype="object"), dict(dtype=[]), dict(shape=[3]), dict(shape=[1] * 9),
