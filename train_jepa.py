@@ -1071,11 +1071,11 @@ def causal_conv_silu(u: Tensor, weight: Tensor, bias: Tensor, *,
 
     initial (B,K-1,C): the inputs before the first, None for zeros. Returns (B,T,C) and the
     last K-1 inputs."""
-    taps, length = weight.size(-1), u.size(1)
+    size, length = weight.size(-1), u.size(1)
     if initial is None:
-        initial = u.new_zeros(u.size(0), taps - 1, u.size(2))
+        initial = u.new_zeros(u.size(0), size - 1, u.size(2))
     padded, out = torch.cat((initial.to(u.dtype), u), dim=1), bias.to(u.dtype)
-    for k in range(taps):
+    for k in range(size):
         out = out + padded[:, k:k + length] * weight[:, 0, k].to(u.dtype)
     return F.silu(out), padded[:, length:]
 
@@ -1134,8 +1134,9 @@ def custom_op(name: str, schema: str, outputs: Callable, launch: Callable,
 
 # -- head ----------------------------------------------------------------------
 def soft_cap(logits: Tensor, cap: float, kind: str) -> Tensor:
-    """Smooth bound of |logits| by cap (0: none). With u = logits / cap: cap tanh(u), or the odd
-    polynomial cap (u - u^3/3 + u^5/15), which reaches the cap near u = 1.69 and stays there."""
+    """Smooth bound of |logits| by cap (0: none). With u = logits / cap: cap tanh(u)
+    (https://arxiv.org/abs/2408.00118), or the odd polynomial cap (u - u^3/3 + u^5/15), which
+    reaches the cap near u = 1.69 and stays there (system A)."""
     if not cap:
         return logits
     if kind == "tanh":
@@ -1164,7 +1165,7 @@ def capped_logits(base, bias, col, live, V, cap, CAP: tl.constexpr):
 
 
 @jit
-def head(logits, bias, targets, nll, lse, n, V, cap, z_loss,
+def head_rows(logits, bias, targets, nll, lse, n, V, cap, z_loss,
          CAP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """nll and logsumexp of ROWS rows of logits (n, V); their gradient overwrites the logits."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -1195,14 +1196,14 @@ def head(logits, bias, targets, nll, lse, n, V, cap, z_loss,
 
 
 def _head_chunk(logits, bias, targets, nll, lse, softcap, kind, z_loss):
-    """Launches `head` for one chunk of tokens, or does the same in PyTorch."""
+    """Launches head_rows for one chunk of tokens, or does the same in PyTorch."""
     if not runs_triton(logits.device):
         return _head_chunk_torch(logits, bias, targets, nll, lse, softcap, kind, z_loss)
     n, V = logits.shape
     block = min(triton.next_power_of_2(V), 4096)
     rows = max(1, 2048 // block)
-    head[(triton.cdiv(n, rows),)](logits, bias, targets, nll, lse, n, V, softcap, z_loss,
-                                  CAP=kind, ROWS=rows, BLOCK=block, num_warps=8)
+    head_rows[(triton.cdiv(n, rows),)](logits, bias, targets, nll, lse, n, V, softcap, z_loss,
+                                       CAP=kind, ROWS=rows, BLOCK=block, num_warps=8)
 
 
 def _head_chunk_torch(logits, bias, targets, nll, lse, softcap, kind, z_loss):
@@ -1526,7 +1527,7 @@ def exp2_where(ok, x):
 
 
 @jit
-def dot(a, b, acc=None):
+def dot_tiles(a, b, acc=None):
     """Product of tiles in fp32; without TF32 where the tiles are fp32."""
     return tl.dot(a, b, acc, input_precision="ieee")
 
@@ -1542,7 +1543,7 @@ def ssd_scan(x, left, right, dt, A, D, first, y, states, last, T, X: tl.constexp
     the gradient of the state. SAVE: store the state with which each chunk begins."""
     h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i, p, n = tl.arange(0, Q), tl.arange(0, P), tl.arange(0, N)
-    typ: tl.constexpr = x.dtype.element_ty
+    dtype: tl.constexpr = x.dtype.element_ty
     x, left, right = x + b * T * X + h * P, left + b * T * ROW, right + b * T * ROW
     dt, y = dt + b * T * H + h, y + b * T * H * P + h * P
     chunks = tl.cdiv(T, Q)
@@ -1557,24 +1558,24 @@ def ssd_scan(x, left, right, dt, A, D, first, y, states, last, T, X: tl.constexp
         Ls = load_tile(left + c * Q * ROW, i, ROW, n, ok)
         Rs = load_tile(right + c * Q * ROW, i, ROW, n, ok)
         xs = load_tile(x + c * Q * X, i, X, p, ok)
-        now = state.to(typ)
+        now = state.to(dtype)
         if SAVE:
             tl.store(states + c * N * P + (n[:, None] * P + p[None, :]), now)
         enter, leave = tl.exp2(cs), tl.exp2(total - cs) * step
         if BACK:
             enter, leave = leave, enter
-        out = dot(Ls, now) * enter[:, None]
-        mix = dot(Ls, tl.trans(Rs))
+        out = dot_tiles(Ls, now) * enter[:, None]
+        mix = dot_tiles(Ls, tl.trans(Rs))
         if BACK:  # x_j reaches y_i if j <= i; rows are j here
             mix *= step[:, None]
             mix *= exp2_where(i[:, None] <= i[None, :], cs[None, :] - cs[:, None])
         else:
             mix *= step[None, :]
             mix *= exp2_where(i[:, None] >= i[None, :], cs[:, None] - cs[None, :])
-        out = dot(mix.to(typ), xs, out) + skip * xs
+        out = dot_tiles(mix.to(dtype), xs, out) + skip * xs
         store_tile(y + c * Q * H * P, i, H * P, p, ok, out)
-        Rs = (Rs * leave[:, None]).to(typ)
-        state = dot(tl.trans(Rs), xs, state * tl.exp2(total))
+        Rs = (Rs * leave[:, None]).to(dtype)
+        state = dot_tiles(tl.trans(Rs), xs, state * tl.exp2(total))
     if LAST:
         tl.store(last + cell, state)
 
@@ -1590,14 +1591,14 @@ def ssd_bwd_bc(x, B, C, dy, dt, A, states, dstates, ddt, dB, dC, part, T, ROW: t
     subtracted."""
     c, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i, p, n = tl.arange(0, Q), tl.arange(0, P), tl.arange(0, N)
-    typ: tl.constexpr = x.dtype.element_ty
+    dtype: tl.constexpr = x.dtype.element_ty
     chunks, row, ok = tl.num_programs(0), b * T + c * Q, c * Q + i < T
     Bs = load_tile(B + row * ROW, i, ROW, n, ok)
     Cs = load_tile(C + row * ROW, i, ROW, n, ok)
     x, dy, dt, ddt = x + row * ROW, dy + row * H * P, dt + row * H, ddt + row * H
     cell = (b * H * chunks + c) * N * P + n[:, None] * P + p[None, :]
     part += (b * chunks + c) * 2 * H
-    gain = dot(Cs, tl.trans(Bs))
+    gain = dot_tiles(Cs, tl.trans(Bs))
     acc = tl.zeros((Q, Q), tl.float32)
     sum_B, sum_C = tl.zeros((Q, N), tl.float32), tl.zeros((Q, N), tl.float32)
     for h in range(H):
@@ -1605,7 +1606,7 @@ def ssd_bwd_bc(x, B, C, dy, dt, A, states, dstates, ddt, dB, dC, part, T, ROW: t
         g = load_tile(dy + h * P, i, H * P, p, ok)
         rate = tl.load(A + h)
         step, cs, total = decays(dt + h, rate, i, ok, H)
-        share = dot(g, tl.trans(xs))  # dy_i . x_j
+        share = dot_tiles(g, tl.trans(xs))  # dy_i . x_j
         share *= exp2_where(i[:, None] >= i[None, :], cs[:, None] - cs[None, :])
         dD = tl.sum(tl.sum(tl.where(i[:, None] == i[None, :], share, 0.0), 1), 0)
         column = tl.sum(share * gain, 0)  # by j, without dt_j
@@ -1615,19 +1616,19 @@ def ssd_bwd_bc(x, B, C, dy, dt, A, states, dstates, ddt, dB, dC, part, T, ROW: t
         S = tl.load(states + h * chunks * N * P + cell)
         dS = tl.load(dstates + h * chunks * N * P + cell)
         through = tl.exp2(total) * tl.sum(tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1), 0)
-        out = dot(g, tl.trans(S)) * tl.exp2(cs)[:, None]
+        out = dot_tiles(g, tl.trans(S)) * tl.exp2(cs)[:, None]
         sum_C += out
         q = tl.sum(out * Cs, 1)
-        out = dot(xs, tl.trans(dS)) * tl.exp2(total - cs)[:, None]
+        out = dot_tiles(xs, tl.trans(dS)) * tl.exp2(total - cs)[:, None]
         r = tl.sum(out * Bs, 1)
         sum_B += out * step[:, None]
         da = tl.cumsum(inside + q, 0, reverse=True) + tl.cumsum(r * step, 0) - r * step + through
         tl.store(ddt + h + i * H, rate * da + column + r, mask=ok)
         tl.store(part + h, tl.sum(step * da, 0))
         tl.store(part + H + h, dD)
-    acc = acc.to(typ)
-    store_tile(dB + row * N, i, N, n, ok, dot(tl.trans(acc), Cs, sum_B))
-    store_tile(dC + row * N, i, N, n, ok, dot(acc, Bs, sum_C))
+    acc = acc.to(dtype)
+    store_tile(dB + row * N, i, N, n, ok, dot_tiles(tl.trans(acc), Cs, sum_B))
+    store_tile(dC + row * N, i, N, n, ok, dot_tiles(acc, Bs, sum_C))
 
 
 def _ssd_layout(x, B, C, chunk):
