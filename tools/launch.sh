@@ -9,6 +9,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source ./setup_jepa.sh
+: "${TRAIN_SCRIPT:=train_jepa.py}"    # a submission folder has its own name here
 
 # ---- system A: what run_jepa_bpe.sh and run_jepa_byte.sh have in common
 
@@ -220,9 +221,9 @@ launch() {
             note "$ranks of $GPUS GPUs used: the ranks must divide MICRO_BATCHES=$micro"
     fi
     if [[ $ranks == 1 ]] && { [[ -z "${TORCHRUN_ARGS-}" ]] || only_describes; }; then
-        exec "$PY" train_jepa.py ${ARGS[@]+"${ARGS[@]}"}
+        exec "$PY" "$TRAIN_SCRIPT" ${ARGS[@]+"${ARGS[@]}"}
     fi
     # shellcheck disable=SC2086  # words are arguments
     exec "$PY" -m torch.distributed.run ${TORCHRUN_ARGS:---standalone} --nproc_per_node="$ranks" \
-        train_jepa.py ${ARGS[@]+"${ARGS[@]}"}
+        "$TRAIN_SCRIPT" ${ARGS[@]+"${ARGS[@]}"}
 }
