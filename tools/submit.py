@@ -416,6 +416,8 @@ def evaluate_copy(folder: Path, run: RunRecord, data_path: Path) -> dict[str, An
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     knobs = evaluation_knobs(run, str(data_path))
+    if run.config["TOKENIZER"] == "bpe":  # compared with the byte counts in the artifact
+        knobs["TOKENIZER_PATH"] = str(Path(run.config["TOKENIZER_PATH"]).resolve())
     command += [SCRIPT, *(f"{name}={value}" for name, value in knobs.items())]
     environment = {name: os.environ[name] for name in PLAIN_ENVIRONMENT if name in os.environ}
     with tempfile.TemporaryDirectory(prefix="submission-") as elsewhere:
