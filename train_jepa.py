@@ -753,6 +753,10 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def file_hash(path: Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 class RunFolder:
     """runs/<RUN_ID>/: log.txt, metrics.jsonl, config.json, result.json; written by rank 0 only."""
 
@@ -803,7 +807,8 @@ class RunFolder:
 # ------------------------------------------------------------------------------
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 1024  # header: 256 little-endian int32
-BYTE_BOS = 0  # bos_id of byte shards: a byte that UTF-8 text never contains
+BYTE_BOS = 0     # bos_id of byte shards: a byte that UTF-8 text never contains
+BYTES = "bytes"  # the tokenizer of byte shards in source.json, and Vocabulary.source
 
 
 def read_shard(path: Path) -> np.ndarray:
@@ -918,6 +923,7 @@ class Vocabulary:
     space: Tensor       # (V,) bool: begins with the space mark
     boundary: Tensor    # (V,) bool: control, unknown or unused
     bos_id: int         # begins a document
+    source: str = ""    # what made the tokens: BYTES, or the sha256 of the SentencePiece file
 
     def target_bytes(self, previous: Tensor, targets: Tensor) -> Tensor:
         """Bytes (int64) of `targets`, each after its `previous` token; any shape."""
@@ -927,27 +933,28 @@ class Vocabulary:
         """Form for JSON; with it in the artifact, scoring needs no tokenizer."""
         codes = (self.base_bytes * 4 + self.space * 2 + self.boundary).numpy().astype("<u2")
         packed = base64.b64encode(zlib.compress(codes.tobytes(), 9)).decode()
-        return {"bos_id": self.bos_id, "codes": packed}
+        return {"bos_id": self.bos_id, "codes": packed, "source": self.source}
 
     @classmethod
     def unpack(cls, packed: dict[str, Any], vocab_size: int) -> Vocabulary:
         """Inverse of `pack`; UserError if the form is damaged or of another size."""
         try:
             packed_codes, bos_id = base64.b64decode(packed["codes"]), int(packed["bos_id"])
+            source = str(packed.get("source", ""))  # artifacts of v0.1 have none
             data = zlib.decompressobj().decompress(packed_codes, 2 * vocab_size + 1)
             codes = torch.from_numpy(np.frombuffer(data, dtype="<u2").astype(np.int64))
-        except (KeyError, TypeError, ValueError, zlib.error) as error:
-            raise UserError(f"the artifact's vocabulary is damaged ({error})") from None
+        except (KeyError, TypeError, ValueError, OverflowError, zlib.error) as error:
+            raise UserError(f"the artifact's vocabulary is damaged ({ascii(error)[:60]})") from None
         if len(codes) != vocab_size or not 0 <= bos_id < vocab_size:
             raise UserError(f"the artifact's vocabulary has {len(codes)} tokens, not {vocab_size}")
-        return cls(codes >> 2, (codes & 2) > 0, (codes & 1) > 0, bos_id)
+        return cls(codes >> 2, (codes & 2) > 0, (codes & 1) > 0, bos_id, source)
 
 
 def byte_vocabulary() -> Vocabulary:
     """256 byte values of one byte each, except BYTE_BOS: 0 bytes."""
     base = torch.ones(256, dtype=torch.int64)
     base[BYTE_BOS] = 0
-    return Vocabulary(base, torch.zeros(256, dtype=torch.bool), base == 0, BYTE_BOS)
+    return Vocabulary(base, torch.zeros(256, dtype=torch.bool), base == 0, BYTE_BOS, BYTES)
 
 
 def load_sentencepiece(path: str):
@@ -982,7 +989,8 @@ def bpe_vocabulary(path: str, vocab_size: int) -> Vocabulary:
             length = len(piece.removeprefix(mark).encode())
             rows.append((length, piece.startswith(mark), False))
     base, space, boundary = (torch.tensor(column) for column in zip(*rows))
-    return Vocabulary(base, space, boundary, model.bos_id() if model.bos_id() >= 0 else 1)
+    bos_id = model.bos_id() if model.bos_id() >= 0 else 1
+    return Vocabulary(base, space, boundary, bos_id, file_hash(path))
 
 
 def load_vocabulary(config: Config) -> Vocabulary:
@@ -990,6 +998,28 @@ def load_vocabulary(config: Config) -> Vocabulary:
     if config.tokenizer == "byte":
         return byte_vocabulary()
     return bpe_vocabulary(config.tokenizer_path, config.vocab_size)
+
+
+def shards_source(data_path: str) -> str | None:
+    """What made the shards of a folder (Vocabulary.source), as set-up wrote into its source.json;
+    None where nothing says it."""
+    path = Path(data_path) / "source.json"
+    try:
+        facts = json.loads(path.read_bytes()) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        reason = ascii(str(error))[1:61]
+        raise UserError(f"{path}: cannot be read ({reason}); run setup_jepa.sh") from None
+    source = facts.get("tokenizer") if isinstance(facts, dict) else None
+    return source if isinstance(source, str) else None
+
+
+def check_source(config: Config, vocabulary: Vocabulary) -> None:
+    """UserError if the shards were made with another tokenizer: their ids would mean other text."""
+    source = shards_source(config.data_path)
+    if source and vocabulary.source and source != vocabulary.source:
+        name = lambda text: text if text == BYTES else f"tokenizer {ascii(text)[1:9]}..."
+        raise UserError(f"DATA_PATH={config.data_path}: its source.json says that the shards hold "
+                        f"{name(source)}, but the model reads {name(vocabulary.source)}")
 
 
 def load_validation(config: Config) -> Tensor:
@@ -3735,6 +3765,9 @@ def final_scores(evaluator: Evaluator, c: Config, calibration: Tensor | None,
         how = f" stride:{c.sliding_eval_stride}" if row.name == "sliding" else ""
         how += f" temperature:{t:g}" if row.name != "roundtrip" else ""
         log(f"{row.name}{how} val_loss:{score.loss:.6f} val_bpb:{score.bpb:.6f}")
+    if result["roundtrip_val_bpb"] > 8 and shards_source(c.data_path) is None:
+        log("warning: more than 8 bits per byte: are these shards of the model's tokenizer? No "
+            f"source.json in DATA_PATH={c.data_path} says it")
     if c.temp_scaling:
         result["temperature"] = chosen[False]
         result |= dict(carried_temperature=chosen[True]) if c.eval_state == "carry" else {}
@@ -4138,6 +4171,7 @@ class Run:
         file is made."""
         self.config, self.runtime = config, runtime
         self.vocabulary = load_vocabulary(config)
+        check_source(config, self.vocabulary)
         validation = load_validation(config)
         stream = TokenStream(find_shards(config.data_path, "train"), config.vocab_size)
         self.trainer = Trainer(config, runtime, stream)
@@ -4617,10 +4651,6 @@ def count_parameters(module: nn.Module | None) -> int:
     return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
 
 
-def file_hash(path: Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
 def read_metrics(path: Path) -> list[dict]:
     """Lines of metrics.jsonl; a last line that is still being written is left out."""
     lines = []
@@ -4714,6 +4744,13 @@ def open_artifact(c: Config, runtime: Runtime) -> tuple[Config, LanguageModel, V
     model = meta_model(own, shapes, runtime)
     tensors = whole_tensors(read_artifact(c.artifact)[1], c.artifact)
     vocabulary = Vocabulary.unpack(header.get("vocabulary"), own.vocab_size)
+    if own.tokenizer == "byte" or own.tokenizer_path:
+        known = load_vocabulary(own)
+        source = vocabulary.source or known.source
+        if dataclasses.replace(vocabulary, source=source).pack() != known.pack():
+            other = "bytes" if own.tokenizer == "byte" else f"TOKENIZER_PATH={c.tokenizer_path}"
+            raise UserError(f"{c.artifact}: its byte counts are not those of {other}; take the "
+                            "artifact as its run wrote it, and the tokenizer of its training")
     for name, role, _ in named_roles(model):
         dtype = runtime.dtype if role in (*MATRICES, EMBEDDING, HEAD) else torch.float32
         value = tensors[name].to(runtime.device, dtype)
@@ -4727,6 +4764,7 @@ def evaluate_alone(c: Config) -> dict[str, Any]:
     the run that wrote it."""
     with Runtime(c) as runtime:
         own, model, vocabulary, header = open_artifact(c, runtime)
+        check_source(own, vocabulary)
         started, position = now(), header.get("position")
         if position is not None and type(position) is not int:
             raise UserError(f"ARTIFACT={c.artifact}: its data position is no number")
@@ -4747,6 +4785,8 @@ def evaluate_alone(c: Config) -> dict[str, Any]:
         log(f"artifact: {c.artifact} ({facts['artifact_bytes']:,} bytes), "
             f"{facts['eval_params']:,} parameters; {evaluator.targets:,} validation tokens = "
             f"{evaluator.bytes:,} bytes")
+        if own.tokenizer == "bpe" and not own.tokenizer_path:
+            log("byte counts: as the artifact says; TOKENIZER_PATH checks them")
         scores = final_scores(evaluator, own, calibration, log)
         return scores | facts | dict(eval_seconds=now() - started, world_size=runtime.world,
                                      device=runtime.describe()["device"])
@@ -4806,9 +4846,6 @@ def sample(c: Config) -> None:
     with Runtime(c) as runtime:
         own, model, vocabulary, _ = open_artifact(c, runtime)
         pieces = load_sentencepiece(c.tokenizer_path) if own.tokenizer == "bpe" else None
-        if pieces is not None and pieces.vocab_size() != own.vocab_size:
-            raise UserError(f"TOKENIZER_PATH={c.tokenizer_path}: has {pieces.vocab_size()} pieces, "
-                            f"the artifact {own.vocab_size}; take the tokenizer of its training")
         bos = vocabulary.bos_id
         body = pieces.encode(c.prompt) if pieces else [b for b in c.prompt.encode() if b != bos]
         silent = vocabulary.boundary.clone()  # padding, unknown and unused ids are never drawn
