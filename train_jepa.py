@@ -1151,7 +1151,6 @@ def custom_op(name: str, schema: str, outputs: Callable, launch: Callable,
 
 
 # -- head ----------------------------------------------------------------------
-
 def soft_cap(logits: Tensor, cap: float, kind: str) -> Tensor:
     """Smooth bound of |logits| by cap (0: none). With u = logits / cap: cap tanh(u), or the odd
     polynomial cap (u - u^3/3 + u^5/15), which reaches the cap near u = 1.69 and stays there."""
@@ -1187,13 +1186,11 @@ def head(logits, bias, targets, nll, lse, n, V, cap, z_loss,
          CAP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """nll and logsumexp of ROWS rows of logits (n, V); their gradient overwrites the logits."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    live = (row < n)[:, None]
+    live, lane = (row < n)[:, None], tl.arange(0, BLOCK)[None, :]
     base = logits + row.to(tl.int64)[:, None] * V
-    lane = tl.arange(0, BLOCK)[None, :]
     target = tl.load(targets + row, mask=row < n, other=0).to(tl.int32)[:, None]
     top = tl.full((ROWS, BLOCK), -1e38, tl.float32)  # finite: -inf - -inf is NaN
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    picked = tl.zeros((ROWS, BLOCK), tl.float32)
+    total, picked = tl.zeros_like(top), tl.zeros_like(top)
     for v in range(0, V, BLOCK):
         col = v + lane
         y, _ = capped_logits(base, bias, col, live, V, cap, CAP)
@@ -1222,9 +1219,8 @@ def _head_chunk(logits, bias, targets, nll, lse, softcap, kind, z_loss):
     n, V = logits.shape
     block = min(triton.next_power_of_2(V), 4096)
     rows = max(1, 2048 // block)
-    head[(triton.cdiv(n, rows),)](
-        logits, bias, targets, nll, lse, n, V, softcap, z_loss,
-        CAP=kind, ROWS=rows, BLOCK=block, num_warps=8)
+    head[(triton.cdiv(n, rows),)](logits, bias, targets, nll, lse, n, V, softcap, z_loss,
+                                  CAP=kind, ROWS=rows, BLOCK=block, num_warps=8)
 
 
 def _head_chunk_torch(logits, bias, targets, nll, lse, softcap, kind, z_loss):
@@ -1241,7 +1237,7 @@ def _head_chunk_torch(logits, bias, targets, nll, lse, softcap, kind, z_loss):
         p = torch.add(one / -3, u2, alpha=1 / 15)
         p = torch.addcmul(one, u2, p, out=p).mul_(u)
         slope = torch.add(-one, u2, alpha=1 / 3)
-        slope = torch.addcmul(one, u2, slope, out=slope)  # 1 - u^2 + u^4/3
+        slope = torch.addcmul(one, u2, slope, out=slope)
         if saturates:
             slope.mul_(p.abs() <= 1)
             p.clamp_(-1, 1)
@@ -1265,8 +1261,8 @@ def _head_chunk_torch(logits, bias, targets, nll, lse, softcap, kind, z_loss):
 
 def _head_outputs(h, weight, bias, *_):
     """Loss, mean nll, and n times the gradients of h, weight and bias."""
-    f32 = functools.partial(h.new_empty, dtype=torch.float32)
-    return f32(()), f32(()), h.new_empty(h.shape), f32(weight.shape), f32(len(weight))
+    zeros = functools.partial(h.new_zeros, dtype=torch.float32)
+    return zeros(()), zeros(()), h.new_empty(h.shape), zeros(weight.shape), zeros(len(weight))
 
 
 def _launch_head(loss, mean, dh, dw, db, h, weight, bias, targets, softcap, kind, z_loss, rows):
@@ -1277,25 +1273,17 @@ def _launch_head(loss, mean, dh, dw, db, h, weight, bias, targets, softcap, kind
     nll, lse = torch.empty(2, n, device=h.device).unbind(0)
     # 64 MiB of bf16 logits on a GPU, 2 MiB of fp32 in a CPU's cache
     rows = min(n, rows or (max(256, (1 << 25) // V) if h.is_cuda else max(64, (1 << 19) // V)))
-    dw.zero_()
-    db.zero_()
+    in_fp32 = dict(out_dtype=torch.float32) if h.is_cuda and h.dtype != torch.float32 else {}
     buffer = h.new_empty(rows, V)
     for i in range(0, n, rows):
         part = slice(i, min(n, i + rows))
         logits = torch.mm(h[part], w.T, out=buffer[:part.stop - i])
         _head_chunk(logits, bias, targets[part], nll[part], lse[part], softcap, kind, z_loss)
         torch.mm(logits, w, out=dh[part])
-        dw += _mm_fp32(logits.T, h[part])
+        dw += torch.mm(logits.T, h[part], **in_fp32)  # the GEMM's own sums, not rounded to bf16
         db += logits.sum(0, dtype=torch.float32)
     mean = nll.mean()
     return mean + z_loss * lse.square().mean(), mean, dh, dw, db
-
-
-def _mm_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32: on CUDA the GEMM's own accumulator, not rounded to bf16."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return (a @ b).float()
 
 
 def _head_backward(grad, _, h, weight, bias, dh, dw, db, *options):
@@ -1323,7 +1311,6 @@ def token_loss_fused(h: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
 
 
 # -- causal convolution --------------------------------------------------------
-
 @jit
 def conv_input(u, init, t, c, ok, T, C, row, K: tl.constexpr, INIT: tl.constexpr):
     """Inputs at times t and channels c; before time 0 those of init (K-1 rows), else zeros."""
@@ -1445,60 +1432,57 @@ FORMATS = {"bf16": 0, "fp8": 1, "int": 2, "sigma": 3}  # `kind` of the kernel
 
 
 @jit
-def round_bf16(x):
-    """fp32 rounded half to even to bf16, still fp32. By bits: the interpreter's cast truncates."""
+def round_mantissa(x, BITS: tl.constexpr):
+    """fp32 with the last BITS bits rounded off, half to even; the interpreter's casts truncate."""
     i = x.to(tl.int32, bitcast=True)
-    return ((i + 0x7FFF + ((i >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    i += (1 << (BITS - 1)) - 1 + ((i >> BITS) & 1)
+    return ((i >> BITS) << BITS).to(tl.float32, bitcast=True)
 
 
 @jit
 def round_fp8(x):
     """fp32 rounded to e4m3fn, still fp32: 3 mantissa bits, or multiples of 2^-9 below 2^-6."""
     v = tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
-    i = v.to(tl.int32, bitcast=True)
-    normal = ((i + 0x7FFFF + ((i >> 20) & 1)) & -1048576).to(tl.float32, bitcast=True)
-    small = ((tl.abs(v) + 24576.0) - 24576.0).to(tl.int32, bitcast=True)
-    small = (small | (i & -2147483648)).to(tl.float32, bitcast=True)  # keeps -0.0
-    return tl.where(tl.abs(v) < 0.015625, small, normal)
+    small = ((v + 24576.0) - 24576.0).to(tl.int32, bitcast=True)  # 1.5 * 2^14
+    small |= v.to(tl.int32, bitcast=True) & -2147483648  # keeps -0.0
+    small = small.to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(v) < 0.015625, small, round_mantissa(v, 20))
 
 
 @jit
-def snap_rows(table, numbers, owner, OUT: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
-    """One row per program, of tensor owner[program]. Per tensor, numbers has its parameter and
-    table (tensors, 6) source, target, elements, columns, format and first program."""
-    program = tl.program_id(0)
-    tensor = tl.load(owner + program)
-    entry, param, lane = table + tensor * 6, tl.load(numbers + tensor), tl.arange(0, BLOCK)
+def snap_rows(table, OUT: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+    """Rounds one row per program. table (rows, 5) int64: address, target's address, size, format,
+    and bits of the fp64 parameter."""
+    entry, lane = table + tl.program_id(0) * 5, tl.arange(0, BLOCK)
     source = tl.load(entry).to(tl.pointer_type(tl.float32))
     target = tl.load(entry + 1).to(tl.pointer_type(OUT))
-    columns, kind = tl.load(entry + 3), tl.load(entry + 4)
-    start = (program - tl.load(entry + 5)) * columns
-    size = tl.minimum(columns, tl.load(entry + 2) - start)
-    if EVEN:  # rows of multiples of 8 elements: wide loads and stores
+    size, kind = tl.load(entry + 2), tl.load(entry + 3)
+    if EVEN:  # wide loads and stores
         source, target = tl.multiple_of(source, 16), tl.multiple_of(target, 16)
-        start, size = tl.multiple_of(start, 8), tl.multiple_of(size, 8)
+        size = tl.multiple_of(size, 8)
+    param = tl.load(entry + 4).to(tl.float64, bitcast=True)
     bound = param.to(tl.float32)
     scale = bound * 0.0 + 1.0
     if kind >= 2:  # the sum is in fp64, so that its order cannot show in bf16
         peak, square = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float64)
         for i in range(0, size, BLOCK):
-            w = tl.load(source + start + i + lane, mask=i + lane < size, other=0.0)
+            w = tl.load(source + i + lane, mask=i + lane < size, other=0.0)
             peak = tl.maximum(peak, tl.abs(w))
             square += w.to(tl.float64) * w.to(tl.float64)
         by_peak = tl.div_rn(tl.maximum(tl.max(peak, 0), 1e-8), bound)
         by_rms = tl.maximum((tl.sqrt(tl.sum(square, 0) / size) * param).to(tl.float32), 1e-8)
-        scale = round_bf16(tl.where(kind == 2, by_peak, by_rms))
+        scale = round_mantissa(tl.where(kind == 2, by_peak, by_rms), 16)
         bound = tl.where(kind == 2, bound, 127.0)
     for i in range(0, size, BLOCK):
-        w = tl.load(source + start + i + lane, mask=i + lane < size, other=0.0)
+        w = tl.load(source + i + lane, mask=i + lane < size, other=0.0)
         if kind >= 2:  # adding 1.5 * 2^23 rounds half to even; NaN passes through
             q = tl.clamp(tl.div_rn(w, scale), -bound, bound, propagate_nan=tl.PropagateNan.ALL)
-            value = round_bf16(((q + 12582912.0) - 12582912.0) * scale)
+            value = round_mantissa(((q + 12582912.0) - 12582912.0) * scale, 16)
         elif kind == 1:
             value = round_fp8(w)
         else:
-            value = round_bf16(w)
-        tl.store(target + start + i + lane, value.to(OUT), mask=i + lane < size)
+            value = round_mantissa(w, 16)
+        tl.store(target + i + lane, value.to(OUT), mask=i + lane < size)
 
 
 class FusedSnap:
@@ -1510,32 +1494,30 @@ class FusedSnap:
 
     def __init__(self, items: list[tuple[Tensor, Tensor, str, float]]):
         self.dtype, rows = items[0][1].dtype, []
-        for master, target, kind, _ in items:
+        for master, target, kind, parameter in items:
             assert master.is_contiguous() and target.is_contiguous()
             assert master.shape == target.shape and master.dtype == torch.float32
             size = master.numel()  # a vector is one row; bf16 and fp8 take rows of 1024
-            columns = size // len(master) if master.dim() > 1 else size
-            columns = 1024 if kind in ("bf16", "fp8") else columns
-            rows.append((master.data_ptr(), target.data_ptr(), size, columns, FORMATS[kind]))
-        self.even = all(a % 16 == b % 16 == n % 8 == m % 8 == 0 for a, b, n, m, _ in rows)
-        device, counts = items[0][0].device, torch.tensor([-(-row[2] // row[3]) for row in rows])
-        first = (counts.cumsum(0) - counts).tolist()
-        self.table = torch.tensor([(*row, f) for row, f in zip(rows, first)], device=device)
-        self.numbers = torch.tensor([item[3] for item in items], dtype=torch.float64, device=device)
-        owner = torch.arange(len(rows), dtype=torch.int32)
-        self.owner = owner.repeat_interleave(counts).to(device)
+            columns = size // (len(master) if master.dim() > 1 else 1)
+            start = torch.arange(0, size, 1024 if FORMATS[kind] < 2 else columns)
+            addresses = (t.data_ptr() + t.element_size() * start for t in (master, target))
+            sizes = start.diff(append=torch.tensor([size]))
+            bits = torch.tensor(parameter, dtype=torch.float64).view(torch.int64)
+            constants = (torch.full_like(start, int(n)) for n in (FORMATS[kind], bits))
+            rows.append(torch.stack((*addresses, sizes, *constants), 1))
+        table = torch.cat(rows)
+        self.even = not (table[:, :3] % torch.tensor([16, 16, 8])).any()
+        self.table = table.to(items[0][0].device)
 
     def __call__(self) -> None:
         out = getattr(tl, str(self.dtype).removeprefix("torch."))
-        snap_rows[(len(self.owner),)](self.table, self.numbers, self.owner, OUT=out,
-                                      EVEN=self.even, BLOCK=1024, num_warps=4)
+        snap_rows[(len(self.table),)](self.table, OUT=out, EVEN=self.even, BLOCK=1024, num_warps=4)
 
 
 # -- SSD by kernels of our own -------------------------------------------------
 # The state of a head stays on chip. Q, P and N are tile sizes. Strides are constexpr: as
 # run-time values they cost thirty registers. Rows past T load as zeros, dt too, and change
 # nothing. States in memory are (N, P) in the compute dtype, one per chunk.
-
 @jit
 def load_tile(base, row, stride: tl.constexpr, col, ok):
     return tl.load(base + (row[:, None] * stride + col[None, :]), mask=ok[:, None], other=0.0)
@@ -1620,10 +1602,10 @@ def ssd_bwd_bc(x, B, C, dy, dt, A, states, dstates, ddt, dB, dC, part, T, ROW: t
                H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr):
     """One program per (chunk, sequence) sums dB and dC over the heads in registers.
 
-    The first loop is what stays inside the chunk: B and C serve all heads, so d(C B^T) is summed
-    first and multiplied once. The second is what passes through the states; it meets x and dy
-    again in L2. The gradient of the log decay is the reverse sum of C_i.dC_i - B_i.dB_i; terms
-    that cancel (those through the chunk's end) are left out, not subtracted."""
+    B and C serve all heads, so the gradient of C B^T is summed first and multiplied once; the
+    rest of dB and dC passes through the states. The gradient of the log decay is the reverse sum
+    of C_i.dC_i - B_i.dB_i; terms that cancel (those through the chunk's end) are left out, not
+    subtracted."""
     c, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i, p, n = tl.arange(0, Q), tl.arange(0, P), tl.arange(0, N)
     typ: tl.constexpr = x.dtype.element_ty
@@ -1632,34 +1614,24 @@ def ssd_bwd_bc(x, B, C, dy, dt, A, states, dstates, ddt, dB, dC, part, T, ROW: t
     Cs = load_tile(C + row * ROW, i, ROW, n, ok)
     x, dy, dt, ddt = x + row * ROW, dy + row * H * P, dt + row * H, ddt + row * H
     cell = (b * H * chunks + c) * N * P + n[:, None] * P + p[None, :]
-    part += (b * chunks + c) * 3 * H
+    part += (b * chunks + c) * 2 * H
     gain = dot(Cs, tl.trans(Bs))
     acc = tl.zeros((Q, Q), tl.float32)
+    sum_B, sum_C = tl.zeros((Q, N), tl.float32), tl.zeros((Q, N), tl.float32)
     for h in range(H):
         xs = load_tile(x + h * P, i, ROW, p, ok)
         g = load_tile(dy + h * P, i, H * P, p, ok)
         rate = tl.load(A + h)
-        step, cs, _ = decays(dt + h, rate, i, ok, H)
+        step, cs, total = decays(dt + h, rate, i, ok, H)
         share = dot(g, tl.trans(xs))  # dy_i . x_j
         share *= exp2_where(i[:, None] >= i[None, :], cs[:, None] - cs[None, :])
         dD = tl.sum(tl.sum(tl.where(i[:, None] == i[None, :], share, 0.0), 1), 0)
         column = tl.sum(share * gain, 0)  # by j, without dt_j
         share *= step[None, :]
         acc += share
-        da = tl.cumsum(tl.sum(share * gain, 1) - column * step, 0, reverse=True)
-        tl.store(ddt + h + i * H, rate * da + column, mask=ok)
-        tl.store(part + h, tl.sum(step * da, 0))
-        tl.store(part + 2 * H + h, dD)
-    acc = acc.to(typ)
-    sum_C, sum_B = dot(acc, Bs), dot(tl.trans(acc), Cs)
-    tl.debug_barrier()  # ddt is read back below, perhaps by other threads
-    for h in range(H):
-        xs = load_tile(x + h * P, i, ROW, p, ok)
-        g = load_tile(dy + h * P, i, H * P, p, ok)
+        inside = tl.sum(share * gain, 1) - column * step
         S = tl.load(states + h * chunks * N * P + cell)
         dS = tl.load(dstates + h * chunks * N * P + cell)
-        rate = tl.load(A + h)
-        step, cs, total = decays(dt + h, rate, i, ok, H)
         through = tl.exp2(total) * tl.sum(tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1), 0)
         out = dot(g, tl.trans(S)) * tl.exp2(cs)[:, None]
         sum_C += out
@@ -1667,12 +1639,13 @@ def ssd_bwd_bc(x, B, C, dy, dt, A, states, dstates, ddt, dB, dC, part, T, ROW: t
         out = dot(xs, tl.trans(dS)) * tl.exp2(total - cs)[:, None]
         r = tl.sum(out * Bs, 1)
         sum_B += out * step[:, None]
-        da = tl.cumsum(q, 0, reverse=True) + tl.cumsum(r * step, 0) - r * step + through
-        inside = tl.load(ddt + h + i * H, mask=ok, other=0.0)
-        tl.store(ddt + h + i * H, inside + rate * da + r, mask=ok)
-        tl.store(part + H + h, tl.sum(step * da, 0))
-    store_tile(dB + row * N, i, N, n, ok, sum_B)
-    store_tile(dC + row * N, i, N, n, ok, sum_C)
+        da = tl.cumsum(inside + q, 0, reverse=True) + tl.cumsum(r * step, 0) - r * step + through
+        tl.store(ddt + h + i * H, rate * da + column + r, mask=ok)
+        tl.store(part + h, tl.sum(step * da, 0))
+        tl.store(part + H + h, dD)
+    acc = acc.to(typ)
+    store_tile(dB + row * N, i, N, n, ok, dot(tl.trans(acc), Cs, sum_B))
+    store_tile(dC + row * N, i, N, n, ok, dot(acc, Bs, sum_C))
 
 
 def _ssd_layout(x, B, C, chunk):
@@ -1685,9 +1658,8 @@ def _ssd_layout(x, B, C, chunk):
                             "else set SSD_KERNEL=torch")
     strides = {(t.stride(0), t.stride(1), t.stride(-1)) for t in (x, B, C)}
     if strides != {(T * row, row, 1)} or x.stride(2) != P:
-        wide = torch.cat((x.flatten(2), B, C), 2)
-        x, B, C = wide.split((H * P, N, N), 2)
-        row = wide.size(2)
+        row = H * P + 2 * N
+        x, B, C = torch.cat((x.flatten(2), B, C), 2).split((H * P, N, N), 2)
     return x, B, C, dict(ROW=row, H=H, P=P, N=N, Q=chunk)
 
 
@@ -1704,19 +1676,17 @@ def _launch_ssd_fused_backward(dx, ddt, dA, dB, dC, dD, dinit, dy, dfinal, x, dt
     (b, T, H, P), chunks = x.shape, states.size(2)
     dy, dfinal, dt = _contiguous(torch.zeros_like(dx) if dy is None else dy, dfinal, dt)
     x, B, C, sizes = _ssd_layout(x, B, C, chunk)
-    dstates, part = torch.empty_like(states), dt.new_empty(b, chunks, 3, H)
+    dstates, part = torch.empty_like(states), dt.new_empty(b, chunks, 2, H)
     ssd_scan[H, b](dy, B, C, dt, A, D.float(), dfinal, dx, dstates, dinit, T, X=H * P,
                    BACK=True, FIRST=dfinal is not None, SAVE=True, LAST=initial_state is not None,
                    **sizes, num_warps=4, num_stages=3)
     ssd_bwd_bc[chunks, b](x, B, C, dy, dt, A, states, dstates, ddt, dB, dC, part, T, **sizes,
                           num_warps=8, num_stages=2)
-    part = part.sum((0, 1))
-    torch.add(part[0], part[1], out=dA)  # from inside the chunks, and through the states
-    dD.copy_(part[2])
+    for gradient, total in zip((dA, dD), part.sum((0, 1))):
+        gradient.copy_(total)
 
 
 # -- SSD by mamba-ssm ----------------------------------------------------------
-
 def mamba_ssm(launcher: str, *arguments, **options):
     """Call launcher fwd or bwd of https://github.com/state-spaces/mamba; without arguments only
     import it. Turns import-time and launch-time Triton mismatches into one UserError."""
@@ -1763,7 +1733,6 @@ def _launch_mamba_ssm_backward(dx, ddt, dA, dB, dC, dD, dinit, dy, dfinal, x, dt
 
 
 # -- SSD: custom ops, and the choice among the three forms ---------------------
-
 def _ssd_outputs(x, dt, A, B, C, D, initial_state, chunk, save):
     """y, the final state, and with `save` the states at chunk starts, for the backward pass."""
     (b, T, H, P), N = x.shape, B.size(2)
@@ -1795,7 +1764,6 @@ def _ssd_form(name: str, launch: Callable, launch_backward: Callable, saves: boo
 ssd_triton = _ssd_form("ssd_fused", _launch_ssd_fused, _launch_ssd_fused_backward, saves=True)
 ssd_mamba_ssm = _ssd_form("ssd_mamba_ssm", _launch_mamba_ssm, _launch_mamba_ssm_backward,
                           saves=False)
-SCANS = {"torch": ssd_chunked, "mamba_ssm": ssd_mamba_ssm, "fused": ssd_triton}
 
 
 class Kernels(NamedTuple):
@@ -1806,30 +1774,28 @@ class Kernels(NamedTuple):
 
 
 def choose_kernels(c: Config, runtime: Runtime) -> tuple[Kernels, str]:
-    """The forms for this device and SSD_KERNEL, and a line for the log if one had to be replaced.
+    """The forms for SSD_KERNEL on this device, and a line for the log if one was replaced.
 
-    auto: mamba-ssm on CUDA, as long as no GPU has timed the others, else PyTorch. UserError if
-    a form asked for by name cannot run."""
-    name, note, device = c.ssd_kernel, "", runtime.device
-    on_gpu = device.type == "cuda" or INTERPRETED
-    if name == "auto":
-        name = "mamba_ssm" if on_gpu else "torch"
-    if name != "torch" and not on_gpu:
-        raise UserError(f"SSD_KERNEL={name} needs a CUDA device; on {device.type} set "
-                        "SSD_KERNEL=torch or auto")
-    if name == "fused" and triton is None:
-        raise UserError("SSD_KERNEL=fused needs the package triton: pip install triton")
-    if name == "mamba_ssm":
+    auto on CUDA takes mamba-ssm, as long as no GPU has timed our scan. UserError if a form that
+    SSD_KERNEL names cannot run."""
+    name, device = c.ssd_kernel, runtime.device
+    if not runs_triton(device):
+        if name not in ("auto", "torch"):
+            raise UserError(f"SSD_KERNEL={name} needs a CUDA device and the package triton; here "
+                            f"({device.type}) set SSD_KERNEL=torch or auto")
+        note = "triton is not installed: many more launches and more memory"
+        return Kernels(), note if device.type == "cuda" else ""
+    scans, note = {"torch": ssd_chunked, "fused": ssd_triton, "mamba_ssm": ssd_mamba_ssm}, ""
+    if name in ("auto", "mamba_ssm"):
         try:
-            mamba_ssm("fwd"), mamba_ssm("bwd")
+            mamba_ssm("fwd")
+            mamba_ssm("bwd")
+            name = "mamba_ssm"
         except UserError as e:
-            if c.ssd_kernel != "auto":
+            if name == "mamba_ssm":
                 raise
-            name = "fused" if triton else "torch"
-            note = f"{e}; taking {name} instead: " + (
-                "no GPU has timed it" if triton else "many more launches and more memory")
-    conv = causal_conv_silu_triton if runs_triton(device) else causal_conv_silu
-    return Kernels(SCANS[name], conv, name), note
+            name, note = "fused", f"{e}; taking our own Triton scan, which no GPU has timed"
+    return Kernels(scans[name], causal_conv_silu_triton, name), note
 
 
 # ------------------------------------------------------------------------------
@@ -2908,7 +2874,7 @@ class Weights:
     @torch.no_grad()
     def load(self, which: str = "master", qat: bool = False) -> None:
         """Write masters or averages into the compute weights, on the storage grid under `qat`."""
-        if which == "master" and qat and self.runtime.cuda and self.snap_fused():
+        if which == "master" and qat and runs_triton(self.runtime.device) and self.snap_fused():
             return
         for group in self.groups:
             if qat and group.grid:
@@ -4433,7 +4399,7 @@ class Run:
                 self.log_step(progress, parts)
             self.guard(progress, force=self.step % max(c.train_log_every, c.nonfinite_limit) == 0)
             if self.checkpoint_due(progress, elapsed):
-                self.save(elapsed)
+                self.save(clock.seconds())
         if c.checkpoint_every:
             self.save(clock.seconds())
         self.checkpoints.wait()
@@ -4596,7 +4562,8 @@ class Run:
         """A checkpoint's contents into run and trainer; a foreign one raises an error that the
         caller names."""
         numbers = [meta[key] for key in ("step", "position", "tokens", "seconds")]
-        if not all(number >= 0 for number in (*numbers, *meta["journals"].values())):
+        sane = all(number >= 0 for number in (*numbers, *meta["journals"].values()))
+        if not sane or not isinstance(meta["config"], dict):
             raise ValueError("its meta data")
         old, new = meta["fixed"], self.config.fixed()
         free = []

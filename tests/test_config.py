@@ -313,7 +313,7 @@ def test_every_knob_has_a_group_and_help():
 
 def test_tags_are_the_known_words_and_go_together():
     tags = {name: set(f.metadata["tags"]) for name, f in Config.knobs().items()}
-    assert set().union(*tags.values()) == {"free", "result", "model", "grid", "eval"}
+    assert set().union(*tags.values()) == {"free", "result", "model", "grid", "eval", "rate"}
     for name, words in tags.items():
         assert not words & {"model", "grid"} or "free" not in words, name  # a resumed run keeps model and storage
         assert "result" not in words or "free" in words, name

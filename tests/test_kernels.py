@@ -160,7 +160,7 @@ def test_bad_input(monkeypatch):
     with pytest.raises(K.UserError, match="not what we know"):
         choose("mamba_ssm", "cuda")
     monkeypatch.setattr(K, "triton", SimpleNamespace())
-    assert choose("auto", "cuda")[0].name == "fused" and "no GPU has timed it" in choose("auto", "cuda")[1]
+    assert choose("auto", "cuda")[0].name == "fused" and "no GPU has timed" in choose("auto", "cuda")[1]
     monkeypatch.setattr(K, "triton", None)
     kernels, note = choose("auto", "cuda")
     assert kernels == K.Kernels() and "not what we know" in note and "\n" not in note
