@@ -83,6 +83,7 @@ except ImportError:
     zstandard = None
 
 SIZE_LIMIT = 16_000_000  # bytes of artifact + this file
+EVAL_SECONDS = 600       # that the challenge allows for evaluation, apart from training
 HEADDIM = 64             # P: width of one Mamba-2 head, as in both published models
 
 
@@ -350,6 +351,18 @@ class Config:
     temp_calib: float = knob(0.0, "temperature (0 = fit it)", "free result eval")
     eval_state: str = knob("reset", "carry = one pass with the recurrent state carried",
                            "free eval", choices="reset carry")
+    attention_overlap: int = knob(
+        1024, "tokens before a piece that attention sees (EVAL_STATE=carry)", "free result eval")
+    eval_adapt: bool = knob(False, "1 = score a chunk of the text, train on it, go on with the "
+                            "next (score-first test-time training)", "free eval")
+    adapt_steps: int = knob(1, "SGD steps per chunk", "free result eval", low=1)
+    adapt_lr: float = knob(0.002, "LR at the first chunk; cosine to 0 at the end of the text",
+                           "free result eval")
+    adapt_chunk_tokens: int = knob(32_768, "tokens per chunk, rounded up to whole batches",
+                                   "free result eval", low=1)
+    adapt_params: str = knob("all", "parameters that learn: all, or some of matrices, embedding, "
+                             "scalars, joined by commas", "free result eval")
+    adapt_clip: float = knob(1.0, "maximum gradient norm (0 = off)", "free result eval")
     diagnostics: bool = knob(
         True, "1 = statistics of the latent at each validation and after training", "free")
     probe_steps: int = knob(200, "steps of the linear probe on frozen h (0 = none)", "free")
@@ -460,6 +473,11 @@ class Config:
     in_lanes = property(lambda c: c.lanes or c.carry_state)
     micro_tokens = property(lambda c: c.train_batch_tokens // c.micro_batches)
     micro_sequences = property(lambda c: c.micro_tokens // c.train_seq_len)
+
+    @property
+    def overlap(self) -> int | None:
+        """ATTENTION_OVERLAP for models with attention, which alone need it."""
+        return self.attention_overlap if "a" in self.pattern else None
 
     @property
     def pattern(self) -> str:
@@ -1929,11 +1947,15 @@ class Mamba2(nn.Module):
         y, ssm_state = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, ssm_state)
         return self._output(y.flatten(1).unsqueeze(1), z), (conv_state, ssm_state)
 
+    def trim(self, state: State, overlap: int) -> State:
+        """The state as it is: its size is fixed."""
+        return state
+
 
 class Attention(nn.Module):
     """Causal attention: grouped queries (https://arxiv.org/abs/2305.13245), RMS-normalized q
-    and k, rotary positions, a learned gain per query head. Its state: the keys and values so
-    far, each (B,kv_heads,S,width)."""
+    and k, rotary positions, a learned gain per query head. Its state: the keys, before their
+    rotation, and values so far, each (B,kv_heads,S,width)."""
     roles = {"q_gain": CONTROL}
 
     def __init__(self, dim: int, heads: int, kv_heads: int, base: float, gain: float, eps: float):
@@ -1976,18 +1998,22 @@ class Attention(nn.Module):
         """u (B,T,D), keys and values before it -> (B,T,D), keys and values with its own."""
         q, k, v = [project(u).unflatten(-1, (-1, self.width)).transpose(1, 2)
                    for project in (self.q_proj, self.k_proj, self.v_proj)]
-        start = 0 if state is None else state[0].size(2)
-        q = self.rotate(rms_norm(q, self.eps), start) * self.q_gain.to(u.dtype).view(-1, 1, 1)
-        k = self.rotate(rms_norm(k, self.eps), start)
-        mask = None
+        q, k, mask, start = rms_norm(q, self.eps), rms_norm(k, self.eps), None, 0
         if state is not None:
+            start = state[0].size(2)
             k, v = torch.cat((state[0], k), dim=2), torch.cat((state[1], v), dim=2)
             mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=u.device).tril(start)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+        q = self.rotate(q, start) * self.q_gain.to(u.dtype).view(-1, 1, 1)
+        y = F.scaled_dot_product_attention(q, self.rotate(k, 0), v, attn_mask=mask,
+                                           is_causal=mask is None,
                                            enable_gqa=self.kv_heads != self.heads)
         return self.out_proj(y.transpose(1, 2).flatten(2)), (k, v)
 
     step = forward
+
+    def trim(self, state: State, overlap: int) -> State:
+        """The last `overlap` keys and values; positions then count from the first of them."""
+        return tuple(part[:, :, max(0, part.size(2) - overlap):] for part in state)
 
 
 MIXERS = {"m": Mamba2, "a": Attention}  # by letter; a new mixer defines the same methods
@@ -2059,9 +2085,8 @@ def check_mixers(c: Config) -> Iterator[str]:
             yield f"NUM_HEADS={c.num_heads}: must divide MODEL_DIM={c.model_dim} into even widths"
         if c.num_heads % c.num_kv_heads:
             yield f"NUM_KV_HEADS={c.num_kv_heads}: must divide NUM_HEADS={c.num_heads}"
-        if c.carry_state or c.eval_state == "carry":
-            yield ("CARRY_STATE, EVAL_STATE=carry: attention has no fixed-size state; use "
-                   "MIXER=mamba2")
+        if c.carry_state:
+            yield "CARRY_STATE=1: attention has no fixed-size state; use MIXER=mamba2"
 
 
 CHECKS.append(check_mixers)
@@ -2110,6 +2135,10 @@ class LanguageModel(nn.Module):
     def empty_states(self, batch: int, dtype: torch.dtype, device: torch.device) -> list:
         """One state per block, as before the first token."""
         return [block.mixer.empty_state(batch, dtype, device) for block in self.blocks]
+
+    def trim_states(self, states: list, overlap: int) -> list:
+        """The states with the last `overlap` positions of attention's keys and values."""
+        return [block.mixer.trim(state, overlap) for block, state in zip(self.blocks, states)]
 
     def embed(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """ids (B,T) -> x0 (B,T,D), RMS-normalized."""
@@ -3663,51 +3692,192 @@ class Evaluator:
                 total[index] += F.cross_entropy(scaled, ids, reduction="none").double().sum()
         return total
 
-    @torch.no_grad()
     def standard(self, temperatures: Sequence[float] = (1.0,), label: str = "validation"
                  ) -> list[Score]:
         """Sequences of seq_len tokens, each from an empty context; one score per temperature."""
-        T, (first, last) = self.seq_len, self._share(self.targets // self.seq_len)
-        total = self._zeros(len(temperatures))
-        for start in progress_bar(range(first, last, self.sequences), label, self.runtime.main):
-            span = self.tokens[start * T:min(start + self.sequences, last) * T + 1]
-            h, _ = self._hidden(span[:-1].view(-1, T))
-            total += self._nll(h, span[1:], temperatures)
-        return self._scores(total)
+        return self._finish(self._sequences, temperatures, label=label)
 
-    @torch.no_grad()
     def sliding(self, stride: int, batch: int, temperature: float = 1.0) -> Score:
         """Windows of seq_len every `stride` tokens. The first window scores all its tokens, later
         ones their last `stride`; one more window ends with the text if the others do not. Each
         token is scored once, with the longest context that the windows offer."""
+        return self._finish(self._windows, [temperature], stride=stride, batch=batch)[0]
+
+    def carried(self, temperatures: Sequence[float] = (1.0,), overlap: int | None = None
+                ) -> list[Score]:
+        """One pass with the recurrent state carried from piece to piece: each token is scored with
+        its whole past. The pass is sequential: rank 0 does it alone, in pieces of a batch. With
+        `overlap` (models with attention) a piece has seq_len tokens, of which the first `overlap`
+        are those before it, as keys and values of attention; the SSM states are carried."""
+        return self._finish(self._pieces, temperatures, overlap=overlap)
+
+    def adapted(self, c: Config, temperature: float = 1.0) -> Score:
+        """Score-first test-time training: each chunk of the text is scored, carried, sliding or in
+        sequences as the configuration asks, then trained on; the last one is only scored. A score
+        thus depends on the past alone (https://github.com/openai/parameter-golf/issues/1017).
+        Afterwards the weights are what they were."""
+        total, chunk = self._zeros(), c.adapt_chunk_tokens
+        if c.eval_state == "carry":
+            scoring = self._pieces(total, [temperature], chunk, overlap=c.overlap)
+        elif c.sliding_eval:
+            scoring = self._windows(total, [temperature], chunk, stride=c.sliding_eval_stride,
+                                    batch=c.sliding_batch_size)
+        else:
+            scoring = self._sequences(total, [temperature], chunk, label="adapted")
+        with Adaptation(self, c) as adaptation:
+            first = 0
+            for stop in scoring:
+                if stop < self.targets:
+                    adaptation.train(first, stop)
+                first = stop
+        return self._scores(total)[0]
+
+    def _finish(self, scoring: Callable, temperatures: Sequence[float], **options) -> list[Score]:
+        """Scores of the whole text, as one chunk."""
+        total = self._zeros(len(temperatures))
+        for _ in scoring(total, temperatures, self.targets, **options):
+            pass
+        return self._scores(total)
+
+    # Three ways of scoring. Each adds the NLL of this rank's share of a chunk, about `chunk` targets
+    # in whole batches, to `total` (K,), and then yields how many targets all ranks have scored.
+
+    @torch.no_grad()
+    def _sequences(self, total: Tensor, temperatures: Sequence[float], chunk: int, label: str
+                   ) -> Iterator[int]:
+        T, rows = self.seq_len, self.targets // self.seq_len
+        step = -(-chunk // (self.sequences * T)) * self.sequences
+        for low in range(0, rows, step):
+            high = min(low + step, rows)
+            first, last = self._share(high - low)
+            batches = range(low + first, low + last, self.sequences)
+            for start in progress_bar(batches, label, self.runtime.main):
+                span = self.tokens[start * T:min(start + self.sequences, low + last) * T + 1]
+                h, _ = self._hidden(span[:-1].view(-1, T))
+                total += self._nll(h, span[1:], temperatures)
+            yield high * T
+
+    @torch.no_grad()
+    def _windows(self, total: Tensor, temperatures: Sequence[float], chunk: int, stride: int,
+                 batch: int) -> Iterator[int]:
         T, n = self.seq_len, self.targets
         windows = self.tokens[:-1].unfold(0, T, stride)                       # (W,T), a view
         targets = self.tokens[1:].unfold(0, T, stride)[:, T - stride:]        # (W,stride), a view
-        rest, total = (n - T) % stride, self._zeros()
+        rest, step = (n - T) % stride, -(-chunk // (batch * stride)) * batch
         if self.runtime.main:
             h, _ = self._hidden(self.tokens[:T].view(1, T))
-            total += self._nll(h, self.tokens[1:T + 1], [temperature])
+            total += self._nll(h, self.tokens[1:T + 1], temperatures)
+        for low in range(1, len(windows), step):  # without the first window
+            high = min(low + step, len(windows))
+            first, last = self._share(high - low)
+            batches = range(low + first, low + last, batch)
+            for index in progress_bar(batches, "sliding", self.runtime.main):
+                part = slice(index, min(index + batch, low + last))
+                h, _ = self._hidden(windows[part])
+                total += self._nll(h[:, T - stride:], targets[part], temperatures)
+            yield T + (high - 1) * stride
         if self.runtime.main and rest:
             h, _ = self._hidden(self.tokens[n - T:n].view(1, T))
-            total += self._nll(h[:, T - rest:], self.tokens[n + 1 - rest:], [temperature])
-        first, last = self._share(len(windows) - 1)  # without the first window
-        for index in progress_bar(range(first, last, batch), "sliding", self.runtime.main):
-            part = slice(1 + index, 1 + min(index + batch, last))
-            h, _ = self._hidden(windows[part])
-            total += self._nll(h[:, T - stride:], targets[part], [temperature])
-        return self._scores(total)[0]
+            total += self._nll(h[:, T - rest:], self.tokens[n + 1 - rest:], temperatures)
 
     @torch.no_grad()
-    def carried(self, temperatures: Sequence[float] = (1.0,)) -> list[Score]:
-        """One pass with the recurrent state carried from piece to piece: each token is scored with
-        its whole past. The pass is sequential: rank 0 does it alone, in pieces of a batch."""
-        total, states, piece = self._zeros(len(temperatures)), None, self.sequences * self.seq_len
-        for start in progress_bar(range(0, self.targets, piece) if self.runtime.main else (),
-                                  "carried", self.runtime.main):
-            stop = min(start + piece, self.targets)
-            h, states = self._hidden(self.tokens[start:stop].unsqueeze(0), states)
-            total += self._nll(h, self.tokens[start + 1:stop + 1], temperatures)
-        return self._scores(total)
+    def _pieces(self, total: Tensor, temperatures: Sequence[float], chunk: int,
+                overlap: int | None) -> Iterator[int]:
+        T, n, states, scored = self.seq_len, self.targets, None, 0
+        piece = self.sequences * T if overlap is None else T
+        later = piece if overlap is None or overlap >= T else T - overlap
+        starts = [0, *range(piece, n, later)]
+        for start, stop in progress_bar(list(zip(starts, [*starts[1:], n])), "carried",
+                                        self.runtime.main):
+            if self.runtime.main:
+                h, states = self._hidden(self.tokens[start:stop].unsqueeze(0), states)
+                states = states if overlap is None else self.model.trim_states(states, overlap)
+                total += self._nll(h, self.tokens[start + 1:stop + 1], temperatures)
+            if stop - scored >= chunk or stop == n:
+                scored = stop
+                yield stop
+
+
+# By ADAPT_PARAMS: roles of the parameters that test-time training changes.
+ADAPT_ROLES = {"matrices": MATRICES, "embedding": (EMBEDDING, HEAD, CORRECTION),
+               "scalars": (SCALAR, STATE, CONTROL)}
+
+
+def adapt_roles(c: Config) -> list[str]:
+    """Roles that ADAPT_PARAMS names; KeyError for an unknown word."""
+    words = list(ADAPT_ROLES) if c.adapt_params == "all" else c.adapt_params.split(",")
+    return [role for word in words for role in ADAPT_ROLES[word.strip()]]
+
+
+def check_adapt(c: Config) -> Iterator[str]:
+    """Faults of the knobs of test-time training."""
+    try:
+        adapt_roles(c)
+    except KeyError:
+        yield (f"ADAPT_PARAMS={c.adapt_params}: must be all, or some of "
+               f"{', '.join(ADAPT_ROLES)}, joined by commas")
+
+
+CHECKS.append(check_adapt)
+
+
+class Adaptation(contextlib.AbstractContextManager):
+    """SGD with momentum 0.9 on a model under evaluation; leaving the context puts the weights back.
+    Masters, gradient and momentum are fp32 vectors over all parameters that learn."""
+
+    def __init__(self, evaluator: Evaluator, c: Config):
+        self.evaluator, self.config, roles = evaluator, c, adapt_roles(c)
+        self.parameters = [p for _, role, p in named_roles(evaluator.model) if role in roles]
+        self.before = [(p.detach().clone(), p.requires_grad) for p in self.parameters]
+        self.master = self.flat(self.parameters)
+        self.momentum = torch.zeros_like(self.master)
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+
+    @staticmethod
+    def flat(tensors: Iterable[Tensor]) -> Tensor:
+        return torch.cat([tensor.detach().float().flatten() for tensor in tensors])
+
+    @torch.no_grad()
+    def __exit__(self, *error) -> None:
+        for parameter, (value, trained) in zip(self.parameters, self.before):
+            parameter.copy_(value).requires_grad_(trained)
+
+    def gradient(self, first: int, stop: int) -> Tensor:
+        """Of the mean NLL of sequences that cover the targets first..stop and end with them; each
+        rank computes its share."""
+        e, T = self.evaluator, self.evaluator.seq_len
+        rows, total = min(-(-(stop - first) // T), stop // T), torch.zeros_like(self.master)
+        low, high = e._share(rows)
+        tokens = e.tokens[stop - (rows - low) * T:stop - (rows - high) * T + 1]
+        inputs, targets = (t.view(-1, T).split(e.sequences) for t in (tokens[:-1], tokens[1:]))
+        for x, y in zip(inputs, targets) if low < high else ():
+            with torch.enable_grad():
+                h, _ = e._hidden(x)
+                loss, _ = token_loss_fused(
+                    e.model.features(h).flatten(0, 1), e.model.head(), e.model.vocab_bias,
+                    e.runtime.to_device(y.flatten()), softcap=e.model.softcap,
+                    softcap_type=e.model.softcap_type)
+                grads = torch.autograd.grad(loss * (len(x) / rows), self.parameters,
+                                            materialize_grads=True)
+            total += self.flat(grads)
+        e.runtime.sum_(total)
+        return total
+
+    @torch.no_grad()
+    def train(self, first: int, stop: int) -> None:
+        """ADAPT_STEPS on the targets first..stop, which have been scored."""
+        c = self.config
+        lr = c.adapt_lr * (1 + math.cos(math.pi * first / self.evaluator.targets)) / 2
+        for _ in range(c.adapt_steps):
+            grad = self.gradient(first, stop)
+            norm = grad.norm()
+            limit = (c.adapt_clip or math.inf) / (norm + 1e-6)
+            self.momentum.mul_(0.9).add_(torch.where(norm.isfinite(), grad * limit.clamp(max=1), 0))
+            self.master.sub_(self.momentum, alpha=lr)
+            sizes = [parameter.numel() for parameter in self.parameters]
+            for parameter, value in zip(self.parameters, self.master.split(sizes)):
+                parameter.copy_(value.view_as(parameter))
 
 
 def best_temperature(score: Callable[[Sequence[float]], list[Score]]) -> float:
@@ -3728,7 +3898,11 @@ class EvalPass(NamedTuple):
     label: str
     asked: Callable[[Config], bool]
     score: Callable[[Evaluator, Config, float], Score]
-    carries: bool = False    # its temperature is chosen with carried states
+    carries: Callable[[Config], bool] = lambda c: False  # its temperature: with carried states
+
+
+def carries(c: Config) -> bool:
+    return c.eval_state == "carry"
 
 
 PASSES = (
@@ -3737,8 +3911,10 @@ PASSES = (
              lambda e, c, t: e.standard([t], "tempered")[0]),
     EvalPass("sliding", "sliding window", lambda c: c.sliding_eval,
              lambda e, c, t: e.sliding(c.sliding_eval_stride, c.sliding_batch_size, t)),
-    EvalPass("carried", "state carried through, one pass", lambda c: c.eval_state == "carry",
-             lambda e, c, t: e.carried([t])[0], carries=True))
+    EvalPass("carried", "state carried through, one pass", carries,
+             lambda e, c, t: e.carried([t], c.overlap)[0], carries),
+    EvalPass("adapted", "test-time training, each chunk scored first", lambda c: c.eval_adapt,
+             lambda e, c, t: e.adapted(c, t), carries))
 
 
 def final_scores(evaluator: Evaluator, c: Config, calibration: Tensor | None,
@@ -3748,31 +3924,40 @@ def final_scores(evaluator: Evaluator, c: Config, calibration: Tensor | None,
     result: dict[str, Any] = dict(temperature=None, sliding_stride=None)
     chosen = {False: c.temp_calib or 1.0, True: c.temp_calib or 1.0}  # by EvalPass.carries
     if c.temp_scaling and not c.temp_calib and calibration is not None:
-        chooser = evaluator.on(calibration)
-        chosen[False] = best_temperature(chooser.standard)
-        if c.eval_state == "carry":
-            chosen[True] = best_temperature(chooser.carried)
+        chosen = search_temperatures(evaluator.on(calibration), c)
     elif c.temp_scaling and not c.temp_calib:
         log("temperature: 1 (no unseen training tokens to choose one on)")
     for row in PASSES:
         result[f"{row.name}_val_bpb"] = None
         if not row.asked(c):
             continue
-        t = chosen[row.carries] if c.temp_scaling and row.name != "roundtrip" else 1.0
+        t = chosen[row.carries(c)] if c.temp_scaling and row.name != "roundtrip" else 1.0
+        started = now()
         if row.name != "tempered" or t != 1:  # else the round trip's score stands
             score = row.score(evaluator, c, t)
         result |= {f"{row.name}_val_loss": score.loss, f"{row.name}_val_bpb": score.bpb}
         how = f" stride:{c.sliding_eval_stride}" if row.name == "sliding" else ""
         how += f" temperature:{t:g}" if row.name != "roundtrip" else ""
         log(f"{row.name}{how} val_loss:{score.loss:.6f} val_bpb:{score.bpb:.6f}")
+        if row.name == "adapted":
+            result["adapted_seconds"] = now() - started
+            log(f"adapted: {result['adapted_seconds']:.1f} s of the {EVAL_SECONDS} s of evaluation")
     if result["roundtrip_val_bpb"] > 8 and shards_source(c.data_path) is None:
         log("warning: more than 8 bits per byte: are these shards of the model's tokenizer? No "
             f"source.json in DATA_PATH={c.data_path} says it")
     if c.temp_scaling:
         result["temperature"] = chosen[False]
-        result |= dict(carried_temperature=chosen[True]) if c.eval_state == "carry" else {}
+        result |= dict(carried_temperature=chosen[True]) if carries(c) else {}
     result["sliding_stride"] = c.sliding_eval_stride if c.sliding_eval else None
     return result
+
+
+def search_temperatures(chooser: Evaluator, c: Config) -> dict[bool, float]:
+    """The best temperature with states reset (False) and, if the scores ask for it, carried."""
+    chosen = {False: best_temperature(chooser.standard), True: 1.0}
+    if carries(c):
+        chosen[True] = best_temperature(lambda temperatures: chooser.carried(temperatures, c.overlap))
+    return chosen
 
 
 # Statistics of the latent: tensors in, numbers out; nan for values that are not finite.

@@ -68,7 +68,7 @@ def test_the_carried_scores_temperature_is_chosen_with_carried_states():
         def standard(self, temperatures=(1.0,), label=""):
             return [tj.Score(abs(t - 1.3), 1.0) for t in temperatures]
 
-        def carried(self, temperatures=(1.0,), label=""):
+        def carried(self, temperatures=(1.0,), overlap=None):
             return [tj.Score(abs(t - 0.7), 2.0) for t in temperatures]
 
     lines = []
