@@ -219,8 +219,8 @@ class Config:
     d_state: int = knob(64, "state size N of the SSM", "model", low=1)
     d_conv: int = knob(4, "kernel size of the causal convolution", "model", low=1)
     expand: int = knob(2, "inner width of Mamba-2 / MODEL_DIM", "model", low=1)
-    ssd_chunk: int = knob(64, "chunk length Q of the scan (affects speed only)",
-                          "free result eval", low=1, high=1024)
+    ssd_chunk: int = knob(0, "chunk length Q of the scan, for speed only (0: 256 for mamba_ssm, "
+                          "else 64)", "free result eval", high=1024)
     ssd_kernel: str = knob("auto", "form of the scan (auto: mamba_ssm on CUDA, torch on CPU)",
                            "free result eval", choices="auto mamba_ssm fused torch")
     num_heads: int = knob(8, "attention heads", "model", low=1)
@@ -658,7 +658,7 @@ class Runtime(contextlib.AbstractContextManager):
         if self.world == 1:
             return part, None
         whole = part.new_empty(self.world * len(part), *part.shape[1:])
-        return whole, dist.all_gather(list(whole.split(len(part))), part, async_op=True)
+        return whole, dist.all_gather_into_tensor(whole, part.contiguous(), async_op=True)
 
     def collect(self, value) -> list:
         """Every rank's picklable value, in rank order (never one from a file)."""
@@ -1125,7 +1125,7 @@ def causal_conv_silu(u: Tensor, weight: Tensor, bias: Tensor, *,
     padded, out = torch.cat((initial.to(u.dtype), u), dim=1), bias.to(u.dtype)
     for k in range(size):
         out = out + padded[:, k:k + length] * weight[:, 0, k].to(u.dtype)
-    return F.silu(out), padded[:, length:]
+    return F.silu(out), padded[:, length:].clone()  # a view would keep all inputs in memory
 
 
 # ------------------------------------------------------------------------------
@@ -1455,7 +1455,7 @@ def causal_conv_silu_triton(u: Tensor, weight: Tensor, bias: Tensor, *,
     if u.size(1) < reach:
         before = u.new_zeros(len(u), reach, u.size(2)) if initial is None else initial
         tail = torch.cat((before.to(u.dtype), u), 1)
-    return _conv_silu(u, weight, bias, initial), tail[:, tail.size(1) - reach:]
+    return _conv_silu(u, weight, bias, initial), tail[:, tail.size(1) - reach:].clone()
 
 
 # -- rounding to the storage grid ----------------------------------------------
@@ -1795,6 +1795,11 @@ def _ssd_form(name: str, launch: Callable, launch_backward: Callable, saves: boo
 ssd_triton = _ssd_form("ssd_fused", _launch_ssd_fused, _launch_ssd_fused_backward, saves=True)
 ssd_mamba_ssm = _ssd_form("ssd_mamba_ssm", _launch_mamba_ssm, _launch_mamba_ssm_backward,
                           saves=False)
+<<<<<<< HEAD
+=======
+CHUNKS = {"mamba_ssm": 256}  # where SSD_CHUNK=0; it writes fp32 states: 2.5 GB a layer, 3.5 at 64
+SCANS = {"torch": ssd_chunked, "mamba_ssm": ssd_mamba_ssm, "fused": ssd_triton}
+>>>>>>> 32a1dce1bf152f61cdb5f08d7e8637b8630f1952
 
 
 class Kernels(NamedTuple):
@@ -1802,6 +1807,7 @@ class Kernels(NamedTuple):
     ssd: Callable = ssd_chunked
     conv: Callable = causal_conv_silu
     name: str = "torch"
+    chunk = property(lambda self: CHUNKS.get(self.name, 64))
 
 
 def choose_kernels(c: Config, runtime: Runtime) -> tuple[Kernels, str]:
@@ -1906,12 +1912,13 @@ class Mamba2(nn.Module):
 
     @classmethod
     def from_config(cls, c: Config, kernels: Kernels) -> Mamba2:
-        return cls(c.model_dim, c.d_state, c.d_conv, c.expand, kernels, c.ssd_chunk)
+        return cls(c.model_dim, c.d_state, c.d_conv, c.expand, kernels,
+                   c.ssd_chunk or kernels.chunk)
 
     @staticmethod
     def flops(c: Config) -> float:
         """Multiply-adds per token beyond those of the parameters: state, and within a chunk."""
-        return c.d_inner * (2 * c.d_state + 1.5 * c.ssd_chunk / 2)
+        return c.d_inner * (2 * c.d_state + 1.5 * (c.ssd_chunk or 64) / 2)
 
     def empty_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> State:
         """The state before the first position: zeros."""
@@ -1958,10 +1965,13 @@ class Attention(nn.Module):
     rotation, and values so far, each (B,kv_heads,S,width)."""
     roles = {"q_gain": CONTROL}
 
-    def __init__(self, dim: int, heads: int, kv_heads: int, base: float, gain: float, eps: float):
+    def __init__(self, dim: int, heads: int, kv_heads: int, base: float, gain: float, eps: float,
+                 positions: int = 0):
         super().__init__()
         self.heads, self.kv_heads, self.width = heads, kv_heads, dim // heads
         self.base, self.eps = base, eps
+        table = self.cos_sin(0, positions, torch.device("cpu"))
+        self.register_buffer("table", table, persistent=False)  # for the first `positions`
         self.q_proj = Linear(dim, dim)
         self.k_proj = Linear(dim, kv_heads * self.width)
         self.v_proj = Linear(dim, kv_heads * self.width)
@@ -1971,7 +1981,8 @@ class Attention(nn.Module):
     @classmethod
     def from_config(cls, c: Config, kernels: Kernels) -> Attention:
         heads = c.num_heads, c.num_kv_heads
-        return cls(c.model_dim, *heads, c.rope_base, c.qk_gain_init, c.norm_eps)
+        positions = min(c.train_seq_len, 1 << 16)
+        return cls(c.model_dim, *heads, c.rope_base, c.qk_gain_init, c.norm_eps, positions)
 
     @staticmethod
     def flops(c: Config) -> float:
@@ -1981,16 +1992,20 @@ class Attention(nn.Module):
     def empty_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> None:
         """None: keys and values have no fixed size."""
 
-    def rotate(self, x: Tensor, start: int) -> Tensor:
-        """Rotary embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864), half split.
-
-        x (B,heads,T,width) at positions start, start+1, ... The angles are fp32: bf16 cannot tell
-        positions above 256 apart."""
-        half = self.width // 2
-        fp32 = dict(device=x.device, dtype=torch.float32)
+    def cos_sin(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """Cosines and sines (2,T,width/2) of the rotary angles at positions start <= t < stop. They
+        are fp32: bf16 cannot tell positions above 256 apart."""
+        half, fp32 = self.width // 2, dict(device=device, dtype=torch.float32)
         frequency = self.base ** (-torch.arange(half, **fp32) / half)
-        angle = torch.outer(torch.arange(start, start + x.size(2), **fp32), frequency)
-        cos, sin = angle.cos(), angle.sin()
+        angle = torch.outer(torch.arange(start, stop, **fp32), frequency)
+        return torch.stack((angle.cos(), angle.sin()))
+
+    def rotate(self, x: Tensor, start: int) -> Tensor:
+        """Rotary embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864), half split, of x
+        (B,heads,T,width) at positions start, start+1, ..."""
+        stop = start + x.size(2)
+        known = stop <= self.table.size(1)
+        cos, sin = self.table[:, start:stop] if known else self.cos_sin(start, stop, x.device)
         a, b = x.float().chunk(2, dim=-1)
         return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).to(x.dtype)
 
@@ -2245,21 +2260,21 @@ class Active(NamedTuple):
     cov: bool
 
 
-@functools.cache
-def sigreg_knots(count: int) -> tuple[tuple[float, ...], ...]:
+@torch.compiler.assume_constant_result  # a tensor on the device, not a copy within the graph
+def sigreg_knots(count: int, device: torch.device) -> Tensor:
     """Knots t on [0.2, 4], the characteristic function exp(-t^2/2) there, and trapezoid weights
-    times that function."""
+    times that function: (3, count) fp32."""
     step = 3.8 / (count - 1)
     knots = [0.2 + step * i for i in range(count)]
     target = [math.exp(-t * t / 2) for t in knots]
     weights = [step * (1 if i in (0, count - 1) else 2) * target[i] for i in range(count)]
-    return tuple(knots), tuple(target), tuple(weights)
+    return torch.tensor((knots, target, weights), device=device)
 
 
 def sigreg_null(samples: int, knots: int = 17) -> float:
     """Expected SIGReg of standard normal samples: the integral of (1 - phi^2) w / samples."""
-    _, target, weights = sigreg_knots(knots)
-    return sum(w * (1 - phi * phi) for phi, w in zip(target, weights)) / samples
+    _, target, weights = sigreg_knots(knots, torch.device("cpu")).double()
+    return float((weights * (1 - target * target)).sum()) / samples
 
 
 def sigreg(z: Tensor, directions: Tensor, knots: int = 17, axis: str = "batch") -> Tensor:
@@ -2269,7 +2284,7 @@ def sigreg(z: Tensor, directions: Tensor, knots: int = 17, axis: str = "batch") 
     z (B,S,L) at S sampled positions, directions (M,L). Per direction the empirical characteristic
     function is compared with exp(-t^2/2). Its mean is taken over the batch ("batch", system A),
     over the positions ("time") or over both; the result is the mean over the rest."""
-    points, target, weights = (z.new_tensor(v, dtype=torch.float32) for v in sigreg_knots(knots))
+    points, target, weights = sigreg_knots(knots, z.device)
     phase = F.linear(z.float(), directions).unsqueeze(-1) * points         # (B,S,M,knots)
     pooled = {"batch": (0,), "time": (1,), "both": (0, 1)}[axis]
     real, imaginary = phase.cos().mean(pooled), phase.sin().mean(pooled)
@@ -2770,17 +2785,17 @@ def matmul_dtype(device_type: str) -> torch.dtype:
 
 
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
-    """About U V^T of the SVDs of matrices (k,rows,cols), by Newton-Schulz, in matmul_dtype."""
+    """About U V^T of the SVDs of matrices (k,rows,cols), by Newton-Schulz, in matmul_dtype.
+
+    Tall matrices are multiplied from the right: their rows stay as they are aligned."""
     x = matrices.to(matmul_dtype(matrices.device.type))
-    if tall := x.size(-2) > x.size(-1):
-        x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    a, b, c = QUINTIC
+    tall, (a, b, c) = x.size(-2) > x.size(-1), QUINTIC
     for _ in range(steps):
-        gram = x @ x.mT
+        gram = x.mT @ x if tall else x @ x.mT
         poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, poly, x, beta=a)
-    return x.mT if tall else x
+        x = torch.baddbmm(x, *((x, poly) if tall else (poly, x)), beta=a)
+    return x
 
 
 @dataclass
@@ -2998,7 +3013,7 @@ class Muon:
             update = F.pad(update, (0, 0, 0, 0, 0, missing))
         if c.row_norm:
             update = rms_norm(update, FP32_EPS)
-        return orthogonalize(update, c.muon_backend_steps).contiguous()
+        return orthogonalize(update, c.muon_backend_steps)
 
 
 class Optimizer:
@@ -4941,7 +4956,7 @@ def open_artifact(c: Config, runtime: Runtime) -> tuple[Config, LanguageModel, V
         value = tensors[name].to(runtime.device, dtype)
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
-    return own, model, vocabulary, header
+    return own, model.to(runtime.device), vocabulary, header  # tables of constants, too
 
 
 def evaluate_alone(c: Config) -> dict[str, Any]:

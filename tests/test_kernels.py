@@ -110,6 +110,15 @@ def test_conv_torch(T, initial):
     shapes = ((2, T, 10), (10, 1, 4), (10,), (2, 3, 10))[:4 if initial else 3]
     inputs = [torch.randn(s, generator=g).requires_grad_() for s in shapes]
     compare(lambda u, w, b, i=None: K.causal_conv_silu(u, w, b, initial=i), conv_naive, inputs, 3e-6)
+    tail = K.causal_conv_silu(*inputs[:3])[1]
+    assert tail.untyped_storage().nbytes() == tail.nbytes  # it must not keep the inputs alive
+
+
+def test_chunk_follows_the_form_unless_it_is_set():
+    for name, chunk in (("mamba_ssm", 256), ("fused", 64), ("torch", 64)):
+        kernels = K.Kernels(name=name)
+        assert K.Mamba2.from_config(K.Config(), kernels).chunk == chunk
+        assert K.Mamba2.from_config(K.Config(ssd_chunk=128), kernels).chunk == 128
 
 
 def test_snap_in_closed_form():
