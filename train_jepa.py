@@ -1795,11 +1795,7 @@ def _ssd_form(name: str, launch: Callable, launch_backward: Callable, saves: boo
 ssd_triton = _ssd_form("ssd_fused", _launch_ssd_fused, _launch_ssd_fused_backward, saves=True)
 ssd_mamba_ssm = _ssd_form("ssd_mamba_ssm", _launch_mamba_ssm, _launch_mamba_ssm_backward,
                           saves=False)
-<<<<<<< HEAD
-=======
 CHUNKS = {"mamba_ssm": 256}  # where SSD_CHUNK=0; it writes fp32 states: 2.5 GB a layer, 3.5 at 64
-SCANS = {"torch": ssd_chunked, "mamba_ssm": ssd_mamba_ssm, "fused": ssd_triton}
->>>>>>> 32a1dce1bf152f61cdb5f08d7e8637b8630f1952
 
 
 class Kernels(NamedTuple):
