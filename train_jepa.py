@@ -3054,8 +3054,8 @@ def write_container(path, kind: str, meta: dict, sections: list[tuple[Section, A
     entries = [section._asdict() for section, _ in sections]
     header = {"kind": kind, "meta": meta, "sections": entries}
     text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
-    if len(text) > MAX_HEADER[kind]:
-        raise UserError(f"{path}: {len(sections)} sections are too many for one file")
+    if len(text) > MAX_HEADER[kind] or entry_count(header) > MAX_ENTRIES[kind]:
+        raise UserError(f"{path}: {entry_count(header)} tensors are too many for one file")
     packed, digest = zlib.compress(text, 9), hashlib.sha256()
     with replacing(Path(path)) as file:
         def put(data) -> None:
@@ -3068,6 +3068,10 @@ def write_container(path, kind: str, meta: dict, sections: list[tuple[Section, A
             put(payload)
         file.write(digest.digest())
         return file.tell()
+
+
+def entry_count(header: dict) -> int:
+    return max(len(header["sections"]), len(header["meta"].get("tensors", ())))
 
 
 def inflate(data, raw: int) -> bytes:
@@ -3094,18 +3098,19 @@ def read_container(path, kind: str) -> tuple[dict, list[tuple[Section, memoryvie
             sections.append((section, data[start:start + section.stored]))
             start += section.stored
         require(start == len(data) - 32, "section sizes do not add up to the file's")
-    return header["meta"], sections
+        return header["meta"], sections
 
 
 def parse_header(text: bytes, kind: str) -> dict:
-    """Strict JSON, of bounded nesting and number of objects before it is parsed."""
+    """Strict JSON, its nesting bounded before it is parsed."""
     plain = np.frombuffer(re.sub(rb"(?s)\\.", b"", text), np.uint8)
     outside = np.cumsum(plain == ord('"')) % 2 == 0  # of strings
     opened, closed = (np.isin(plain, list(marks)) & outside for marks in (b"[{", b"]}"))
     depth = np.cumsum(opened.astype(np.int64) - closed).max(initial=0)
-    require(depth <= MAX_DEPTH and opened.sum() <= 4 * MAX_ENTRIES[kind], "its header is too large")
+    require(depth <= MAX_DEPTH, "its header is nested too deep")
     header = json.loads(text.decode(), parse_constant=int)  # int refuses NaN and Infinity
     require(header["kind"] == kind, f"its kind is {ascii(header['kind'])[:40]}, not {kind!r}")
+    require(entry_count(header) <= MAX_ENTRIES[kind], "it has too many entries")
     return header
 
 
@@ -3232,8 +3237,8 @@ def rans_decode(payload, lengths) -> np.ndarray:
 
 
 # A row per codec; of equal sizes the first wins. encode(piece) gives bytes, decode(bytes, limit) at
-# most `limit` bytes of the piece; whole: these take all streams at once, with their lengths instead.
-# module: None if its package is missing.
+# most about `limit` bytes of the piece. whole: it takes all streams at once, and their lengths in
+# place of the limit. module: None if its package is missing.
 Codec = namedtuple("Codec", "encode decode module whole", defaults=(False,))
 LZMA2 = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 1 << 22, "lc": 0, "lp": 0, "pb": 0}]
 CODECS = {
@@ -3454,6 +3459,7 @@ def write_artifact(path, config: dict, tensors: dict[str, tuple[Tensor, Grid]],
 def parse_table(meta: dict, raws: list[int]) -> list[tuple[str, Grid, list[int]]]:
     """The tensor table of an artifact whose sections decode to so many bytes, bounds checked."""
     table, lengths = [], meta["streams"]
+    require(isinstance(meta["config"], dict), "its configuration has another form")
     for name, grid, shape in meta["tensors"]:
         require(isinstance(name, str) and len(shape) <= 8, "a tensor's entry has another form")
         table.append((name, Grid.parse(grid), shape))
@@ -3473,7 +3479,7 @@ def artifact_outline(path) -> tuple[dict, dict[str, tuple]]:
     meta, sections = read_container(path, "artifact")
     with parsing(path):
         table = parse_table(meta, [section.raw for section, _ in sections])
-    return meta["config"], {name: tuple(shape) for name, _, shape in table}
+        return meta["config"], {name: tuple(shape) for name, _, shape in table}
 
 
 def read_artifact(path) -> tuple[dict, dict[str, Tensor], dict[str, Grid]]:
@@ -3485,7 +3491,7 @@ def read_artifact(path) -> tuple[dict, dict[str, Tensor], dict[str, Grid]]:
         tensors = {name: decode(a, grid, shape) for (name, grid, shape), a in zip(table, arrays)}
         require(len(tensors) == len(table), "a tensor name occurs twice")
         require(all(map(all_finite, tensors.values())), "it holds NaN or infinity")
-    return meta["config"], tensors, {name: grid for name, grid, _ in table}
+        return meta["config"], tensors, {name: grid for name, grid, _ in table}
 
 
 # ------------------------------------------------------------------------------
