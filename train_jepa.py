@@ -30,6 +30,7 @@ K kernel size of the convolution.
 from __future__ import annotations
 
 import base64
+import bz2
 import codecs
 import contextlib
 import ctypes
@@ -726,8 +727,30 @@ def progress_bar(items, label: str, show: bool = True):
 
 @functools.cache
 def source_text() -> str:
-    """This file as it was at the first call: it may be edited during a run."""
-    return Path(__file__).read_text(encoding="utf-8")
+    """This file as it was at the first call: it may be edited during a run. The self-extracting
+    script of a submission keeps it in SOURCE."""
+    return globals().get("SOURCE") or Path(__file__).read_text(encoding="utf-8")
+
+
+SHIPPED_NAME = "train_gpt.py"  # what the challenge calls the script
+
+
+@functools.cache
+def shipped_script(source: str) -> bytes:
+    """The script as a submission ships it, and as its bytes count: a Python file that unpacks `source`
+    in memory and runs it as its own text. bz2 packs it 4% smaller than lzma; base85 survives editors."""
+    packed = base64.b85encode(bz2.compress(source.encode())).decode()
+    return f'''\
+#!/usr/bin/env python3
+# Self-extracting script. This prints its source:  python {SHIPPED_NAME} --source
+import base64, bz2, linecache, sys
+SOURCE = bz2.decompress(base64.b85decode("{packed}")).decode()
+if sys.argv[1:] == ["--source"]:
+    sys.stdout.buffer.write(SOURCE.encode())
+else:  # inspect, and thereby Triton, reads the lines of functions from linecache
+    linecache.cache[__file__] = len(SOURCE), None, SOURCE.splitlines(True), __file__
+    exec(compile(SOURCE, __file__, "exec"))
+'''.encode()
 
 
 @contextlib.contextmanager
@@ -4693,7 +4716,7 @@ class Run:
 
     def size_facts(self, report: dict[str, Any]) -> dict[str, Any]:
         """Artifact and code against SIZE_LIMIT, logged and returned."""
-        code = len(source_text().encode())
+        code = len(shipped_script(source_text()))
         total = report["bytes"] + code
         self.log(f"size: artifact {report['bytes']:,} ({report['codec']}) + code {code:,} = "
                  f"{total:,} bytes: {'FITS' if total <= SIZE_LIMIT else 'OVER'} {SIZE_LIMIT:,}")
@@ -5175,7 +5198,7 @@ def describe(c: Config) -> dict[str, Any]:
         print(f"{label:<28}{grid:<14}{len(counts):>8}{sum(counts):>14,}")
         by_component[label] = by_component.get(label, 0) + sum(counts)
     stored, extra = count_parameters(model), count_parameters(jepa)
-    estimate, code = estimated_bytes(c, model), len(source_text().encode())
+    estimate, code = estimated_bytes(c, model), len(shipped_script(source_text()))
     fit = describe_fit(c, SIZE_LIMIT - code) if c.fit else None
     fits = estimate + code <= SIZE_LIMIT
     print(f"\nstored {stored:,} + training-only {extra:,} parameters; artifact about {estimate:,} "
