@@ -185,6 +185,10 @@ default_data() {
 }
 
 setup() {
+    if [[ ${1-} == -h || ${1-} == --help ]]; then
+        sed '1d; /^#/!Q; s/^# \{0,1\}//' "$SELF"
+        return
+    fi
     [[ $# -le 1 && ${1-} =~ ^(|fineweb|demo|bytes|text|env|dev)$ ]] ||
         die "usage: bash setup_jepa.sh [fineweb|demo|bytes|text|env|dev]" 2
     mkdir -p data

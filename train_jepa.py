@@ -191,6 +191,10 @@ class Config:
         False, "1 = a run that diverged goes on from its last good state with other optimizer knobs",
         "free")
     overwrite: bool = knob(False, "1 = start over in a run folder that exists", "free")
+    json: bool = knob(False, "1 = describe, bench and eval print JSON as the last line on a terminal, "
+                      "too", "free")
+    all: bool = knob(False, "1 = MODE=describe shows every knob, not only those that differ from "
+                     "the defaults", "free")
     profile: str = knob("auto", "machine that the run scripts choose defaults for and "
                         "MODE=describe assumes (auto: gpu if CUDA is found)", "free",
                         choices="auto gpu cpu")
@@ -404,6 +408,7 @@ class Config:
         errors = check_spelling(environ, known)
         # The run scripts export this: their name, then the knobs that they set by default.
         script, *scripted = environ.get("RUN_SCRIPT_DEFAULTS", "").split() or [""]
+        published = dict(pair.split("=", 1) for pair in environ.get("RUN_SCRIPT_PUBLISHED", "").split())
         given = {name: (value, script if name in scripted else "environment")
                  for name, value in environ.items() if name in knobs}
         for argument in argv:
@@ -419,6 +424,9 @@ class Config:
         values, sources = {}, {}
         for name, (text, source) in given.items():
             sources[name] = source if text else f"{source} (empty: default)"
+            if source == script and name in published:
+                replaced = published[name].replace("-", format_knob(knobs[name].default))
+                sources[name] = f"{script} (published: {replaced})"
             try:
                 if text:
                     values[name.lower()] = parse_knob(name, knobs[name], text)
@@ -500,9 +508,21 @@ class Config:
         return {name: getattr(self, name.lower()) for name in self.tagged("model")}
 
     def render(self) -> str:
-        """Every knob with its value and source, for logs and MODE=describe."""
+        """Every knob with its value and source, for logs and ALL=1."""
         return "\n".join(f"{name:<28} {format_knob(value):<34} {self.sources.get(name, 'default')}"
                          for name, value in self.named().items())
+
+    def render_changed(self) -> str:
+        """By group, the knobs that differ from the defaults, with these and the source."""
+        lines, group = [f"{'knob':<30} {'value':<32} {'default':<12} source"], ""
+        for name, f in self.knobs().items():
+            value, group = getattr(self, f.name), f.metadata["group"] or group
+            if value != f.default:
+                if f"{group}:" not in lines:
+                    lines.append(f"{group}:")
+                lines.append(f"  {name:<28} {format_knob(value):<32} {format_knob(f.default):<12} "
+                             f"{self.sources.get(name, '')}")
+        return "\n".join(lines) + "\nEverything else has its default; ALL=1 shows all knobs."
 
 
 def knob_table() -> list[tuple[str, str, str, str]]:
@@ -560,6 +580,12 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 30)        # M_MMAP_THRESHOLD: blocks up to 1 GiB from the heap
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: never shrink the heap
+
+
+def busy_machine(factor: float = 1.5) -> str:
+    """Load average and cores in words if other processes want more than the cores give, else ""."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    return f"load average {load:.1f} on {cores} cores" if load > factor * cores else ""
 
 
 def package_version(name: str) -> str | None:
@@ -716,13 +742,48 @@ class Runtime(contextlib.AbstractContextManager):
         return facts
 
 
+class Heartbeat:
+    """After every ten seconds without output, a line on stderr that says what is being done."""
+
+    def __init__(self, every: float = 10):
+        self.every, self.doing, self.spoke, self.thread = every, "", 0.0, None
+
+    def start(self) -> None:
+        """Begin to watch; once per process."""
+        self.spoke = time.monotonic()
+        if self.thread is None:
+            self.thread = threading.Thread(target=self._watch, daemon=True)
+            self.thread.start()
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(self.every / 20)
+            if self.doing and time.monotonic() - self.spoke >= self.every:
+                with contextlib.suppress(OSError, ValueError):  # stderr is closed
+                    print(f"[{datetime.now():%H:%M:%S}] {self.doing}", file=sys.stderr, flush=True)
+                self.spoke = time.monotonic()
+
+    def follow(self, items, label: str) -> Iterator:
+        """The items; their number is what is being done."""
+        for index, item in enumerate(items):
+            self.doing = f"{label} {index}/{len(items)}"
+            yield item
+        self.doing = ""
+
+
+HEARTBEAT = Heartbeat()
+
+
 def progress_bar(items, label: str, show: bool = True):
-    """tqdm on a terminal; the bare iterable in a pipe or without tqdm."""
-    if show and sys.stderr.isatty():
+    """tqdm on a terminal; elsewhere the heartbeat tells how many items are done."""
+    if not show:
+        return items
+    if sys.stderr.isatty():
         with contextlib.suppress(ImportError):
             from tqdm import tqdm
+            HEARTBEAT.doing = ""  # it would tear the bar
             return tqdm(items, desc=label, leave=False, dynamic_ncols=True)
-    return items
+    return HEARTBEAT.follow(items, label)
 
 
 @functools.cache
@@ -780,6 +841,7 @@ def replacing(path: Path) -> Iterator[Any]:
 
 def say(line: str) -> None:
     """Print a line at once. A console on a full disk must not end a run; a closed pipe ends it."""
+    HEARTBEAT.spoke = time.monotonic()
     try:
         print(line, flush=True)
     except BrokenPipeError:
@@ -854,19 +916,20 @@ BYTES = "bytes"  # the tokenizer of byte shards in source.json, and Vocabulary.s
 
 def read_shard(path: Path) -> np.ndarray:
     """Tokens (n,) as a read-only memory map; UserError unless magic, version and size fit."""
+    remedy = f"bash setup_jepa.sh {'demo' if 'demo' in path.parent.name else 'fineweb'} makes it anew"
     try:
         size = os.path.getsize(path)
         header = np.fromfile(path, dtype="<i4", count=256)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); run setup_jepa.sh") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if len(header) < 256 or header[0] != SHARD_MAGIC:
-        raise UserError(f"{path}: not a token shard (no magic {SHARD_MAGIC}); run setup_jepa.sh")
+        raise UserError(f"{path}: not a token shard (no magic {SHARD_MAGIC}); {remedy}")
     version, count = int(header[1]), int(header[2])
     if version != SHARD_VERSION:
-        raise UserError(f"{path}: shard version {version}, not {SHARD_VERSION}; run setup_jepa.sh")
+        raise UserError(f"{path}: shard version {version}, not {SHARD_VERSION}; {remedy}")
     if count < 0 or size != SHARD_HEADER + 2 * count:
         raise UserError(f"{path}: {size} bytes, but its header promises {count} tokens "
-                        f"({SHARD_HEADER + 2 * count} bytes); fetch it again with setup_jepa.sh")
+                        f"({SHARD_HEADER + 2 * count} bytes); {remedy}")
     if count == 0:
         return np.empty(0, dtype="<u2")
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER, shape=(count,))
@@ -876,7 +939,11 @@ def find_shards(data_path: str, part: str) -> list[Path]:
     """The shards `fineweb_<part>_*.bin` of a folder, in order; UserError if there are none."""
     paths = sorted(Path(data_path).glob(f"fineweb_{part}_*.bin"))
     if not paths:
-        raise UserError(f"DATA_PATH={data_path}: holds no fineweb_{part}_*.bin; run setup_jepa.sh")
+        others = sorted({str(path.parent) for path in
+                         Path(data_path).parent.glob(f"*/fineweb_{part}_*.bin")})
+        raise UserError(f"DATA_PATH={data_path}: holds no fineweb_{part}_*.bin; " + (
+            f"{', '.join(others)} would do" if others else "bash run_jepa_byte.sh makes its shards "
+            "itself; bash setup_jepa.sh demo makes data/datasets/demo_bytes"))
     return paths
 
 
@@ -888,7 +955,7 @@ class TokenStream:
         self.shards = [read_shard(path) for path in self.paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         if len(self) == 0:
-            raise UserError(f"{self.paths[0].parent}: no tokens in these shards; run setup_jepa.sh")
+            raise UserError(f"{self.paths[0].parent}: no tokens in these shards")
         for index, shard in enumerate(self.shards):  # small shards wholly, the head of large ones
             self._check(index, shard[:4_000_000])
 
@@ -1001,14 +1068,14 @@ def byte_vocabulary() -> Vocabulary:
 def load_sentencepiece(path: str):
     """The SentencePiece model at TOKENIZER_PATH; UserError if it is missing or damaged."""
     if not Path(path).is_file():
-        raise UserError(f"TOKENIZER_PATH={path}: TOKENIZER=bpe needs a SentencePiece model there; "
-                        "run setup_jepa.sh")
+        raise UserError(f"TOKENIZER_PATH={path}: BPE tokens need a SentencePiece model there; bash "
+                        "run_jepa_bpe.sh with the same arguments names the right one")
     try:
         import sentencepiece
         return sentencepiece.SentencePieceProcessor(model_file=path)
     except ImportError:
-        raise UserError("TOKENIZER=bpe: the package sentencepiece is missing; run setup_jepa.sh"
-                        ) from None
+        raise UserError("TOKENIZER=bpe: the package sentencepiece is missing; bash setup_jepa.sh env "
+                        "installs it into .venv") from None
     except Exception as error:  # RuntimeError, OSError or TypeError for a damaged file
         reason = str(error).splitlines()[0]
         raise UserError(f"TOKENIZER_PATH={path}: not a SentencePiece model ({reason})") from None
@@ -4060,7 +4127,7 @@ def linear_probe(h: Tensor, targets: Tensor, lengths: Tensor, vocab_size: int, s
     weight = torch.zeros(vocab_size, h.size(-1), device=h.device, requires_grad=True)
     bias = torch.zeros(vocab_size, device=h.device, requires_grad=True)
     adam = torch.optim.Adam([weight, bias], lr=1e-3)
-    for _ in range(steps):
+    for _ in HEARTBEAT.follow(range(steps), "probe step"):
         batch = torch.randint(cut, (min(4096, cut),), generator=generator).to(h.device)
         adam.zero_grad()
         with torch.enable_grad():
@@ -4203,13 +4270,34 @@ class Trainer:
         self.tokens += c.train_batch_tokens
         return torch.cat((parts, norm.view(1)))
 
+    def choose_threads(self) -> str:
+        """On a busy CPU, the number of threads that makes forward and backward fastest: two that wait
+        for each other may be slower than one. Returns a line for the log, "" if nothing changed."""
+        limit = torch.get_num_threads()
+        settled = self.runtime.cuda or self.runtime.world > 1 or "OMP_NUM_THREADS" in os.environ
+        if settled or not busy_machine(1):
+            return ""
+        seconds, threads = {}, 1
+        while threads <= limit and (threads < 2 or seconds[threads // 2] == min(seconds.values())):
+            torch.set_num_threads(threads)
+            started = now()
+            self.accumulate(0, loss_weights(0.0, self.config), keep_states=False)
+            self.weights.zero_grad()
+            seconds[threads] = now() - started
+            threads *= 2
+        torch.set_num_threads(best := min(seconds, key=seconds.get))
+        measured = ", ".join(f"{count}: {time:.2f} s" for count, time in seconds.items())
+        return "" if best == limit else (
+            f"threads: {best} instead of {limit}, measured on this busy machine ({measured}); bits may "
+            f"differ from those of a run with {limit}; OMP_NUM_THREADS={limit} sets their number")
+
     def warm_up(self) -> None:
         """Warm-up steps at the base rates, without QAT and clip. Weights, data position and
         randomness are then rolled back; the optimizer's moments stay."""
         c = self.config
         masters = [group.master.clone() for group in self.weights.groups]
         position, states, rng = self.position, dict(self.states), torch.get_rng_state()
-        for step in range(c.warmup_steps):
+        for step in progress_bar(range(c.warmup_steps), "warm-up step", self.runtime.main):
             self.weights.load()
             self.accumulate(step, loss_weights(0.0, c))
             self.optimizer.step(1.0, c.muon_momentum, clip=False)
@@ -4232,7 +4320,7 @@ class Trainer:
         for p in np.linspace(0, 1, 1001).tolist():
             weights = loss_weights(p, self.config)
             phases.setdefault(weights.active, weights)
-        for weights in phases.values():
+        for weights in progress_bar([*phases.values()], "compilation", self.runtime.main):
             self.accumulate(0, weights, keep_states=False)
             self.weights.zero_grad()
 
@@ -4389,6 +4477,7 @@ class Run:
         """Read the data and build the trainer, so that faults of data and settings show before a
         file is made."""
         self.config, self.runtime = config, runtime
+        HEARTBEAT.doing = "reading the shards"
         self.vocabulary = load_vocabulary(config)
         check_source(config, self.vocabulary)
         validation = load_validation(config)
@@ -4402,6 +4491,8 @@ class Run:
         self.folder = None
         self.good: list[tuple[int, dict, dict]] = []  # the last two snapshots, see `remember`
         self.saved_at = 0.0   # training seconds at the last checkpoint
+        self.busy = self.runtime.cuda        # whether the log needs no word on a busy machine
+        self.pace = (0, 0.0, math.inf)  # at the last step:... line: step, seconds; fastest seconds/step
 
     def open(self) -> None:
         """Open the run's folder, go on from its newest checkpoint if it has one, and warm up."""
@@ -4421,6 +4512,10 @@ class Run:
         else:
             self.log_head()
         self.folder.write_json("config.json", self.config.named())
+        if not saved and self.config.warmup_steps:
+            self.log(f"warm-up: {self.config.warmup_steps} steps, rolled back afterwards")
+        if note := self.trainer.choose_threads():
+            self.log(note)
         self.trainer.prepare(resumed=saved is not None)
 
     def log_head(self) -> None:
@@ -4444,6 +4539,10 @@ class Run:
         self.log(f"scan: {trainer.kernels.name}; compile: {c.compile_mode}; step: "
                  f"{c.train_batch_tokens:,} tokens in {c.micro_batches} micro-batches on "
                  f"{self.runtime.world} rank(s)")
+        if not self.runtime.cuda and (busy := busy_machine()):
+            self.busy = True
+            self.log(f"busy: {busy}; other processes slow this run down, and under a time limit it "
+                     "does fewer steps")
 
     def train(self) -> None:
         """The loop: agree on the clock, validate when due, step, log, save."""
@@ -4468,6 +4567,7 @@ class Run:
                          f"(progress {progress.fraction:.3f})")
             self.stage = stage
             self.remember(elapsed)
+            HEARTBEAT.doing = f"step {self.step + 1}, {100 * progress.fraction:.0f}% of the training"
             parts = trainer.train_step(progress)
             self.step += 1
             if self.step % c.train_log_every == 0 or self.step <= 10:
@@ -4521,10 +4621,20 @@ class Run:
                  f"lr_scale:{scale:.3f} time:{seconds:.1f}s "
                  f"step_avg:{1e3 * seconds / self.step:.1f}ms "
                  f"tok/s:{self.trainer.tokens / max(seconds, 1e-9):.0f}")
+        self.watch_pace(seconds)
         terms = {name: value if on else None for name, value, on in zip(TERMS, values, active)}
         self.folder.metric(kind="train", step=self.step, progress=progress.fraction, **terms,
                            grad_norm=norm, lr_scale=scale, seconds=seconds,
                            skipped=int(self.trainer.optimizer.skipped))
+
+    def watch_pace(self, seconds: float) -> None:
+        """Say once if steps take three times as long as the fastest and the machine is busy."""
+        step, before, fastest = self.pace
+        pace = (seconds - before) / (self.step - step)
+        self.pace = self.step, seconds, min(pace, fastest)
+        if not self.busy and pace > 3 * fastest and (busy := busy_machine(1)):
+            self.busy = True
+            self.log(f"busy: {1e3 * pace:.0f} ms a step, {1e3 * fastest:.0f} ms at best; {busy}")
 
     def validate(self, elapsed: float) -> Score:
         """Standard score of the masters, or of their EMA where it has begun."""
@@ -4532,6 +4642,7 @@ class Run:
         score = self.evaluator.standard()[0]
         self.log(f"step:{self.step} val_loss:{score.loss:.4f} "
                  f"val_bpb:{score.bpb:.4f} train_time:{elapsed:.1f}s")
+        HEARTBEAT.doing = "statistics of the latent"
         latent = self.latent_report() if self.config.diagnostics else {}
         self.folder.metric(kind="validation", step=self.step, val_loss=score.loss,
                            val_bpb=score.bpb, seconds=elapsed, **latent)
@@ -4703,10 +4814,12 @@ class Run:
             eval_seconds=now() - started, diagnostics=diagnostics, machine=runtime.describe())
         self.folder.write_json("result.json", result)
         if runtime.main:
+            HEARTBEAT.doing = "drawing curves.png"
             try:
                 plot_curves(self.folder.path)
             except OSError as error:
                 self.log(f"curves.png cannot be written ({error.strerror})")
+        HEARTBEAT.doing = ""
         self.log(f"done: {self.folder.path}  roundtrip_val_bpb:{result['roundtrip_val_bpb']:.6f} "
                  f"eval_time:{result['eval_seconds']:.1f}s")
         if not math.isfinite(result["roundtrip_val_bpb"]):
@@ -4737,7 +4850,11 @@ class Run:
             rounded = self.compensate(tensors) if c.rounding == "compensated" else None
             return write_artifact(self.folder.path / "model.jepa", header, tensors, given=rounded)
 
+        self.log(f"coding: {sum(w.numel() for w in weights.values()):,} weights, by each of "
+                 f"{', '.join(name for name, codec in CODECS.items() if codec.module)}")
+        HEARTBEAT.doing = "coding the artifact"
         report = self.runtime.main_first(write)
+        HEARTBEAT.doing = "reading the artifact"
         sizes = ", ".join(f"{name} {size:,}" for name, size in report["codec_bytes"].items())
         self.log(f"artifact: {report['bytes']:,} bytes with {report['codec']} ({sizes}); "
                  f"entropy {report['entropy_bytes']:,}")
@@ -4808,12 +4925,16 @@ class Run:
         """On at most 50,000 validation tokens: statistics of the latent, cosine and MSE of the
         prediction, accuracy, linear probe."""
         c, trainer, evaluator, model = self.config, self.trainer, self.evaluator, self.trainer.model
+        self.log("diagnosing: statistics of the latent, accuracy, linear probe of "
+                 f"{c.probe_steps} steps")
+        HEARTBEAT.doing = "statistics of the latent"
         report: dict[str, Any] = self.latent_report()
         rows = min(50_000, evaluator.targets) // c.train_seq_len or 1
         tokens = evaluator.tokens[:rows * c.train_seq_len + 1]
         targets, hidden, hits = tokens[1:].to(self.runtime.device), [], torch.zeros(3)
         cosine, error, count = 0.0, 0.0, 0
-        for x in tokens[:-1].view(-1, c.train_seq_len).split(evaluator.sequences):
+        batches = tokens[:-1].view(-1, c.train_seq_len).split(evaluator.sequences)
+        for x in progress_bar(batches, "hidden states", self.runtime.main):
             h, _ = model(self.runtime.to_device(x), self.runtime.dtype)
             hidden.append(h.flatten(0, 1))
             if c.jepa_on:
@@ -4931,7 +5052,8 @@ def config_of_artifact(c: Config, header: Any) -> Config:
               for name, value in model.items()}
     training_off = dict(train_batch_tokens=c.micro_batches * values["train_seq_len"],
                         loss_schedule="joint", ce_weight=1.0, jepa_weight=0.0, sigreg_lambda=0.0,
-                        jepa_cov=0.0, carry_state=False)
+                        jepa_cov=0.0, carry_state=False,
+                        sliding_eval_stride=min(c.sliding_eval_stride, values["train_seq_len"]))
     return dataclasses.replace(c, **values, **training_off).validate()
 
 
@@ -4957,7 +5079,8 @@ def open_artifact(c: Config, runtime: Runtime) -> tuple[Config, LanguageModel, V
     """Read ARTIFACT strictly and build its model on this device: configuration, model, vocabulary,
     header. Nothing large is made or decoded before header and shapes agree."""
     if not c.artifact:
-        raise UserError(f"ARTIFACT: MODE={c.mode} needs the path of a model.jepa")
+        raise UserError(f"ARTIFACT: MODE={c.mode} needs the model.jepa of a run: bash run_jepa_bpe.sh "
+                        f"MODE={c.mode} ARTIFACT=runs/<RUN_ID>/model.jepa")
     header, shapes = artifact_outline(c.artifact)
     own = config_of_artifact(c, header)
     model = meta_model(own, shapes, runtime)
@@ -5006,8 +5129,10 @@ def evaluate_alone(c: Config) -> dict[str, Any]:
             f"{evaluator.bytes:,} bytes")
         if own.tokenizer == "bpe" and not own.tokenizer_path:
             log("byte counts: as the artifact says; TOKENIZER_PATH checks them")
-        scores = final_scores(evaluator, own, calibration, log)
-        return scores | facts | dict(eval_seconds=now() - started, world_size=runtime.world,
+        scores, seconds = final_scores(evaluator, own, calibration, log), now() - started
+        best = min(value for name, value in scores.items() if name.endswith("_bpb") and value)
+        log(f"evaluated in {seconds:.1f} s on {runtime.describe()['device']}: {best:.4f} bits per byte")
+        return scores | facts | dict(eval_seconds=seconds, world_size=runtime.world,
                                      device=runtime.describe()["device"])
 
 
@@ -5063,6 +5188,8 @@ def generate(model: LanguageModel, prompt: list[int], count: int, runtime: Runti
 def sample(c: Config) -> None:
     """MODE=sample: NUM_SAMPLES continuations of PROMPT, streamed to the terminal."""
     with Runtime(c) as runtime:
+        if runtime.world > 1:
+            raise UserError("MODE=sample: one process; start it without torchrun")
         own, model, vocabulary, _ = open_artifact(c, runtime)
         pieces = load_sentencepiece(c.tokenizer_path) if own.tokenizer == "bpe" else None
         bos = vocabulary.bos_id
@@ -5185,7 +5312,7 @@ def describe(c: Config) -> dict[str, Any]:
     """MODE=describe: knobs with their sources, parameters by component, expected bytes."""
     model, jepa = build_models(c)
     plan, by_grid, rows = storage_plan(model, c), {}, {}
-    print(c.render() + "\n")
+    print((c.render() if c.all else c.render_changed()) + "\n")
     everything = named_roles(model) + (named_roles(jepa, "jepa.") if jepa is not None else [])
     for name, _, parameter in everything:
         grid, count = plan.get(name, "not stored"), parameter.numel()
@@ -5274,6 +5401,9 @@ def bench(c: Config, runtime: Runtime) -> dict[str, Any]:
         print(f"{'part':<16}{'ms':>10}{'share':>8}")
         for name, ms in sorted(per_part.items(), key=lambda row: -row[1]):
             print(f"{name:<16}{ms:>10.2f}{ms / total:>8.1%}")
+        print(f"{per_step:.1f} ms per step of {c.train_batch_tokens:,} tokens, median of {steps}: "
+              f"{1e3 * c.train_batch_tokens / per_step:,.0f} tokens a second; peak memory "
+              f"{peak / 1e9:.2f} GB; scan: {trainer.kernels.name}")
     report = dict(ms_per_step=per_step, tokens_per_second=1e3 * c.train_batch_tokens / per_step,
                   steps=steps, tokens_per_step=c.train_batch_tokens, peak_memory_bytes=peak,
                   parts_ms=per_part, shares={name: ms / total for name, ms in per_part.items()},
@@ -5346,6 +5476,8 @@ def train(c: Config) -> dict[str, Any]:
 
 def run_mode(config: Config) -> dict | None:
     """Do what MODE asks for; returns the JSON report of describe, bench and eval."""
+    if config.mode in ("train", "eval", "bench") and int(os.environ.get("RANK", 0)) == 0:
+        HEARTBEAT.start()
     if config.mode == "train":
         train(config.validate())
         return None
@@ -5366,8 +5498,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if any(argument in ("-h", "--help") for argument in argv):
             print(help_text(), flush=True)
             return 0
-        report = run_mode(Config.from_env(dict(os.environ), argv))
-        if report is not None and rank == 0:
+        config = Config.from_env(dict(os.environ), argv)
+        report = run_mode(config)
+        if report is not None and rank == 0 and (config.json or not sys.stdout.isatty()):
             print(json.dumps(report), flush=True)
         return 0
     except UserError as error:

@@ -364,3 +364,15 @@ def test_parameter_counts_are_the_published_ones(knobs, stored, training_only):
 def test_no_training_only_parameters_when_every_latent_term_is_off():
     with tj.torch.device("meta"):
         assert tj.build_models(read(JEPA_WEIGHT=0, SIGREG_LAMBDA=0))[1] is None
+
+
+def test_describe_shows_what_differs_by_group_with_the_published_value():
+    script = dict(RUN_SCRIPT_DEFAULTS="run_x.sh MODEL_DIM WARMUP_STEPS EXPAND",
+                  RUN_SCRIPT_PUBLISHED=" MODEL_DIM=640 WARMUP_STEPS=- SEED=3")
+    config = Config.from_env(script | dict(MODEL_DIM="128", WARMUP_STEPS="3", EXPAND="1", SEED="7", MLP_MULT="3"))
+    head, *lines = config.render_changed().splitlines()
+    assert head.split() == ["knob", "value", "default", "source"] and "ALL=1" in lines.pop()
+    assert [line.split(maxsplit=3) for line in lines] == [
+        ["run:"], ["SEED", "7", "42", "environment"],
+        ["model:"], ["MODEL_DIM", "128", "512", "run_x.sh (published: 640)"], ["EXPAND", "1", "2", "run_x.sh"],
+        ["training:"], ["WARMUP_STEPS", "3", "10", "run_x.sh (published: 10)"]]

@@ -250,3 +250,50 @@ def harness_wait(path, text: str, timeout: float = 90) -> None:
     while not path.exists() or text not in path.read_text():
         assert time.time() < end, f"no {text!r} in {path}"
         time.sleep(0.05)
+
+
+# -- a busy machine ----------------------------------------------------------------------------------------------------
+
+LOAD = "os.cpu_count, os.getloadavg = lambda: 2, lambda: ({load}, 0, 0)\nclock_by_steps(0.1)\n"
+
+
+@pytest.mark.parametrize("load, lines", [(9.5, 1), (2.9, 0)])
+def test_a_machine_that_is_busy_at_the_start_gets_a_line(tmp_path, load, lines):
+    child = harness.run(tmp_path, LOAD.format(load=load), ITERATIONS=3)
+    assert child.code == 0 and child.text().count("busy: ") == lines
+    assert not lines or "busy: load average 9.5 on 2 cores; other processes" in child.text()
+
+
+@pytest.mark.parametrize("load, lines", [(2.5, 1), (1.9, 0)])
+def test_steps_that_become_slow_on_a_busy_machine_get_one_line(tmp_path, load, lines):
+    patch = LOAD.format(load=load) + (
+        "def slower(trainer):\n    before = tj.now\n    tj.now = lambda: before() + 0.3\n"
+        "for step in (5, 7): before_step(step, slower)")
+    child = harness.run(tmp_path, patch, ITERATIONS=8)
+    assert child.code == 0 and child.text().count("busy: ") == lines
+    assert not lines or "busy: 400 ms a step, 100 ms at best; load average 2.5 on 2 cores" in child.text()
+
+
+@pytest.mark.parametrize("load, seconds, chosen", [
+    (9, {1: 1, 2: 5}, 1), (9, {1: 5, 2: 1}, 2), (9, {1: 5, 2: 2, 4: 3}, 2), (9, {1: 1, 2: 2, 4: 0.1}, 1),
+    (1, {1: 1, 2: 5}, 2)])
+def test_on_a_busy_machine_the_fastest_number_of_threads_is_taken_and_logged(tmp_path, load, seconds, chosen):
+    """From one thread upwards, as long as twice as many are faster; on an idle machine all, without measuring."""
+    patch = LOAD.format(load=load) + f"""
+import torch
+os.environ.pop("OMP_NUM_THREADS", None)
+current = [{max(seconds)}]
+torch.get_num_threads, torch.set_num_threads = lambda: current[0], lambda n: current.__setitem__(0, n)
+accumulate, seconds = tj.Trainer.accumulate, {seconds}
+def slow(self, *a, **k):
+    parts, before = accumulate(self, *a, **k), tj.now
+    if not self.position and not k.get("keep_states", True):
+        reading = before() + seconds[current[0]]
+        tj.now = lambda: reading
+    return parts
+tj.Trainer.accumulate = slow
+tj.Run.train = lambda self: (self.log(f"{{current[0]}} threads"), die())
+"""
+    text = harness.run(tmp_path, patch, ITERATIONS=2).text()
+    assert f"{chosen} threads" in text and text.count("threads: ") == (chosen != max(seconds)), text[-1500:]
+    assert chosen == max(seconds) or f"threads: {chosen} instead of {max(seconds)}, measured" in text

@@ -55,7 +55,7 @@ class Scripts:
     def __init__(self, folder):
         self.root, self.trace, self.python = folder / "my repo", folder / "trace", folder / "python stub"
         (self.root / "tools").mkdir(parents=True)
-        for name in [*SCRIPTS, "setup_jepa.sh", "tools/launch.sh", "requirements.txt"]:
+        for name in [*SCRIPTS, "setup_jepa.sh", "tools/launch.sh", "requirements.txt", "KNOBS.md"]:
             shutil.copy(ROOT / name, self.root / name)
         path, mark = self.root / "setup_jepa.sh", 'if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then'
         text = path.read_text()
@@ -86,7 +86,7 @@ class Scripts:
         if self.trace.exists():
             got["cwd"], *got["args"] = Path(f"{self.trace}.args").read_text().split("\0")[:-1]
             got["env"] = dict(line.split("=", 1) for line in self.trace.read_text().split("\0")[:-1])
-        plain = {"PWD", "OLDPWD", "SHLVL", "_", "LC_CTYPE", *base}
+        plain = {"PWD", "OLDPWD", "SHLVL", "_", "LC_CTYPE", "GOMP_SPINCOUNT", "RUN_SCRIPT_PUBLISHED", *base}
         got["set"] = {k: v for k, v in got["env"].items() if k not in plain}
         return got
 
@@ -200,6 +200,9 @@ def test_origin_of_values_is_passed_on(scripts):
     script, *names = env["RUN_SCRIPT_DEFAULTS"].split()
     assert script == "run_jepa_bpe.sh" and "NUM_LAYERS" in names
     assert not {"MODEL_DIM", "SEED", "PATH"} & set(names)
+    published = env["RUN_SCRIPT_PUBLISHED"].split()
+    assert {"MODEL_DIM=640", "NUM_LAYERS=10", "WARMUP_STEPS=-"} <= set(published) and "EXPAND=1" not in published
+    assert scripts.run("run_jepa_bpe.sh", PROFILE="gpu")["env"]["RUN_SCRIPT_PUBLISHED"] == ""
 
 
 def test_arguments_pass_on(scripts):
@@ -233,10 +236,11 @@ def test_bad_choices_are_one_line_and_code_2(scripts, env):
 
 @pytest.mark.parametrize("env, ranks", [
     (dict(FAKE_GPUS="0"), 1), (dict(FAKE_GPUS="1"), 1), (dict(FAKE_GPUS="8"), 8), (dict(FAKE_GPUS="3"), 2),
-    (dict(FAKE_GPUS="6"), 4), (dict(FAKE_GPUS="3", NPROC_PER_NODE="3"), 3), (dict(FAKE_GPUS="0", PROFILE="gpu"), 1),
+    (dict(FAKE_GPUS="6"), 4), (dict(FAKE_GPUS="3", NPROC_PER_NODE="4"), 4), (dict(FAKE_GPUS="0", PROFILE="gpu"), 1),
     (dict(FAKE_GPUS="0", NPROC_PER_NODE="2"), 2), (dict(FAKE_GPUS="8", NPROC_PER_NODE="1"), 1),
     (dict(FAKE_GPUS="6", MICRO_BATCHES="6"), 6), (dict(FAKE_GPUS="8", PROFILE="cpu"), 1),
-    (dict(FAKE_GPUS="8", MODE="describe"), 1),
+    (dict(FAKE_GPUS="8", MODE="describe"), 1), (dict(FAKE_GPUS="8", MODE="sample"), 1),
+    (dict(FAKE_GPUS="8", MODE="Sample", NPROC_PER_NODE="2"), 1), (dict(FAKE_GPUS="8", MODE="eval"), 8),
 ])
 def test_ranks(scripts, env, ranks):
     args = scripts.run("run_jepa_bpe.sh", "SEED=1", **env)["args"]
@@ -245,6 +249,32 @@ def test_ranks(scripts, env, ranks):
         assert args == tail
     else:
         assert args == ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *tail]
+
+
+@pytest.mark.parametrize("env, words", [
+    (dict(NPROC_PER_NODE="3"), "MICRO_BATCHES=2; 2 would do"),
+    (dict(NPROC_PER_NODE="6", FAKE_GPUS="8"), "MICRO_BATCHES=8; 4 would do"),
+    (dict(NPROC_PER_NODE="16", FAKE_GPUS="16", TORCHRUN_ARGS="--nnodes=2"), "MICRO_BATCHES=8; 8 would do")])
+def test_ranks_that_cannot_share_the_micro_batches_are_refused_before_a_start(scripts, env, words):
+    got = scripts.run("run_jepa_bpe.sh", code=2, **env)
+    assert got["args"] is None and got["err"].count("\n") == 1
+    assert f"NPROC_PER_NODE={env['NPROC_PER_NODE']}: it must divide {words}" in got["err"]
+
+
+def test_waiting_threads_spin_briefly_unless_the_user_sets_how_they_wait(scripts):
+    spins = lambda **env: scripts.run("run_jepa_bpe.sh", **env)["env"].get("GOMP_SPINCOUNT")
+    assert (spins(), spins(GOMP_SPINCOUNT="7"), spins(OMP_WAIT_POLICY="ACTIVE")) == ("5000", "7", None)
+
+
+@pytest.mark.parametrize("arguments, words, absent", [
+    ([], "small model, demo corpus, about two minutes of training)", "-"),
+    (["DATA_PATH=/elsewhere"], "small model, about two minutes of training)", "demo"),
+    (["ITERATIONS=9"], "small model, demo corpus)", "minutes"),
+    (["MAX_WALLCLOCK_SECONDS=9"], "small model, demo corpus)", "minutes"),
+    (["MODE=eval"], "small model, demo corpus)", "minutes"), (["MODE=sample"], "small model)", "demo")])
+def test_corpus_and_duration_are_named_where_they_are_true(scripts, arguments, words, absent):
+    text = scripts.run("run_jepa_bpe.sh", *arguments)["text"]
+    assert words in text and absent not in text.replace("run_jepa_bpe.sh", "")
 
 
 def test_torchrun_takes_other_arguments_on_request(scripts):
@@ -329,8 +359,20 @@ def test_describe_needs_no_data(fresh, scripts):
         got = fresh("run_jepa_bpe.sh", PROFILE="gpu", **more)
         assert got["args"] == ["train_jepa.py"] and all(call.startswith("env ") for call in got["calls"])
     assert fresh("run_jepa_bpe.sh", "MODE=describe")["args"] == ["train_jepa.py", "MODE=describe"]
-    assert fresh("run_jepa_bpe.sh", "--help")["calls"] == []
     assert not (scripts.root / "data").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_installs_nothing_and_shows_the_scripts_values(fresh, scripts, script):
+    for profile in ("cpu", "gpu"):
+        got = fresh(script, "--help", PROFILE=profile, STUB_PYTHON="")
+        assert got["calls"] == [] and got["args"] is None and not (scripts.root / ".venv").exists()
+        text, values = got["text"], scripts.run(script, PROFILE=profile)["env"]
+        assert f"bash {script} [KEY=VALUE ...]" in text and f"PROFILE={profile} PRESET=published" in text
+        for name in set(PUBLISHED[script]) - {"CHECKPOINT_EVERY"}:
+            assert re.search(rf"^  {name}={re.escape(values[name])} ", text, re.M), name
+        assert "  SAMPLE_TOKENS=200 " in text
+    assert re.search("^  SEED=7 ", fresh(script, "-h", "SEED=7", PROFILE="cpu")["text"], re.M)
 
 
 def test_settings_of_set_up_may_be_arguments(fresh):

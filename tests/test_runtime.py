@@ -1,4 +1,8 @@
 """The process among its peers: device, precision, sums over ranks. Whole runs on several ranks: test_distributed.py."""
+import os
+import re
+import time
+
 import pytest
 import torch
 
@@ -105,3 +109,37 @@ def test_journals_are_cut_back_to_the_lengths_of_the_checkpoint(tmp_path):
     silent.metric(step=1)
     silent.write_json("result.json", {})
     assert silent.sizes() == {} and not (tmp_path / "other").exists()
+
+
+# -- what a silent process says ----------------------------------------------------------------------------------------
+
+def test_silence_is_broken_by_what_is_being_done_and_only_then(capsys):
+    heartbeat = tj.Heartbeat(every=0.1)
+    heartbeat.start()
+    thread = heartbeat.thread
+    heartbeat.start()
+    assert heartbeat.thread is thread and thread.daemon
+    time.sleep(0.3)
+    assert capsys.readouterr().err == ""  # nothing is being done
+    for _ in heartbeat.follow(range(3), "step"):
+        time.sleep(0.25)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines and all(re.fullmatch(r"\[\d\d:\d\d:\d\d\] step [012]/3", line) for line in lines)
+    assert {line[-3:] for line in lines} == {"0/3", "1/3", "2/3"}
+    heartbeat.doing = "much"
+    for _ in range(20):  # output as often as every 0.02 s: no line in between
+        heartbeat.spoke = time.monotonic() + 10
+        time.sleep(0.02)
+    assert capsys.readouterr().err == "" and heartbeat.doing == "much"
+    heartbeat.doing = ""
+
+
+def test_a_bar_outside_a_terminal_passes_the_items_on(monkeypatch):
+    assert list(tj.progress_bar(range(3), "things")) == [0, 1, 2] and tj.HEARTBEAT.doing == ""
+    assert tj.progress_bar((), "things", show=False) == () and not list(tj.progress_bar((), "things"))
+
+
+def test_a_machine_is_busy_when_more_run_than_it_has_cores(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "getloadavg", lambda: (2.5, 0, 0))
+    assert tj.busy_machine() == "" and tj.busy_machine(1) == "load average 2.5 on 2 cores"

@@ -111,22 +111,49 @@ default_to() {
 }
 
 # Reads rows KNOB VALUE [CPU_VALUE]: VALUE holds in both profiles if it stands alone. The value "-"
-# leaves the knob to train_jepa.py. A row that begins with "# " is a comment.
+# leaves the knob to train_jepa.py. A row that begins with "# " is a comment. Published values that
+# the CPU profile replaces are listed in RUN_SCRIPT_PUBLISHED, for MODE=describe.
 defaults() {
     local knob value cpu_value
     while read -r knob value cpu_value; do
-        [[ $PROFILE == cpu ]] && value=${cpu_value:-$value}
+        if [[ $PROFILE == cpu && -n $cpu_value ]]; then
+            RUN_SCRIPT_PUBLISHED+=" $knob=$value"
+            value=$cpu_value
+        fi
         [[ -z $knob || $knob == "#" || $value == - ]] || default_to "$knob=$value"
     done
 }
 
-# True if only the configuration or the help text is asked for: no data, one process.
-only_describes() {
-    local mode=${MODE-}
-    [[ ${mode,,} == describe || " ${ARGS[*]-} " == *" --help "* || " ${ARGS[*]-} " == *" -h "* ]]
+asks_for_help() { [[ " ${ARGS[*]-} " =~ " "(--help|-h)" " ]]; }
+
+# in_mode MODES: true if MODE, train by default, is one of these words.
+in_mode() {
+    local mode=${MODE:-train}
+    [[ " $* " == *" ${mode,,} "* ]]
 }
 
-reads_no_shards() { only_describes || [[ ${MODE-} == bench || ${MODE-} == sample ]]; }
+# True if only the configuration or the help text is asked for: no data, one process.
+only_describes() { asks_for_help || in_mode describe; }
+
+reads_no_shards() { only_describes || in_mode bench sample; }
+
+# Prints the head of the run script, then every knob with the value that it has here. Needs no
+# Python: the texts are those of KNOBS.md.
+show_help() {
+    local argument
+    for argument in "${ARGS[@]}"; do
+        [[ $argument =~ ^[A-Z][A-Z0-9_]*= ]] && export "${argument?}"
+    done
+    sed '1d; /^#/!Q; s/^# \{0,1\}//' "$SELF"
+    printf '\nThe values below are those of PROFILE=%s PRESET=%s.\n' "$PROFILE" "$PRESET"
+    awk -F ' *[|] *' '
+        /^## / { print "\n" substr($0, 4) ":" }
+        /^[|] `/ {
+            gsub(/`/, "", $2); gsub(/`/, "", $3)
+            value = ($2 in ENVIRON) && ENVIRON[$2] != "" ? ENVIRON[$2] : $3
+            printf "  %-35s %s\n", $2 "=" value, $4
+        }' KNOBS.md
+}
 
 # ---- profile and data
 
@@ -139,8 +166,14 @@ choose_profile() {
         die "PRESET=$PRESET: it is published or best" 2
     [[ ${NPROC_PER_NODE:-1} =~ ^[1-9][0-9]*$ ]] ||
         die "NPROC_PER_NODE=$NPROC_PER_NODE: it is a number of ranks, 1 or more" 2
-    env_ready || bash setup_jepa.sh env || exit
     GPUS=0
+    if asks_for_help; then    # installs nothing: without torch, the driver is asked
+        if [[ $PROFILE == auto ]]; then
+            if gpu_driver >/dev/null; then PROFILE=gpu; else PROFILE=cpu; fi
+        fi
+        return
+    fi
+    env_ready || bash setup_jepa.sh env || exit
     if [[ $PROFILE == auto ]] || { [[ $PROFILE == gpu ]] && ! only_describes; }; then
         GPUS=$(cuda_devices)
         count="$GPUS CUDA device(s)"
@@ -152,7 +185,12 @@ choose_profile() {
     elif [[ $PROFILE == gpu && -n $count ]]; then
         why="by request; $count"
     fi
-    [[ $PROFILE == cpu ]] && why="$why; small model, demo corpus, about two minutes of training"
+    if [[ $PROFILE == cpu ]]; then
+        why="$why; small model"
+        ! reads_no_shards && [[ ! -v DATA_PATH ]] && why="$why, demo corpus"
+        in_mode train && [[ ! -v MAX_WALLCLOCK_SECONDS && ! -v ITERATIONS ]] &&
+            why="$why, about two minutes of training"
+    fi
     note "PROFILE=$PROFILE ($why), PRESET=$PRESET"
     export PROFILE PRESET
 }
@@ -201,26 +239,42 @@ fetch_data() {    # demo folder, FineWeb folders
 
 start_run() {
     RUN_SCRIPT_DEFAULTS=$SELF
+    RUN_SCRIPT_PUBLISHED=
     take_arguments "${@:2}"
     choose_profile
     # shellcheck disable=SC2086  # words are folders
     choose_data $1
 }
 
-# Replaces this shell by the training: one process, or torchrun with one rank per GPU. A number of
-# GPUs that does not divide MICRO_BATCHES is rounded down to one that does; NPROC_PER_NODE is taken
-# as it is. TORCHRUN_ARGS (several machines, restarts) replaces --standalone.
-launch() {
-    local ranks=${NPROC_PER_NODE:-$GPUS} micro=${MICRO_BATCHES:-8}
-    export RUN_SCRIPT_DEFAULTS
+# How often a waiting thread of libgomp looks before it sleeps. Its default of 300,000 is 18 ms on a
+# Xeon and stops a run beside other processes; without any, an idle machine waits for wake-ups.
+SPIN_COUNT=5000
+
+# Sets `ranks`. A number of GPUs that does not divide MICRO_BATCHES is rounded down to one that does.
+count_ranks() {
+    local micro=${MICRO_BATCHES:-8} fits
+    ranks=${NPROC_PER_NODE:-$GPUS}
     [[ $PROFILE == cpu && -z "${NPROC_PER_NODE-}" ]] && ranks=1
-    if only_describes || [[ $ranks == 0 ]]; then ranks=1; fi
-    if [[ -z "${NPROC_PER_NODE-}" && $ranks -gt 1 && $micro =~ ^[1-9][0-9]*$ ]]; then
-        while ((micro % ranks)); do ((ranks--)); done
-        [[ $ranks == "$GPUS" ]] ||
-            note "$ranks of $GPUS GPUs used: the ranks must divide MICRO_BATCHES=$micro"
-    fi
-    if [[ $ranks == 1 ]] && { [[ -z "${TORCHRUN_ARGS-}" ]] || only_describes; }; then
+    if only_describes || in_mode sample || [[ $ranks == 0 ]]; then ranks=1; fi
+    [[ $ranks -gt 1 && $micro =~ ^[1-9][0-9]*$ ]] || return 0
+    fits=$ranks
+    while ((micro % fits)); do ((fits--)); done
+    [[ $ranks == "$fits" ]] && return
+    [[ -z "${NPROC_PER_NODE-}" ]] ||
+        die "NPROC_PER_NODE=$ranks: it must divide MICRO_BATCHES=$micro; $fits would do" 2
+    note "$fits of $GPUS GPUs used: the ranks must divide MICRO_BATCHES=$micro"
+    ranks=$fits
+}
+
+# Replaces this shell by the training: one process, or torchrun with one rank per GPU. TORCHRUN_ARGS
+# (several machines, restarts) replaces --standalone.
+launch() {
+    local ranks
+    export RUN_SCRIPT_DEFAULTS RUN_SCRIPT_PUBLISHED
+    [[ -v OMP_WAIT_POLICY ]] || export GOMP_SPINCOUNT=${GOMP_SPINCOUNT-$SPIN_COUNT}
+    asks_for_help && [[ -f KNOBS.md ]] && show_help && exit
+    count_ranks
+    if [[ $ranks == 1 ]] && { [[ -z "${TORCHRUN_ARGS-}" ]] || only_describes || in_mode sample; }; then
         exec "$PY" "$TRAIN_SCRIPT" ${ARGS[@]+"${ARGS[@]}"}
     fi
     # shellcheck disable=SC2086  # words are arguments
