@@ -220,8 +220,12 @@ class Config:
     expand: int = knob(2, "inner width of Mamba-2 / MODEL_DIM", "model", low=1)
     ssd_chunk: int = knob(0, "chunk length Q of the scan, for speed only (0: 256 for mamba_ssm, "
                           "else 64)", "free result eval", high=1024)
-    ssd_kernel: str = knob("auto", "form of the scan (auto: mamba_ssm on CUDA, torch on CPU)",
+    ssd_kernel: str = knob("auto", "form of the scan (auto: on CUDA the first of fused, mamba_ssm, "
+                           "torch that works; torch on CPU)",
                            "free result eval", choices="auto mamba_ssm fused torch")
+    kernel_check: str = knob("1", "1 = compare each Triton kernel with PyTorch once per GPU, and "
+                             "replace one that deviates; strict = end the run instead", "free",
+                             choices="1 0 strict")
     num_heads: int = knob(8, "attention heads", "model", low=1)
     num_kv_heads: int = knob(4, "attention heads of keys and values", "model", low=1)
     rope_base: float = knob(10000.0, "base of the rotary angles", "model", low=1)
@@ -1097,9 +1101,17 @@ jit = triton.jit if triton else lambda function: function
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+REPLACED: set[str] = set()  # kernels that PyTorch replaces: the self-check found them wrong here
+
+
 def runs_triton(device: torch.device) -> bool:
     """Whether tensors of this device go to the kernels."""
     return triton is not None and (device.type == "cuda" or INTERPRETED)
+
+
+def error_text(error: Exception) -> str:
+    """Type and first line of an exception of Triton's compiler or of the driver."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"[:300]
 
 
 def custom_op(name: str, schema: str, outputs: Callable, launch: Callable,
@@ -1199,7 +1211,7 @@ def head(logits, bias, targets, nll, lse, n, V, cap, z_loss,
 
 def _head_chunk(logits, bias, targets, nll, lse, softcap, kind, z_loss):
     """Launches `head` for one chunk of tokens, or does the same in PyTorch."""
-    if not runs_triton(logits.device):
+    if not runs_triton(logits.device) or "head" in REPLACED:
         return _head_chunk_torch(logits, bias, targets, nll, lse, softcap, kind, z_loss)
     n, V = logits.shape
     block = min(triton.next_power_of_2(V), 4096)
@@ -1657,14 +1669,21 @@ def ssd_bwd_bc(x, B, C, dy, dt, A, states, dstates, ddt, dB, dC, part, T, ROW: t
     store_tile(dC + row * N, i, N, n, ok, sum_C)
 
 
+def tile_fault(P: int, N: int, chunk: int) -> str:
+    """Why the fused scan cannot take these sizes, or ""."""
+    for name, size in (("headdim", P), ("D_STATE", N), ("SSD_CHUNK", chunk)):
+        if size not in (16, 32, 64, 128):
+            return (f"{name}={size}: the fused SSD kernel takes 16, 32, 64 or 128; "
+                    "else set SSD_KERNEL=torch")
+    return ""
+
+
 def _ssd_layout(x, B, C, chunk):
     """x, B and C as slices of one dense tensor, which they are behind the convolution, and the
     sizes that the kernels are compiled for. UserError if one is no tile size."""
     (_, T, H, P), N, row = x.shape, B.size(2), x.stride(1)
-    for name, size in (("headdim", P), ("D_STATE", N), ("SSD_CHUNK", chunk)):
-        if size not in (16, 32, 64, 128):
-            raise UserError(f"{name}={size}: the fused SSD kernel takes 16, 32, 64 or 128; "
-                            "else set SSD_KERNEL=torch")
+    if fault := tile_fault(P, N, chunk):
+        raise UserError(fault)
     strides = {(t.stride(0), t.stride(1), t.stride(-1)) for t in (x, B, C)}
     if strides != {(T * row, row, 1)} or x.stride(2) != P:
         wide = torch.cat((x.flatten(2), B, C), 2)
@@ -1719,10 +1738,9 @@ def mamba_ssm(launcher: str, *arguments, **options):
         raise
     except Exception as e:  # an incompatible Triton fails in many ways
         version = lambda package: package_version(package) or "(none)"
-        reason = f"{type(e).__name__}: {(str(e).splitlines() or ['no message'])[0]}"
         raise UserError(
             f"SSD_KERNEL=mamba_ssm: mamba_ssm {version('mamba_ssm')} does not work with triton "
-            f"{version('triton')} and torch {torch.__version__} ({reason}); install mamba-ssm=="
+            f"{version('triton')} and torch {torch.__version__} ({error_text(e)}); install mamba-ssm=="
             "2.3.2.post1 (setup_jepa.sh does), or set SSD_KERNEL=fused or SSD_KERNEL=torch") from e
 
 
@@ -1789,31 +1807,173 @@ class Kernels(NamedTuple):
     chunk = property(lambda self: CHUNKS.get(self.name, 64))
 
 
-def choose_kernels(c: Config, runtime: Runtime) -> tuple[Kernels, str]:
-    """The forms for this device and SSD_KERNEL, and a line for the log if one had to be replaced.
+# -- self-check and choice -----------------------------------------------------
+# A user's GPU may be the first that ever runs a kernel. Each one meets its PyTorch twin there, on
+# small odd sizes, forward and backward.
+CHECK_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 3e-2}  # largest difference / largest entry
+COSTS = {  # modelled, per step of 65,536 tokens
+    "head": "about +10 ms", "conv": "about +5 ms", "snap": "about +2 ms",
+    "scan": "about +5 ms by mamba-ssm, +20 ms by PyTorch"}
 
-    auto: mamba-ssm on CUDA, as long as no GPU has timed the others, else PyTorch. UserError if
-    a form asked for by name cannot run."""
-    name, note, device = c.ssd_kernel, "", runtime.device
-    on_gpu = device.type == "cuda" or INTERPRETED
-    if name == "auto":
-        name = "mamba_ssm" if on_gpu else "torch"
-    if name != "torch" and not on_gpu:
-        raise UserError(f"SSD_KERNEL={name} needs a CUDA device; on {device.type} set "
-                        "SSD_KERNEL=torch or auto")
-    if name == "fused" and triton is None:
-        raise UserError("SSD_KERNEL=fused needs the package triton: pip install triton")
-    if name == "mamba_ssm":
+
+class KernelCheck(NamedTuple):
+    """One row of the self-check. The twin gets the kernel's inputs in fp32; inputs are leaves."""
+    kernel: Callable[..., tuple[Tensor, ...]]
+    twin: Callable[..., tuple[Tensor, ...]]
+    inputs: list[Tensor]
+
+
+def random_tensors(device: torch.device, dtype: torch.dtype, *shapes) -> list[Tensor]:
+    """Normal values, the same on every device: fp32 from one generator, then cast."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+
+
+def check_table(c: Config, device: torch.device, dtype: torch.dtype) -> dict[str, KernelCheck]:
+    """The kernels that this configuration uses. The interpreter gets the smallest tiles."""
+    real = device.type == "cuda"
+    P, N, V, H = (HEADDIM, c.d_state, c.vocab_size, 3) if real else (16, 16, 300, 2)
+    chunk, T, cap = c.ssd_chunk or 64 if real else 16, 101 if real else 19, c.logit_softcap
+    f32, make = torch.float32, functools.partial(random_tensors, device)
+    h, w = make(dtype, (37, 32), (V, 32))
+    bias, targets = make(f32, V)[0], torch.arange(37, device=device) % V
+    options = dict(softcap=cap, softcap_type=c.softcap_type, z_loss=1e-2)
+
+    def head_twin(h, w, bias):
+        logits = soft_cap(F.linear(h, w) + bias, cap, c.softcap_type)
+        nll = F.cross_entropy(logits, targets)
+        return nll + 1e-2 * logits.logsumexp(1).square().mean(), nll.detach()
+
+    table = {"head": KernelCheck(lambda *t: token_loss_fused(*t, targets, **options), head_twin,
+                                 [h, w, bias])}
+    if "m" not in c.pattern:
+        return table
+    channels, first = H * P + 2 * N, H * P
+    wide, tail = make(dtype, (2, T, channels + first + H), (2, c.d_conv - 1, channels))
+    weight, shift, state = make(f32, (channels, 1, c.d_conv), channels, (2, H, P, N))
+    part = lambda t: t[..., first:first + channels]
+    conv = lambda form: lambda t, *rest: form(part(t), *rest[:2], initial=rest[2])
+    table["conv"] = KernelCheck(conv(causal_conv_silu_triton), conv(causal_conv_silu),
+                                [wide, weight, shift, tail])
+
+    def scan(form):
+        def run(xBC, dt, A, D, state):
+            x, B, C = xBC.split((H * P, N, N), dim=-1)
+            return form(x.unflatten(-1, (H, P)), dt, A, B, C, D, chunk=chunk, initial_state=state)
+        return run
+    dt, A, D = make(f32, (2, T, H), H, H)
+    if c.ssd_kernel in ("auto", "fused") and not tile_fault(P, N, chunk):
+        inputs = [part(wide) * 0.5, F.softplus(dt - 2), -A.abs() - 0.1, D, state]
+        table["scan"] = KernelCheck(scan(ssd_triton), scan(ssd_chunked), inputs)
+    return table
+
+
+def values_and_gradients(function: Callable, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Results of function(*inputs), and the gradients of a fixed linear form of them."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    results = [t for t in function(*leaves)]
+    weights = random_tensors(leaves[0].device, torch.float32, *(t.shape for t in results))
+    total = sum((t.float() * w).sum() for t, w in zip(results, weights) if t.requires_grad)
+    return [t.detach() for t in results] + list(torch.autograd.grad(total, leaves))
+
+
+def kernel_fault(row: KernelCheck) -> str:
+    """What is wrong with a kernel: an exception or too large a difference; "" if nothing."""
+    dtype = row.inputs[0].dtype
+    try:
+        found = values_and_gradients(row.kernel, row.inputs)
+        sums = [t.double().sum().item() for t in found]  # waits for the device
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return error_text(error)
+    exact = values_and_gradients(row.twin, [t.float() for t in row.inputs])
+    gaps = [(a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-6)
+            for a, b in zip(found, exact)]
+    worst, limit = float(torch.stack(gaps).max()), CHECK_LIMITS[dtype]  # NaN stays NaN
+    return "" if worst <= limit and all(map(math.isfinite, sums)) else (
+        f"off by {worst:.2g} of the largest value, limit {limit:g}")
+
+
+def replaced(name: str, fault: str, check: str) -> str:
+    """The log's line about a kernel that PyTorch replaces; UserError under KERNEL_CHECK=strict."""
+    if check == "strict":
+        raise UserError(f"KERNEL_CHECK=strict: kernel {name}: {fault}")
+    return (f"kernel {name}: {fault}; replaced ({COSTS[name]} per step of 65,536 tokens, modelled)")
+
+
+def check_kernels(c: Config, runtime: Runtime) -> dict[str, str]:
+    """Fault of each kernel, "" if it has none. The answer is stored beside Triton's own cache, by
+    device, versions, source and configuration."""
+    if c.kernel_check == "0" or not runs_triton(runtime.device):
+        return {}
+    dtype = torch.float32 if INTERPRETED else runtime.dtype  # its bf16 products are wrong
+    facts = [runtime.describe(), c.model_config(), c.ssd_kernel, c.ssd_chunk, source_text()]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton/cache")
+    path, faults = folder / f"train_jepa_check_{key}.json", {}
+    with contextlib.suppress(OSError, ValueError):
+        faults = dict(json.loads(path.read_text()))
+
+    for name, row in check_table(c, runtime.device, dtype).items():
+        if name in faults:
+            continue
+        faults[name] = kernel_fault(row)
+        with contextlib.suppress(OSError, UserError):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(faults).encode())
         try:
-            mamba_ssm("fwd"), mamba_ssm("bwd")
-        except UserError as e:
-            if c.ssd_kernel != "auto":
-                raise
-            name = "fused" if triton else "torch"
-            note = f"{e}; taking {name} instead: " + (
-                "no GPU has timed it" if triton else "many more launches and more memory")
-    conv = causal_conv_silu_triton if runs_triton(device) else causal_conv_silu
-    return Kernels(SCANS[name], conv, name), note
+            runtime.synchronize()
+        except RuntimeError:  # an illegal access: nothing more runs in this process
+            raise UserError(f"kernel {name} broke the GPU's context ({faults[name]}); start again: "
+                            f"{path} now says so, and PyTorch replaces it") from None
+    return faults
+
+
+def scan_obstacle(name: str, c: Config, device: torch.device) -> str:
+    """Why this form of the scan cannot run here, or ""."""
+    if name == "torch":
+        return ""
+    if device.type != "cuda" and not INTERPRETED:
+        return (f"SSD_KERNEL={name} needs a CUDA device; on {device.type} set SSD_KERNEL=torch or "
+                "auto")
+    if name == "fused" and triton is None:
+        return "SSD_KERNEL=fused needs the package triton: pip install triton"
+    if name == "fused":
+        return tile_fault(HEADDIM, c.d_state, c.ssd_chunk or 64)
+    try:
+        mamba_ssm("fwd"), mamba_ssm("bwd")
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def choose_kernels(c: Config, runtime: Runtime) -> tuple[Kernels, str]:
+    """The forms for this device and SSD_KERNEL, and lines for the log about what was replaced.
+
+    auto: the first of fused, mamba_ssm, torch that works on this GPU. UserError if a form asked
+    for by name cannot run, or under KERNEL_CHECK=strict if a kernel is at fault."""
+    notes, device = [], runtime.device
+    if c.ssd_kernel != "auto" and (reason := scan_obstacle(c.ssd_kernel, c, device)):
+        raise UserError(reason)
+    faults = runtime.main_first(lambda: check_kernels(c, runtime))
+    faults = {name: fault for name, fault in faults.items() if fault}
+    for name, fault in faults.items():
+        notes.append(replaced(name, fault, c.kernel_check))
+    REPLACED.clear()
+    REPLACED.update(faults)
+    forms = ["fused", "mamba_ssm", "torch"]
+    forms = forms[0 if c.ssd_kernel == "auto" else forms.index(c.ssd_kernel):]
+    on_gpu = device.type == "cuda" or INTERPRETED
+    for form in forms if on_gpu else ["torch"]:
+        if form == "fused" and "scan" in faults:
+            continue
+        if not (reason := scan_obstacle(form, c, device)):
+            break
+        notes.append(f"{reason}; taking another form")
+    plain = not runs_triton(device) or "conv" in faults
+    conv = causal_conv_silu if plain else causal_conv_silu_triton
+    return Kernels(SCANS[form], conv, form), "\n".join(notes)
 
 
 # ------------------------------------------------------------------------------
@@ -2829,6 +2989,7 @@ class Weights:
     def __init__(self, stored: nn.Module, extra: nn.Module | None, plan: dict[str, str],
                  config: Config, runtime: Runtime):
         self.runtime, self.last_micro = runtime, False
+        self.kernel_snap = runtime.cuda  # by the kernel, until it is found wrong
         self.fused_snap: list[FusedSnap] | None = None
         members: dict[tuple, dict[str, nn.Parameter]] = {}  # by what a group has in common
         everything = named_roles(stored) + (named_roles(extra, "jepa.") if extra else [])
@@ -2890,7 +3051,7 @@ class Weights:
     @torch.no_grad()
     def load(self, which: str = "master", qat: bool = False) -> None:
         """Write masters or averages into the compute weights, on the storage grid under `qat`."""
-        if which == "master" and qat and self.runtime.cuda and self.snap_fused():
+        if which == "master" and qat and self.kernel_snap and self.snap_fused():
             return
         for group in self.groups:
             if qat and group.grid:
@@ -2916,6 +3077,25 @@ class Weights:
             if not group.grid:
                 group.compute.copy_(group.master)
         return True
+
+    @torch.no_grad()
+    def snap_fault(self) -> str:
+        """What is wrong with the kernel: it must equal `snap` on the weights bit for bit. "" if
+        nothing; else it is not used again."""
+        try:
+            if not self.snap_fused():
+                return ""
+            found = [group.compute.clone() for group in self.groups]
+            self.runtime.synchronize()
+            self.kernel_snap = False
+            self.load(qat=True)
+            self.kernel_snap = all(map(torch.equal, found, [g.compute for g in self.groups]))
+            return "" if self.kernel_snap else "differs from the grid of the artifact"
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            self.kernel_snap = False
+            return error_text(error)
 
     @torch.no_grad()
     def average(self, decay: float, ok: Tensor) -> None:
@@ -3655,8 +3835,15 @@ class Evaluator:
     def _zeros(self, count: int = 1) -> Tensor:
         return torch.zeros(count, dtype=torch.float64, device=self.runtime.device)
 
-    def _hidden(self, ids: Tensor, states: list | None = None) -> tuple[Tensor, list]:
-        return self.forward(self.runtime.to_device(ids), self.runtime.dtype, states)
+    def _hidden(self, ids: Tensor, shape: tuple[int, int], states: list | None = None
+                ) -> tuple[Tensor, list]:
+        """h (B,T,D) of ids (B,T) and the states after them. On CUDA ids are padded to `shape`, so
+        that torch.compile makes one graph per pass; states after a padded piece are not real."""
+        sequences, length = ids.shape
+        if self.runtime.cuda:
+            ids = F.pad(ids, (0, shape[1] - length, 0, shape[0] - sequences))
+        h, states = self.forward(self.runtime.to_device(ids), self.runtime.dtype, states)
+        return h[:sequences, :length], states
 
     def _nll(self, h: Tensor, targets: Tensor, temperatures: Sequence[float]) -> Tensor:
         """Sum of the NLL at each temperature (K,) fp64; h (...,D), targets (...). The V-wide
@@ -3679,7 +3866,7 @@ class Evaluator:
         total = self._zeros(len(temperatures))
         for start in progress_bar(range(first, last, self.sequences), label, self.runtime.main):
             span = self.tokens[start * T:min(start + self.sequences, last) * T + 1]
-            h, _ = self._hidden(span[:-1].view(-1, T))
+            h, _ = self._hidden(span[:-1].view(-1, T), (self.sequences, T))
             total += self._nll(h, span[1:], temperatures)
         return self._scores(total)
 
@@ -3693,15 +3880,15 @@ class Evaluator:
         targets = self.tokens[1:].unfold(0, T, stride)[:, T - stride:]        # (W,stride), a view
         rest, total = (n - T) % stride, self._zeros()
         if self.runtime.main:
-            h, _ = self._hidden(self.tokens[:T].view(1, T))
+            h, _ = self._hidden(self.tokens[:T].view(1, T), (batch, T))
             total += self._nll(h, self.tokens[1:T + 1], [temperature])
         if self.runtime.main and rest:
-            h, _ = self._hidden(self.tokens[n - T:n].view(1, T))
+            h, _ = self._hidden(self.tokens[n - T:n].view(1, T), (batch, T))
             total += self._nll(h[:, T - rest:], self.tokens[n + 1 - rest:], [temperature])
         first, last = self._share(len(windows) - 1)  # without the first window
         for index in progress_bar(range(first, last, batch), "sliding", self.runtime.main):
             part = slice(1 + index, 1 + min(index + batch, last))
-            h, _ = self._hidden(windows[part])
+            h, _ = self._hidden(windows[part], (batch, T))
             total += self._nll(h[:, T - stride:], targets[part], [temperature])
         return self._scores(total)[0]
 
@@ -3713,7 +3900,7 @@ class Evaluator:
         for start in progress_bar(range(0, self.targets, piece) if self.runtime.main else (),
                                   "carried", self.runtime.main):
             stop = min(start + piece, self.targets)
-            h, states = self._hidden(self.tokens[start:stop].unsqueeze(0), states)
+            h, states = self._hidden(self.tokens[start:stop].unsqueeze(0), (1, piece), states)
             total += self._nll(h, self.tokens[start + 1:stop + 1], temperatures)
         return self._scores(total)
 
@@ -3922,6 +4109,8 @@ class Trainer:
         if self.jepa is not None:
             self.jepa.to(runtime.device)
         self.weights = Weights(self.model, self.jepa, self.plan, c, runtime)
+        if runtime.cuda and c.kernel_check != "0" and (fault := self.weights.snap_fault()):
+            self.note = f"{self.note}\n{replaced('snap', fault, c.kernel_check)}".strip()
         self.optimizer = Optimizer(self.weights, c)
         self.batches = Batches(stream, c.micro_batches, c.micro_sequences, c.train_seq_len,
                                c.in_lanes)
@@ -4729,9 +4918,12 @@ def meta_model(c: Config, shapes: dict[str, tuple], runtime: Runtime) -> Languag
     fault = UserError(f"{c.artifact}: its tensors are not those of the model in its header")
     if c.num_layers > len(shapes):  # before so many blocks are made
         raise fault
+    kernels, note = choose_kernels(c, runtime)
+    if note and runtime.main:
+        say(note)
     try:
         with torch.device("meta"):
-            model = LanguageModel(c, choose_kernels(c, runtime)[0])
+            model = LanguageModel(c, kernels)
             parts = whole_tensors({name: torch.empty(shape) for name, shape in shapes.items()},
                                   c.artifact)
     except (RuntimeError, ValueError, OverflowError):

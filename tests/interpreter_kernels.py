@@ -4,7 +4,9 @@ own with TRITON_INTERPRET=1 and MAMBA_DETERMINISTIC=1, and borrows the reference
 fp32 and fp16 only: the interpreter's bf16 dot is wrong. Tolerances are relative to the largest entry: fp32 sums of
 some hundred terms; in fp16 the roundings of the products' inputs count, up to four in a row."""
 import contextlib
+import json
 import os
+import re
 import types
 
 import pytest
@@ -20,6 +22,7 @@ TOLERANCE = {torch.float32: bound(256), torch.float16: bound(4, torch.float16)}
 # A logit is a sum of 16 products and reaches 16 where no cap holds it; its error is the relative error of exp(logit).
 HEAD_TOLERANCE = TOLERANCE | {torch.float32: bound(16, scale=16)}
 OPS = torch.ops.jepa
+COST = re.compile(r"\(about \+\d+ ms .*modelled\)$")
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=("fp32", "fp16"))
 
 
@@ -293,3 +296,82 @@ def test_compiles_to_one_graph(name, cuda_stubs):
     assert off(compiled, plain) <= 1e-6
     for a, b in zip(torch.autograd.grad(compiled, inputs), torch.autograd.grad(plain, inputs)):
         assert off(a, b) <= 1e-5
+
+
+# -- self-check --------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def choose(tmp_path, monkeypatch):
+    """choose_kernels as on a GPU, with a cache of its own; afterwards no kernel stays replaced."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    runtime = K.Runtime(K.Config(device="cpu"))
+    yield lambda **knobs: K.choose_kernels(K.Config(vocab_size=300, **knobs), runtime)
+    K.REPLACED.clear()
+
+
+def test_check_passes_and_is_remembered(choose, tmp_path, monkeypatch):
+    kernels, note = choose()
+    assert (kernels.name, kernels.conv, note) == ("fused", K.causal_conv_silu_triton, "")
+    found = json.loads(next(tmp_path.glob("train_jepa_check_*.json")).read_text())
+    assert found == dict.fromkeys(K.check_table(K.Config(), torch.device("cpu"), torch.float32), "")
+    monkeypatch.setattr(K, "kernel_fault", None)  # not asked again
+    assert choose()[0] == kernels
+    with pytest.raises(TypeError):
+        choose(logit_softcap=0.0)  # another kernel
+    assert choose(kernel_check="0")[0] == kernels
+
+
+def raising(message):
+    def launch(*arguments, **options):
+        raise RuntimeError(message)
+    return launch
+
+
+class Broken:
+    """A kernel whose launch does `launch`."""
+    def __init__(self, launch):
+        self.launch = launch
+
+    def __getitem__(self, grid):
+        return self.launch
+
+
+# name of the check, kernel, and how it is broken
+BREAKS = {
+    "head-wrong": ("head", "head", lambda *a, **k: None), "head-compile": ("head", "head", raising("no such type")),
+    "conv-launch": ("conv", "conv_bwd", raising("out of resources\nmore")),
+    "conv-wrong": ("conv", "conv_fwd", lambda u, w, b, i, out, *a, **k: out.fill_(1.0)),
+    "scan-compile": ("scan", "ssd_scan", raising("PassManager::run failed")),
+    "scan-nan": ("scan", "ssd_bwd_bc", lambda *a, **k: a[9].fill_(float("nan")))}
+
+
+@pytest.mark.parametrize("case", BREAKS)
+def test_broken_kernel_is_replaced(case, choose, monkeypatch, cuda_stubs):
+    check, kernel, launch = BREAKS[case]
+    monkeypatch.setattr(K, kernel, Broken(launch))
+    kernels, note = choose()
+    assert note.startswith(f"kernel {check}: ") and "\n" not in note and COST.search(note), note
+    assert ("RuntimeError" if "launch" in case or "compile" in case else "off by") in note
+    assert K.REPLACED == {check}
+    assert kernels.name == ("mamba_ssm" if check == "scan" else "fused")
+    assert (kernels.conv is K.causal_conv_silu) == (check == "conv")
+    inputs, targets = head_inputs(torch.float32, 7, 40)
+    if check == "head":  # without the kernel the op does the same in PyTorch
+        check_head(inputs, targets, 15.0, "poly", 1e-4, HEAD_TOLERANCE[torch.float32])
+    with pytest.raises(K.UserError, match=f"KERNEL_CHECK=strict: kernel {check}: "):
+        choose(kernel_check="strict")
+
+
+def test_broken_snap_is_replaced(choose, monkeypatch):
+    """Weights compares the kernel with the artifact's grid on the weights themselves."""
+    c = K.Config(model_dim=64, num_layers=2, device="cpu", vocab_size=300, tokenizer="bpe")
+    with K.Runtime(c) as runtime:
+        model, _ = K.build_models(c)
+        weights = K.Weights(model, None, K.storage_plan(model, c), c, runtime)
+        weights.kernel_snap = True
+        assert weights.snap_fault() == "" and weights.kernel_snap
+        for launch, text in ((lambda *a, **k: None, "differs"), (raising("no such type"), "RuntimeError: no such")):
+            monkeypatch.setattr(K, "snap_rows", Broken(launch))
+            weights.kernel_snap, weights.fused_snap = True, None
+            weights.load()
+            assert text in weights.snap_fault() and not weights.kernel_snap
+            weights.load(qat=True)  # by PyTorch, once a kernel has failed

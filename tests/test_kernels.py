@@ -149,8 +149,9 @@ def test_without_triton_and_mamba_ssm():
     assert text.startswith("USER SSD_KERNEL=mamba_ssm") and "not installed" in text and text.count("\n") == 1, text
 
 
-def choose(kernel, device):
-    return K.choose_kernels(SimpleNamespace(ssd_kernel=kernel), SimpleNamespace(device=torch.device(device)))
+def choose(kernel, device, **knobs):
+    runtime = SimpleNamespace(device=torch.device(device), main_first=lambda work: work())
+    return K.choose_kernels(K.Config(ssd_kernel=kernel, kernel_check="0", **knobs), runtime)
 
 
 def test_bad_input(monkeypatch):
@@ -162,6 +163,8 @@ def test_bad_input(monkeypatch):
     assert (kernels.ssd, kernels.name, note) == (K.ssd_chunked, "torch", "")
     with pytest.raises(K.UserError, match="D_STATE=24"):
         K._ssd_layout(inputs[0], *2 * [torch.zeros(2, 4, 24)], 64)
+    with pytest.raises(K.UserError, match="D_STATE=24"):
+        choose("fused", "cuda", d_state=24)
 
     def missing(launcher):
         raise K.UserError("mamba_ssm is not what we know")
@@ -169,10 +172,12 @@ def test_bad_input(monkeypatch):
     with pytest.raises(K.UserError, match="not what we know"):
         choose("mamba_ssm", "cuda")
     monkeypatch.setattr(K, "triton", SimpleNamespace())
-    assert choose("auto", "cuda")[0].name == "fused" and "no GPU has timed it" in choose("auto", "cuda")[1]
+    assert choose("auto", "cuda")[0].name == "fused" and choose("auto", "cuda")[1] == ""
+    kernels, note = choose("auto", "cuda", d_state=24)
+    assert kernels.name == "torch" and "D_STATE=24" in note and "not what we know" in note
     monkeypatch.setattr(K, "triton", None)
     kernels, note = choose("auto", "cuda")
-    assert kernels == K.Kernels() and "not what we know" in note and "\n" not in note
+    assert kernels == K.Kernels() and "not what we know" in note and note.count("\n") == 1
     with pytest.raises(K.UserError, match="SSD_KERNEL=fused needs the package triton"):
         choose("fused", "cuda")
 
