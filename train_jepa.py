@@ -84,6 +84,7 @@ except ImportError:
 
 SIZE_LIMIT = 16_000_000  # bytes of artifact + this file
 HEADDIM = 64             # P: width of one Mamba-2 head, as in both published models
+GATE_EPS = 1e-5          # epsilon of the norm behind Mamba-2's gate, as in mamba_ssm
 
 
 class UserError(Exception):
@@ -1069,6 +1070,13 @@ def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
     return y.to(x.dtype), state
 
 
+def ssd_position(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *,
+                 chunk: int, initial_state: Tensor) -> tuple[Tensor, Tensor]:
+    """ssd_chunked for one position, T = 1, by ssd_step."""
+    y, state = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, initial_state)
+    return y.unsqueeze(1), state
+
+
 def causal_conv_silu(u: Tensor, weight: Tensor, bias: Tensor, *,
                      initial: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """SiLU of the depthwise causal convolution of u (B,T,C) by weight (C,1,K), plus bias (C,).
@@ -1082,6 +1090,30 @@ def causal_conv_silu(u: Tensor, weight: Tensor, bias: Tensor, *,
     for k in range(taps):
         out = out + padded[:, k:k + length] * weight[:, 0, k].to(u.dtype)
     return F.silu(out), padded[:, length:].clone()  # a view would keep all inputs in memory
+
+
+def mamba_mix(wide: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor,
+              D: Tensor, norm_weight: Tensor, *, chunk: int = 64, state: tuple | None = None,
+              conv: Callable = causal_conv_silu, ssd: Callable = ssd_chunked
+              ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """What lies between Mamba-2's projections: convolution, scan, gate, RMSNorm with gain (fp32).
+
+    wide (B,T,W): z, x, B, C, dt, and perhaps padding, as in_proj makes them. state: the last K-1
+    inputs of the convolution (B,K-1,C) and the SSM state (B,H,P,N); None for zeros. Returns what
+    out_proj takes, (B,T,H*P) in wide's dtype, and the new state."""
+    inner, channels, heads = len(norm_weight), len(conv_bias), len(A)
+    sizes = inner, channels, heads
+    z, xBC, dt, _ = wide.split((*sizes, wide.size(-1) - sum(sizes)), dim=-1)
+    conv_state, ssm_state = state or (None, None)
+    xBC, conv_state = conv(xBC, conv_weight, conv_bias, initial=conv_state)
+    N = (channels - inner) // 2
+    x, B, C = xBC.split((inner, N, N), dim=-1)
+    dt = F.softplus(dt.float() + dt_bias)
+    y, ssm_state = ssd(x.unflatten(-1, (heads, -1)), dt, A, B, C, D, chunk=chunk,
+                       initial_state=ssm_state)
+    gated = y.flatten(2).float() * F.silu(z.float())
+    out = F.rms_norm(gated, (inner,), norm_weight, GATE_EPS).to(y.dtype)
+    return out, (conv_state, ssm_state)
 
 
 # ------------------------------------------------------------------------------
@@ -1353,37 +1385,64 @@ def conv_fwd(u, w, bias, init, out, T, C, batch, row,
 
 
 @jit
-def conv_bwd(u, w, bias, init, dout, du, dinit, part, T, C, batch, row,
-             K: tl.constexpr, INIT: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
-    """du, dinit and, per tile of time, the K + 1 sums for weight and bias.
+def conv_tap(w, c, ok, back: tl.constexpr, K: tl.constexpr):
+    """Weights of the inputs `back` steps ago; 0 where the convolution does not reach so far."""
+    if back < K:
+        return tl.load(w + c * K + (K - 1 - back), mask=ok, other=0.0).to(tl.float32)
+    else:
+        return tl.zeros((c.shape[0],), tl.float32)
 
-    What follows the tile is recomputed, not exchanged. With INIT, tiles begin K-1 rows early."""
-    c = (tl.program_id(0) * BC + tl.arange(0, BC))[None, :]
-    t = (tl.program_id(1) * BT + tl.arange(0, BT))[:, None]
+
+@jit
+def conv_bwd(u, w, bias, init, dout, du, dinit, part, T, C, batch, row, out_row,
+             K: tl.constexpr, INIT: tl.constexpr, S: tl.constexpr, BC: tl.constexpr):
+    """du, dinit and, per strip of S times, the K + 1 sums for weight and bias; K <= 4.
+
+    A warp walks the strip: inputs u1, u2, u3 and gradients d1, d2, d3 of the three times before
+    stay in registers, so that each input is read once. It goes on for three times past the strip,
+    whose gradients reach back into it."""
+    c, strip = tl.program_id(0) * BC + tl.arange(0, BC), tl.program_id(1)
     b, ok = tl.program_id(2).to(tl.int64), c < C
-    u += b * batch
-    dout += b * T * C
+    u, dout, du = u + b * batch, dout + b * T * C + c, du + b * T * out_row + c
     if INIT:
-        t -= K - 1
-        init += b * (K - 1) * C
-    part += (b * tl.num_programs(1) + tl.program_id(1)) * (K + 1) * C
-    grad = tl.zeros((BT, BC), tl.float32)
-    for j in tl.static_range(K):  # rows t + j; j = 0 adds to the sums
-        x = conv_sum(u, w, bias, init, t, j, c, ok, T, C, row, K, INIT)
-        gate = tl.sigmoid(x)
-        d = tl.load(dout + (t + j) * C + c, mask=ok & (t + j >= 0) & (t + j < T), other=0.0)
-        d = d.to(tl.float32) * gate * (1.0 + x * (1.0 - gate))
-        grad += d * tl.load(w + c * K + (K - 1 - j), mask=ok, other=0.0).to(tl.float32)
-        if j == 0:
-            tl.store(part + K * C + c, tl.sum(d, 0)[None, :], mask=ok)
-            for k in tl.static_range(K):
-                v = conv_input(u, init, t + (k - K + 1), c, ok, T, C, row, K, INIT)
-                tl.store(part + k * C + c, tl.sum(d * v, 0)[None, :], mask=ok)
-    du += b * T * C + t * C + c
-    tl.store(du, grad.to(du.dtype.element_ty), mask=ok & (t >= 0) & (t < T))
-    if INIT:
-        dinit += b * (K - 1) * C + (t + K - 1) * C + c
-        tl.store(dinit, grad.to(dinit.dtype.element_ty), mask=ok & (t < 0))
+        init, dinit = init + b * (K - 1) * C, dinit + b * (K - 1) * C + c
+    w0, w1 = conv_tap(w, c, ok, 0, K), conv_tap(w, c, ok, 1, K)
+    w2, w3 = conv_tap(w, c, ok, 2, K), conv_tap(w, c, ok, 3, K)
+    shift = tl.load(bias + c, mask=ok, other=0.0).to(tl.float32)
+    start = strip * S
+    u1 = conv_input(u, init, start - 1, c, ok, T, C, row, K, INIT)
+    u2 = conv_input(u, init, start - 2, c, ok, T, C, row, K, INIT)
+    u3 = conv_input(u, init, start - 3, c, ok, T, C, row, K, INIT)
+    zero = tl.zeros((BC,), tl.float32)
+    d1, d2, d3, a0, a1, a2, a3, total = zero, zero, zero, zero, zero, zero, zero, zero
+    for i in range(0, S + 4, 4):
+        for j in tl.static_range(4):
+            t, r = start + i + j, i + j
+            live = ok & (t < T)
+            u0 = tl.load(u + t * row + c, mask=live, other=0.0).to(tl.float32)
+            g = tl.load(dout + t * C, mask=live, other=0.0).to(tl.float32)
+            x = shift + w0 * u0 + w1 * u1 + w2 * u2 + w3 * u3
+            gate = tl.sigmoid(x)
+            d0 = g * gate * (1.0 + x * (1.0 - gate))
+            if i < S:
+                a0, a1, a2, a3 = a0 + d0 * u0, a1 + d0 * u1, a2 + d0 * u2, a3 + d0 * u3
+                total += d0
+            grad = w0 * d3 + w1 * d2 + w2 * d1 + w3 * d0  # of the input three times before
+            inside = ok & (r >= 3) & (r < S + 3) & (t < T + 3)
+            tl.store(du + (t - 3) * out_row, grad.to(du.dtype.element_ty), mask=inside)
+            if INIT:
+                before = ok & (strip == 0) & (r < 3) & (r >= 4 - K)
+                tl.store(dinit + (r + K - 4) * C, grad.to(dinit.dtype.element_ty), mask=before)
+            u1, u2, u3, d1, d2, d3 = u0, u1, u2, d0, d1, d2
+    part += (b * tl.num_programs(1) + strip) * (K + 1) * C + c
+    tl.store(part + K * C, total, mask=ok)
+    tl.store(part + (K - 1) * C, a0, mask=ok)
+    if K > 1:
+        tl.store(part + (K - 2) * C, a1, mask=ok)
+    if K > 2:
+        tl.store(part + (K - 3) * C, a2, mask=ok)
+    if K > 3:
+        tl.store(part + (K - 4) * C, a3, mask=ok)
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -1400,12 +1459,11 @@ def _launch_conv(out, u, weight, bias, initial):
 
 def _launch_conv_backward(du, dw, db, dinit, dout, u, weight, bias, initial):
     (B, T, C), K = u.shape, weight.size(-1)
-    u = u if u.stride(-1) == 1 else u.contiguous()
-    tiles = triton.cdiv(T + (0 if initial is None else K - 1), 16)
-    part = torch.empty(B * tiles, K + 1, C, device=u.device)
-    conv_bwd[triton.cdiv(C, 128), tiles, B](
+    u, strips = u if u.stride(-1) == 1 else u.contiguous(), triton.cdiv(T, 64)
+    part = torch.empty(B * strips, K + 1, C, device=u.device)
+    conv_bwd[triton.cdiv(C, 128), strips, B](
         u, *_contiguous(weight, bias, initial, dout), du, dinit, part, T, C, u.stride(0),
-        u.stride(1), K=K, INIT=initial is not None, BT=16, BC=128, num_warps=4)
+        u.stride(1), du.stride(1), K=K, INIT=initial is not None, S=64, BC=128, num_warps=1)
     part = part.sum(0)
     dw.copy_(part[:K].T.unsqueeze(1))
     db.copy_(part[K])
@@ -1427,11 +1485,15 @@ _conv_silu = custom_op("conv_silu", f"({CONV}) -> Tensor", lambda u, *_: (u.new_
 def causal_conv_silu_triton(u: Tensor, weight: Tensor, bias: Tensor, *,
                             initial: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """causal_conv_silu by kernels; u may be a slice of a wider tensor (last stride 1)."""
-    reach, tail = weight.size(-1) - 1, u
+    return _conv_silu(u, weight, bias, initial), conv_tail(u, initial, weight.size(-1) - 1)
+
+
+def conv_tail(u: Tensor, initial: Tensor | None, reach: int) -> Tensor:
+    """The last `reach` inputs of a convolution, copied: a view would keep all of u in memory."""
     if u.size(1) < reach:
         before = u.new_zeros(len(u), reach, u.size(2)) if initial is None else initial
-        tail = torch.cat((before.to(u.dtype), u), 1)
-    return _conv_silu(u, weight, bias, initial), tail[:, tail.size(1) - reach:].clone()
+        u = torch.cat((before.to(u.dtype), u), 1)
+    return u[:, u.size(1) - reach:].clone()
 
 
 # -- rounding to the storage grid ----------------------------------------------
@@ -1565,7 +1627,7 @@ def dot(a, b, acc=None):
 def ssd_scan(x, left, right, dt, A, D, first, y, states, last, T, X: tl.constexpr,
              ROW: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
              Q: tl.constexpr, BACK: tl.constexpr, FIRST: tl.constexpr, SAVE: tl.constexpr,
-             LAST: tl.constexpr):
+             LAST: tl.constexpr, Y: tl.constexpr):
     """One program per (head, sequence) walks the chunks: y from x, with left = C, right = B.
 
     BACK: dx from dy is the same scan backwards in time, with left = B, right = C; its state is
@@ -1574,7 +1636,7 @@ def ssd_scan(x, left, right, dt, A, D, first, y, states, last, T, X: tl.constexp
     i, p, n = tl.arange(0, Q), tl.arange(0, P), tl.arange(0, N)
     typ: tl.constexpr = x.dtype.element_ty
     x, left, right = x + b * T * X + h * P, left + b * T * ROW, right + b * T * ROW
-    dt, y = dt + b * T * H + h, y + b * T * H * P + h * P
+    dt, y = dt + b * T * H + h, y + b * T * Y + h * P
     chunks = tl.cdiv(T, Q)
     states += (b * H + h) * chunks * N * P
     cell = (b * H + h) * P * N + p[None, :] * N + n[:, None]  # (N, P) view of a (P, N) state
@@ -1602,7 +1664,7 @@ def ssd_scan(x, left, right, dt, A, D, first, y, states, last, T, X: tl.constexp
             mix *= step[None, :]
             mix *= exp2_where(i[:, None] >= i[None, :], cs[:, None] - cs[None, :])
         out = dot(mix.to(typ), xs, out) + skip * xs
-        store_tile(y + c * Q * H * P, i, H * P, p, ok, out)
+        store_tile(y + c * Q * Y, i, Y, p, ok, out)
         Rs = (Rs * leave[:, None]).to(typ)
         state = dot(tl.trans(Rs), xs, state * tl.exp2(total))
     if LAST:
@@ -1611,7 +1673,8 @@ def ssd_scan(x, left, right, dt, A, D, first, y, states, last, T, X: tl.constexp
 
 @jit
 def ssd_bwd_bc(x, B, C, dy, dt, A, states, dstates, ddt, dB, dC, part, T, ROW: tl.constexpr,
-               H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr):
+               H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
+               OUT: tl.constexpr):
     """One program per (chunk, sequence) sums dB and dC over the heads in registers.
 
     The first loop is what stays inside the chunk: B and C serve all heads, so d(C B^T) is summed
@@ -1665,8 +1728,8 @@ def ssd_bwd_bc(x, B, C, dy, dt, A, states, dstates, ddt, dB, dC, part, T, ROW: t
         inside = tl.load(ddt + h + i * H, mask=ok, other=0.0)
         tl.store(ddt + h + i * H, inside + rate * da + r, mask=ok)
         tl.store(part + H + h, tl.sum(step * da, 0))
-    store_tile(dB + row * N, i, N, n, ok, sum_B)
-    store_tile(dC + row * N, i, N, n, ok, sum_C)
+    store_tile(dB + row * OUT, i, OUT, n, ok, sum_B)
+    store_tile(dC + row * OUT, i, OUT, n, ok, sum_C)
 
 
 def tile_fault(P: int, N: int, chunk: int) -> str:
@@ -1696,21 +1759,22 @@ def _launch_ssd_fused(y, final, states, x, dt, A, B, C, D, initial_state, chunk,
     (b, T, H, _), (dt, first) = x.shape, _contiguous(dt, initial_state)
     x, B, C, sizes = _ssd_layout(x, B, C, chunk)
     ssd_scan[H, b](x, C, B, dt, A, D.float(), first, y, states, final, T, X=sizes["ROW"],
-                   BACK=False, FIRST=first is not None, SAVE=save, LAST=True, **sizes,
-                   num_warps=4, num_stages=3)
+                   BACK=False, FIRST=first is not None, SAVE=save, LAST=True, Y=y.stride(1),
+                   **sizes, num_warps=4, num_stages=3)
 
 
 def _launch_ssd_fused_backward(dx, ddt, dA, dB, dC, dD, dinit, dy, dfinal, x, dt, A, B, C, D,
                                initial_state, states, chunk, save):
+    """dx, dB and dC may be slices of one wider tensor, dense but for their rows."""
     (b, T, H, P), chunks = x.shape, states.size(2)
-    dy, dfinal, dt = _contiguous(torch.zeros_like(dx) if dy is None else dy, dfinal, dt)
+    dy, dfinal, dt = _contiguous(torch.zeros_like(x) if dy is None else dy, dfinal, dt)
     x, B, C, sizes = _ssd_layout(x, B, C, chunk)
     dstates, part = torch.empty_like(states), dt.new_empty(b, chunks, 3, H)
     ssd_scan[H, b](dy, B, C, dt, A, D.float(), dfinal, dx, dstates, dinit, T, X=H * P,
                    BACK=True, FIRST=dfinal is not None, SAVE=True, LAST=initial_state is not None,
-                   **sizes, num_warps=4, num_stages=3)
+                   Y=dx.stride(1), **sizes, num_warps=4, num_stages=3)
     ssd_bwd_bc[chunks, b](x, B, C, dy, dt, A, states, dstates, ddt, dB, dC, part, T, **sizes,
-                          num_warps=8, num_stages=2)
+                          OUT=dB.stride(1), num_warps=8, num_stages=2)
     part = part.sum((0, 1))
     torch.add(part[0], part[1], out=dA)  # from inside the chunks, and through the states
     dD.copy_(part[2])
@@ -1799,11 +1863,168 @@ CHUNKS = {"mamba_ssm": 256}  # where SSD_CHUNK=0; it writes fp32 states: 2.5 GB 
 SCANS = {"torch": ssd_chunked, "mamba_ssm": ssd_mamba_ssm, "fused": ssd_triton}
 
 
+# -- mixer: all between Mamba-2's projections as one op ------------------------
+# Apart, convolution, scan and gate hand the compiler slices of in_proj's output, and gradients to
+# be joined and padded: 1.6 GB a layer at 65,536 tokens. The op writes one gradient for all.
+
+@jit
+def softplus_rows(wide, bias, dt, rows, W, H: tl.constexpr, R: tl.constexpr, BH: tl.constexpr):
+    """dt = softplus(raw + bias); raw are the H columns from `wide` on, in rows of W."""
+    r, h = (tl.program_id(0) * R + tl.arange(0, R))[:, None], tl.arange(0, BH)[None, :]
+    ok = (r < rows) & (h < H)
+    x = tl.load(wide + r.to(tl.int64) * W + h, mask=ok, other=0.0).to(tl.float32)
+    x += tl.load(bias + h, mask=h < H, other=0.0)
+    e = tl.exp(tl.minimum(x, 20.0))
+    u = 1.0 + e  # log(1 + e) without the rounding of 1 + e
+    y = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+    tl.store(dt + r * H + h, tl.where(x > 20.0, x, y), mask=ok)
+
+
+@jit
+def softplus_rows_bwd(wide, bias, ddt, dwide, part, rows, W, H: tl.constexpr, PAD: tl.constexpr,
+                      R: tl.constexpr, BH: tl.constexpr):
+    """The gradient of raw, zeros in the PAD columns behind it, and its sums over R rows."""
+    r, h = (tl.program_id(0) * R + tl.arange(0, R))[:, None], tl.arange(0, BH)[None, :]
+    ok, at = (r < rows) & (h < H), r.to(tl.int64) * W + h
+    x = tl.load(wide + at, mask=ok, other=0.0).to(tl.float32)
+    x += tl.load(bias + h, mask=h < H, other=0.0)
+    grad = tl.load(ddt + r * H + h, mask=ok, other=0.0) * tl.sigmoid(x)
+    tl.store(dwide + at, grad.to(dwide.dtype.element_ty), mask=(r < rows) & (h < H + PAD))
+    tl.store(part + tl.program_id(0) * H + h, tl.sum(grad, 0)[None, :], mask=h < H)
+
+
+@jit
+def gate_norm(y, z, weight, out, rows, W, n, eps, R: tl.constexpr, BLOCK: tl.constexpr):
+    """out = RMSNorm(y silu(z)) weight: R rows of n columns; z in rows of W."""
+    col = tl.arange(0, BLOCK)
+    w = tl.load(weight + col, mask=col < n, other=0.0).to(tl.float32)
+    for i in range(R):
+        row = (tl.program_id(0) * R + i).to(tl.int64)
+        ok = (col < n) & (row < rows)
+        gate = tl.load(z + row * W + col, mask=ok, other=0.0).to(tl.float32)
+        g = tl.load(y + row * n + col, mask=ok, other=0.0).to(tl.float32) * gate
+        g *= tl.sigmoid(gate)
+        g *= tl.rsqrt(tl.sum(g * g, 0) / n + eps) * w
+        tl.store(out + row * n + col, g.to(out.dtype.element_ty), mask=ok)
+
+
+@jit
+def gate_norm_bwd(y, z, weight, dout, dy, dz, part, rows, W, n, eps,
+                  R: tl.constexpr, BLOCK: tl.constexpr):
+    """dy, dz (in rows of W like z), and the weight's gradient summed over R rows."""
+    col = tl.arange(0, BLOCK)
+    w = tl.load(weight + col, mask=col < n, other=0.0).to(tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for i in range(R):
+        row = (tl.program_id(0) * R + i).to(tl.int64)
+        ok = (col < n) & (row < rows)
+        gate = tl.load(z + row * W + col, mask=ok, other=0.0).to(tl.float32)
+        value = tl.load(y + row * n + col, mask=ok, other=0.0).to(tl.float32)
+        grad = tl.load(dout + row * n + col, mask=ok, other=0.0).to(tl.float32)
+        sig = tl.sigmoid(gate)
+        silu = gate * sig
+        scale = tl.rsqrt(tl.sum(value * value * silu * silu, 0) / n + eps)
+        normed = value * silu * scale
+        total += grad * normed
+        grad *= w
+        grad = (grad - normed * (tl.sum(grad * normed, 0) / n)) * scale
+        tl.store(dy + row * n + col, (grad * silu).to(dy.dtype.element_ty), mask=ok)
+        dgate = grad * value * sig * (1.0 + gate * (1.0 - sig))
+        tl.store(dz + row * W + col, dgate.to(dz.dtype.element_ty), mask=ok)
+    tl.store(part + tl.program_id(0) * n + col, total, mask=col < n)
+
+
+def _mix_parts(wide, v, A, norm_weight):
+    """z, xBC and dt of `wide` (B,T,W), each with the rest of the row behind it; and x, B and C of v,
+    the convolution's output."""
+    inner, channels, H = len(norm_weight), v.size(-1), len(A)
+    x, B, C = v.split((inner, (channels - inner) // 2, (channels - inner) // 2), dim=-1)
+    xBC = wide[..., inner:inner + channels]
+    return wide, xBC, wide[..., inner + channels:], x.unflatten(-1, (H, -1)), B, C
+
+
+def _mix_outputs(wide, conv_weight, conv_bias, dt_bias, A, D, norm_weight, conv_state, ssm_state,
+                 chunk, save):
+    """The result and the final state; for the backward pass the convolution's output, dt, the
+    scan's output and the states at chunk starts."""
+    (b, T, _), inner, channels, H = wide.shape, len(norm_weight), len(conv_bias), len(A)
+    P, N = inner // H, (channels - inner) // 2
+    states = wide.new_empty((b, H, (T + chunk - 1) // chunk, N, P) if save else 0)
+    f32 = functools.partial(wide.new_empty, dtype=torch.float32)
+    make = lambda width: wide.new_empty(b, T, width)
+    return make(inner), f32(b, H, P, N), make(channels), f32(b, T, H), make(inner), states
+
+
+def _launch_mix(out, final, v, dt, y, states, wide, conv_weight, conv_bias, dt_bias, A, D,
+                norm_weight, conv_state, ssm_state, chunk, save):
+    wide = wide.contiguous()
+    (b, T, W), inner, H = wide.shape, len(norm_weight), len(A)
+    z, xBC, raw, x, B, C = _mix_parts(wide, v, A, norm_weight)
+    _launch_conv(v, xBC, conv_weight, conv_bias, conv_state)
+    softplus_rows[(triton.cdiv(b * T, 64),)](
+        raw, dt_bias, dt, b * T, W, H=H, R=64, BH=triton.next_power_of_2(H), num_warps=4)
+    _launch_ssd_fused(y.view(x.shape), final, states, x, dt, A, B, C, D, ssm_state, chunk, save)
+    gate_norm[(triton.cdiv(b * T, 8),)](
+        y, z, norm_weight, out, b * T, W, inner, GATE_EPS, R=8,
+        BLOCK=triton.next_power_of_2(inner), num_warps=4)
+
+
+def _mix_grads(dout, dfinal, wide, conv_weight, conv_bias, dt_bias, A, D, norm_weight, conv_state,
+               ssm_state, *_):
+    states = (wide[:0] if t is None else t for t in (conv_state, ssm_state))
+    given = wide, conv_weight, conv_bias, dt_bias, A, D, norm_weight, *states
+    return tuple(t.new_empty(t.shape) for t in given)
+
+
+def _launch_mix_backward(dwide, dcw, dcb, dbias, dA, dD, dweight, dconv, dinit, dout, dfinal,
+                         wide, conv_weight, conv_bias, dt_bias, A, D, norm_weight, conv_state,
+                         ssm_state, v, dt, y, states, chunk, save):
+    wide, dout = _contiguous(wide, torch.zeros_like(y) if dout is None else dout)
+    (b, T, W), inner, H = wide.shape, len(norm_weight), len(A)
+    rows, dy, dv, ddt = b * T, torch.empty_like(y), torch.empty_like(v), torch.empty_like(dt)
+    z, xBC, raw, x, B, C = _mix_parts(wide, v, A, norm_weight)
+    dz, dxBC, draw, dx, dB, dC = _mix_parts(dwide, dv, A, norm_weight)
+    part = dt.new_empty(triton.cdiv(rows, 64), inner)
+    gate_norm_bwd[(len(part),)](
+        y, z, norm_weight, dout, dy, dz, part, rows, W, inner, GATE_EPS, R=64,
+        BLOCK=triton.next_power_of_2(inner), num_warps=4)
+    torch.sum(part, 0, out=dweight)
+    _launch_ssd_fused_backward(dx, ddt, dA, dB, dC, dD, dinit, dy.view(x.shape), dfinal, x, dt, A,
+                               B, C, D, ssm_state, states, chunk, save)
+    _launch_conv_backward(dxBC, dcw, dcb, dconv, dv, xBC, conv_weight, conv_bias, conv_state)
+    part, pad = dt.new_empty(triton.cdiv(rows, 64), H), raw.size(-1) - H
+    softplus_rows_bwd[(len(part),)](
+        raw, dt_bias, ddt, draw, part, rows, W, H=H, PAD=pad, R=64,
+        BH=triton.next_power_of_2(H + pad), num_warps=4)
+    torch.sum(part, 0, out=dbias)
+
+
+MIX = ("Tensor wide, Tensor conv_weight, Tensor conv_bias, Tensor dt_bias, Tensor A, Tensor D, "
+       "Tensor norm_weight, Tensor? conv_state, Tensor? ssm_state")
+_mix_backward = custom_op(
+    "mamba_mix_backward", f"(Tensor? dout, Tensor? dfinal, {MIX}, Tensor v, Tensor dt, Tensor y, "
+    f"Tensor states, int chunk, bool save) -> ({', '.join(['Tensor'] * 9)})", _mix_grads,
+    _launch_mix_backward)
+_mix = custom_op("mamba_mix", f"({MIX}, int chunk, bool save) -> ({', '.join(['Tensor'] * 6)})",
+                 _mix_outputs, _launch_mix, _mix_backward, count=9, grads=2)
+
+
+def mamba_mix_triton(wide: Tensor, *parameters: Tensor, chunk: int = 64,
+                     state: tuple | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """mamba_mix by kernels."""
+    conv_weight, conv_bias, *_, norm_weight = parameters
+    inner, channels, reach = len(norm_weight), len(conv_bias), conv_weight.size(-1) - 1
+    conv_state, ssm_state = state or (None, None)
+    inputs = wide, *parameters, conv_state, ssm_state
+    needed = any(t is not None and t.requires_grad for t in inputs)
+    out, final, *_ = _mix(*inputs, chunk, needed and torch.is_grad_enabled())
+    return out, (conv_tail(wide[..., inner:inner + channels], conv_state, reach), final)
+
+
 class Kernels(NamedTuple):
-    """The scan and the convolution that the mixers call, and the scan's name."""
-    ssd: Callable = ssd_chunked
-    conv: Callable = causal_conv_silu
-    name: str = "torch"
+    """What the mixers call: `mix` has the arguments and results of mamba_mix."""
+    name: str = "torch"  # of the scan
+    mix: Callable = mamba_mix
     chunk = property(lambda self: CHUNKS.get(self.name, 64))
 
 
@@ -1812,7 +2033,7 @@ class Kernels(NamedTuple):
 # small odd sizes, forward and backward.
 CHECK_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 3e-2}  # largest difference / largest entry
 COSTS = {  # modelled, per step of 65,536 tokens
-    "head": "about +10 ms", "conv": "about +5 ms", "snap": "about +2 ms",
+    "head": "about +10 ms", "mixer": "about +7 ms", "conv": "about +5 ms", "snap": "about +2 ms",
     "scan": "about +5 ms by mamba-ssm, +20 ms by PyTorch"}
 
 
@@ -1830,7 +2051,8 @@ def random_tensors(device: torch.device, dtype: torch.dtype, *shapes) -> list[Te
 
 
 def check_table(c: Config, device: torch.device, dtype: torch.dtype) -> dict[str, KernelCheck]:
-    """The kernels that this configuration uses. The interpreter gets the smallest tiles."""
+    """The kernels that this configuration uses. The interpreter gets the smallest tiles. conv and
+    scan are parts of the mixer, which stand in for it by themselves if it is wrong."""
     real = device.type == "cuda"
     P, N, V, H = (HEADDIM, c.d_state, c.vocab_size, 3) if real else (16, 16, 300, 2)
     chunk, T, cap = c.ssd_chunk or 64 if real else 16, 101 if real else 19, c.logit_softcap
@@ -1849,21 +2071,32 @@ def check_table(c: Config, device: torch.device, dtype: torch.dtype) -> dict[str
     if "m" not in c.pattern:
         return table
     channels, first = H * P + 2 * N, H * P
-    wide, tail = make(dtype, (2, T, channels + first + H), (2, c.d_conv - 1, channels))
+    wide, tail = make(dtype, (2, T, channels + first + H + 5), (2, c.d_conv - 1, channels))
     weight, shift, state = make(f32, (channels, 1, c.d_conv), channels, (2, H, P, N))
-    part = lambda t: t[..., first:first + channels]
-    conv = lambda form: lambda t, *rest: form(part(t), *rest[:2], initial=rest[2])
-    table["conv"] = KernelCheck(conv(causal_conv_silu_triton), conv(causal_conv_silu),
-                                [wide, weight, shift, tail])
+    dt, A, D, dt_bias, gain = make(f32, (2, T, H), H, H, H, first)
+    part, A = lambda t: t[..., first:first + channels], -A.abs() - 0.1
+    own = c.ssd_kernel in ("auto", "fused") and not tile_fault(P, N, chunk)
+
+    def mix(form):
+        def run(wide, *rest):
+            out, state = form(wide, *rest[:6], chunk=chunk, state=rest[6:])
+            return out, *state
+        return run
+    if own and c.d_conv <= 4:
+        inputs = [wide, weight * 0.5, shift, dt_bias - 2, A, D, gain, tail, state]
+        table["mixer"] = KernelCheck(mix(mamba_mix_triton), mix(mamba_mix), inputs)
+    if c.d_conv <= 4:
+        conv = lambda form: lambda t, *rest: form(part(t), *rest[:2], initial=rest[2])
+        table["conv"] = KernelCheck(conv(causal_conv_silu_triton), conv(causal_conv_silu),
+                                    [wide, weight, shift, tail])
 
     def scan(form):
         def run(xBC, dt, A, D, state):
             x, B, C = xBC.split((H * P, N, N), dim=-1)
             return form(x.unflatten(-1, (H, P)), dt, A, B, C, D, chunk=chunk, initial_state=state)
         return run
-    dt, A, D = make(f32, (2, T, H), H, H)
-    if c.ssd_kernel in ("auto", "fused") and not tile_fault(P, N, chunk):
-        inputs = [part(wide) * 0.5, F.softplus(dt - 2), -A.abs() - 0.1, D, state]
+    if own:
+        inputs = [part(wide) * 0.5, F.softplus(dt - 2), A, D, state]
         table["scan"] = KernelCheck(scan(ssd_triton), scan(ssd_chunked), inputs)
     return table
 
@@ -1918,7 +2151,8 @@ def check_kernels(c: Config, runtime: Runtime) -> dict[str, str]:
     for name, row in check_table(c, runtime.device, dtype).items():
         if name in faults:
             continue
-        faults[name] = kernel_fault(row)
+        part_of_good = name in ("conv", "scan") and faults.get("mixer") == ""
+        faults[name] = "" if part_of_good else kernel_fault(row)
         with contextlib.suppress(OSError, UserError):
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(faults).encode())
@@ -1928,6 +2162,13 @@ def check_kernels(c: Config, runtime: Runtime) -> dict[str, str]:
             raise UserError(f"kernel {name} broke the GPU's context ({faults[name]}); start again: "
                             f"{path} now says so, and PyTorch replaces it") from None
     return faults
+
+
+@functools.cache
+def mix_of(ssd: Callable, conv: Callable) -> Callable:
+    """mamba_mix with these forms."""
+    default = (ssd, conv) == (ssd_chunked, causal_conv_silu)
+    return mamba_mix if default else functools.partial(mamba_mix, ssd=ssd, conv=conv)
 
 
 def scan_obstacle(name: str, c: Config, device: torch.device) -> str:
@@ -1971,9 +2212,11 @@ def choose_kernels(c: Config, runtime: Runtime) -> tuple[Kernels, str]:
         if not (reason := scan_obstacle(form, c, device)):
             break
         notes.append(f"{reason}; taking another form")
-    plain = not runs_triton(device) or "conv" in faults
+    plain = not runs_triton(device) or "conv" in faults or c.d_conv > 4
+    if form == "fused" and not plain and "mixer" not in faults:
+        return Kernels(form, mamba_mix_triton), "\n".join(notes)
     conv = causal_conv_silu if plain else causal_conv_silu_triton
-    return Kernels(SCANS[form], conv, form), "\n".join(notes)
+    return Kernels(form, mix_of(SCANS[form], conv)), "\n".join(notes)
 
 
 # ------------------------------------------------------------------------------
@@ -2016,13 +2259,15 @@ class Linear(nn.Module):
             for parameter in self.parameters():
                 nn.init.uniform_(parameter, -bound, bound)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, padded: bool = False) -> Tensor:
+        """padded: on CUDA the outputs may be followed by zeros up to a multiple of 8."""
         weight = self.weight.to(x.dtype)
         if self.bias is not None:
             return F.linear(x, weight, self.bias.to(x.dtype))
         outputs = weight.size(0)
-        if x.is_cuda and outputs % 8:  # pad the outputs: the GPU's wide loads need aligned rows
-            return F.linear(x, F.pad(weight, (0, 0, 0, -outputs % 8)))[..., :outputs]
+        if x.is_cuda and outputs % 8:  # the GPU's wide loads need aligned rows
+            y = F.linear(x, F.pad(weight, (0, 0, 0, -outputs % 8)))
+            return y if padded else y[..., :outputs]
         return F.linear(x, weight)
 
 
@@ -2067,33 +2312,19 @@ class Mamba2(nn.Module):
         return (torch.zeros(batch, kernel_size - 1, channels, dtype=dtype, device=device),
                 torch.zeros(batch, self.heads, HEADDIM, self.d_state, device=device))
 
-    def _project(self, u: Tensor, conv: Callable, conv_state: Tensor | None) -> tuple:
-        """in_proj and convolution: z, the scan's (x, dt, A, B, C), the convolution's state."""
-        inner, N, H = self.d_inner, self.d_state, self.heads
-        z, xBC, dt = self.in_proj(u).split((inner, inner + 2 * N, H), dim=-1)
-        xBC, conv_state = conv(xBC, self.conv1d.weight, self.conv1d.bias, initial=conv_state)
-        x, B, C = xBC.split((inner, N, N), dim=-1)
-        dt = F.softplus(dt.float() + self.dt_bias)
-        return z, (x.unflatten(-1, (H, HEADDIM)), dt, -self.A_log.exp(), B, C), conv_state
-
-    def _output(self, y: Tensor, z: Tensor) -> Tensor:
-        """Gate, then RMSNorm with gain, in fp32; out_proj."""
-        gated = y.float() * F.silu(z.float())
-        return self.out_proj(rms_norm(gated, 1e-5, self.norm.weight).to(y.dtype))
+    def _mix(self, mix: Callable, u: Tensor, state: State | None) -> tuple[Tensor, State]:
+        out, state = mix(
+            self.in_proj(u, padded=True), self.conv1d.weight, self.conv1d.bias, self.dt_bias,
+            -self.A_log.exp(), self.D, self.norm.weight, chunk=self.chunk, state=state)
+        return self.out_proj(out), state
 
     def forward(self, u: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """u (B,T,D) and the state before it (None: zeros) -> (B,T,D) and the state after it."""
-        conv_state, ssm_state = state or (None, None)
-        z, inputs, conv_state = self._project(u, self.kernels.conv, conv_state)
-        y, ssm_state = self.kernels.ssd(*inputs, self.D, chunk=self.chunk, initial_state=ssm_state)
-        return self._output(y.flatten(2), z), (conv_state, ssm_state)
+        return self._mix(self.kernels.mix, u, state)
 
     def step(self, u: Tensor, state: State) -> tuple[Tensor, State]:
         """One position, u (B,1,D), by the recurrence itself, for generation."""
-        conv_state, ssm_state = state
-        z, (x, dt, A, B, C), conv_state = self._project(u, causal_conv_silu, conv_state)
-        y, ssm_state = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, ssm_state)
-        return self._output(y.flatten(1).unsqueeze(1), z), (conv_state, ssm_state)
+        return self._mix(functools.partial(mamba_mix, ssd=ssd_position), u, state)
 
 
 class Attention(nn.Module):

@@ -160,7 +160,7 @@ def test_bad_input(monkeypatch):
         choose("fused", "cpu")
     assert choose("auto", "cpu") == (K.Kernels(), "")
     kernels, note = choose("torch", "cuda")
-    assert (kernels.ssd, kernels.name, note) == (K.ssd_chunked, "torch", "")
+    assert (kernels.mix, kernels.name, note) == (K.mix_of(K.ssd_chunked, K.causal_conv_silu_triton), "torch", "")
     with pytest.raises(K.UserError, match="D_STATE=24"):
         K._ssd_layout(inputs[0], *2 * [torch.zeros(2, 4, 24)], 64)
     with pytest.raises(K.UserError, match="D_STATE=24"):
@@ -211,9 +211,10 @@ def test_compiles_for_sm90(side_runs):
     lines = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
     kernels = [line for line in lines if "kernel" in line]
     assert {k["kernel"] for k in kernels} >= {
-        "head", "conv_fwd", "conv_bwd", "snap_rows", "ssd_scan", "ssd_bwd_bc", "_chunk_scan_fwd_kernel",
+        "head", "conv_fwd", "conv_bwd", "snap_rows", "ssd_scan", "ssd_bwd_bc", "gate_norm",
+        "gate_norm_bwd", "softplus_rows", "softplus_rows_bwd", "_chunk_scan_fwd_kernel",
         "_chunk_state_fwd_kernel", "_chunk_scan_chunk_state_bwd_dx_kernel", "_chunk_cumsum_bwd_kernel"}
-    assert len([line for line in lines if "launched" in line]) == 15
+    assert len([line for line in lines if "launched" in line]) == 17
     bad = [k for k in kernels if k["stack"] > 32 or k["shared"] > 227 * 1024]
     assert not bad, bad
 
