@@ -395,7 +395,8 @@ class Broken:
 
 # name of the check, kernel, and how it is broken
 BREAKS = {
-    "head-wrong": ("head", "head", lambda *a, **k: None), "head-compile": ("head", "head", raising("no such type")),
+    "head-wrong": ("head", "head_rows", lambda *a, **k: None),
+    "head-compile": ("head", "head_rows", raising("no such type")),
     "conv-launch": ("conv", "conv_bwd", raising("out of resources\nmore")),
     "conv-wrong": ("conv", "conv_fwd", lambda u, w, b, i, out, *a, **k: out.fill_(1.0)),
     "scan-compile": ("scan", "ssd_scan", raising("PassManager::run failed")),
