@@ -83,6 +83,7 @@ except ImportError:
     zstandard = None
 
 SIZE_LIMIT = 16_000_000  # bytes of artifact + this file
+EVAL_SECONDS = 600       # that the challenge allows for evaluation, apart from training
 HEADDIM = 64             # P: width of one Mamba-2 head, as in both published models
 
 
@@ -222,8 +223,8 @@ class Config:
     d_state: int = knob(64, "state size N of the SSM", "model", low=1)
     d_conv: int = knob(4, "kernel size of the causal convolution", "model", low=1)
     expand: int = knob(2, "inner width of Mamba-2 / MODEL_DIM", "model", low=1)
-    ssd_chunk: int = knob(64, "chunk length Q of the scan (affects speed only)",
-                          "free result eval", low=1, high=1024)
+    ssd_chunk: int = knob(0, "chunk length Q of the scan, for speed only (0: 256 for mamba_ssm, "
+                          "else 64)", "free result eval", high=1024)
     ssd_kernel: str = knob("auto", "form of the scan (auto: mamba_ssm on CUDA, torch on CPU)",
                            "free result eval", choices="auto mamba_ssm fused torch")
     num_heads: int = knob(8, "attention heads", "model", low=1)
@@ -354,6 +355,18 @@ class Config:
     temp_calib: float = knob(0.0, "temperature (0 = fit it)", "free result eval")
     eval_state: str = knob("reset", "carry = one pass with the recurrent state carried",
                            "free eval", choices="reset carry")
+    attention_overlap: int = knob(
+        1024, "tokens before a piece that attention sees (EVAL_STATE=carry)", "free result eval")
+    eval_adapt: bool = knob(False, "1 = score a chunk of the text, train on it, go on with the "
+                            "next (score-first test-time training)", "free eval")
+    adapt_steps: int = knob(1, "SGD steps per chunk", "free result eval", low=1)
+    adapt_lr: float = knob(0.002, "LR at the first chunk; cosine to 0 at the end of the text",
+                           "free result eval")
+    adapt_chunk_tokens: int = knob(32_768, "tokens per chunk, rounded up to whole batches",
+                                   "free result eval", low=1)
+    adapt_params: str = knob("all", "parameters that learn: all, or some of matrices, embedding, "
+                             "scalars, joined by commas", "free result eval")
+    adapt_clip: float = knob(1.0, "maximum gradient norm (0 = off)", "free result eval")
     diagnostics: bool = knob(
         True, "1 = statistics of the latent at each validation and after training", "free")
     probe_steps: int = knob(200, "steps of the linear probe on frozen h (0 = none)", "free")
@@ -468,6 +481,11 @@ class Config:
     in_lanes = property(lambda c: c.lanes or c.carry_state)
     micro_tokens = property(lambda c: c.train_batch_tokens // c.micro_batches)
     micro_sequences = property(lambda c: c.micro_tokens // c.train_seq_len)
+
+    @property
+    def overlap(self) -> int | None:
+        """ATTENTION_OVERLAP for models with attention, which alone need it."""
+        return self.attention_overlap if "a" in self.pattern else None
 
     @property
     def pattern(self) -> str:
@@ -666,7 +684,7 @@ class Runtime(contextlib.AbstractContextManager):
         if self.world == 1:
             return part, None
         whole = part.new_empty(self.world * len(part), *part.shape[1:])
-        return whole, dist.all_gather(list(whole.split(len(part))), part, async_op=True)
+        return whole, dist.all_gather_into_tensor(whole, part.contiguous(), async_op=True)
 
     def collect(self, value) -> list:
         """Every rank's picklable value, in rank order (never one from a file)."""
@@ -815,6 +833,10 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def file_hash(path: Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 class RunFolder:
     """runs/<RUN_ID>/: log.txt, metrics.jsonl, config.json, result.json; written by rank 0 only."""
 
@@ -865,7 +887,8 @@ class RunFolder:
 # ------------------------------------------------------------------------------
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 1024  # header: 256 little-endian int32
-BYTE_BOS = 0  # bos_id of byte shards: a byte that UTF-8 text never contains
+BYTE_BOS = 0     # bos_id of byte shards: a byte that UTF-8 text never contains
+BYTES = "bytes"  # the tokenizer of byte shards in source.json, and Vocabulary.source
 
 
 def read_shard(path: Path) -> np.ndarray:
@@ -985,6 +1008,7 @@ class Vocabulary:
     space: Tensor       # (V,) bool: begins with the space mark
     boundary: Tensor    # (V,) bool: control, unknown or unused
     bos_id: int         # begins a document
+    source: str = ""    # what made the tokens: BYTES, or the sha256 of the SentencePiece file
 
     def target_bytes(self, previous: Tensor, targets: Tensor) -> Tensor:
         """Bytes (int64) of `targets`, each after its `previous` token; any shape."""
@@ -994,27 +1018,28 @@ class Vocabulary:
         """Form for JSON; with it in the artifact, scoring needs no tokenizer."""
         codes = (self.base_bytes * 4 + self.space * 2 + self.boundary).numpy().astype("<u2")
         packed = base64.b64encode(zlib.compress(codes.tobytes(), 9)).decode()
-        return {"bos_id": self.bos_id, "codes": packed}
+        return {"bos_id": self.bos_id, "codes": packed, "source": self.source}
 
     @classmethod
     def unpack(cls, packed: dict[str, Any], vocab_size: int) -> Vocabulary:
         """Inverse of `pack`; UserError if the form is damaged or of another size."""
         try:
             packed_codes, bos_id = base64.b64decode(packed["codes"]), int(packed["bos_id"])
+            source = str(packed.get("source", ""))  # artifacts of v0.1 have none
             data = zlib.decompressobj().decompress(packed_codes, 2 * vocab_size + 1)
             codes = torch.from_numpy(np.frombuffer(data, dtype="<u2").astype(np.int64))
-        except (KeyError, TypeError, ValueError, zlib.error) as error:
-            raise UserError(f"the artifact's vocabulary is damaged ({error})") from None
+        except (KeyError, TypeError, ValueError, OverflowError, zlib.error) as error:
+            raise UserError(f"the artifact's vocabulary is damaged ({ascii(error)[:60]})") from None
         if len(codes) != vocab_size or not 0 <= bos_id < vocab_size:
             raise UserError(f"the artifact's vocabulary has {len(codes)} tokens, not {vocab_size}")
-        return cls(codes >> 2, (codes & 2) > 0, (codes & 1) > 0, bos_id)
+        return cls(codes >> 2, (codes & 2) > 0, (codes & 1) > 0, bos_id, source)
 
 
 def byte_vocabulary() -> Vocabulary:
     """256 byte values of one byte each, except BYTE_BOS: 0 bytes."""
     base = torch.ones(256, dtype=torch.int64)
     base[BYTE_BOS] = 0
-    return Vocabulary(base, torch.zeros(256, dtype=torch.bool), base == 0, BYTE_BOS)
+    return Vocabulary(base, torch.zeros(256, dtype=torch.bool), base == 0, BYTE_BOS, BYTES)
 
 
 def load_sentencepiece(path: str):
@@ -1049,7 +1074,8 @@ def bpe_vocabulary(path: str, vocab_size: int) -> Vocabulary:
             length = len(piece.removeprefix(mark).encode())
             rows.append((length, piece.startswith(mark), False))
     base, space, boundary = (torch.tensor(column) for column in zip(*rows))
-    return Vocabulary(base, space, boundary, model.bos_id() if model.bos_id() >= 0 else 1)
+    bos_id = model.bos_id() if model.bos_id() >= 0 else 1
+    return Vocabulary(base, space, boundary, bos_id, file_hash(path))
 
 
 def load_vocabulary(config: Config) -> Vocabulary:
@@ -1057,6 +1083,28 @@ def load_vocabulary(config: Config) -> Vocabulary:
     if config.tokenizer == "byte":
         return byte_vocabulary()
     return bpe_vocabulary(config.tokenizer_path, config.vocab_size)
+
+
+def shards_source(data_path: str) -> str | None:
+    """What made the shards of a folder (Vocabulary.source), as set-up wrote into its source.json;
+    None where nothing says it."""
+    path = Path(data_path) / "source.json"
+    try:
+        facts = json.loads(path.read_bytes()) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        reason = ascii(str(error))[1:61]
+        raise UserError(f"{path}: cannot be read ({reason}); run setup_jepa.sh") from None
+    source = facts.get("tokenizer") if isinstance(facts, dict) else None
+    return source if isinstance(source, str) else None
+
+
+def check_source(config: Config, vocabulary: Vocabulary) -> None:
+    """UserError if the shards were made with another tokenizer: their ids would mean other text."""
+    source = shards_source(config.data_path)
+    if source and vocabulary.source and source != vocabulary.source:
+        name = lambda text: text if text == BYTES else f"tokenizer {ascii(text)[1:9]}..."
+        raise UserError(f"DATA_PATH={config.data_path}: its source.json says that the shards hold "
+                        f"{name(source)}, but the model reads {name(vocabulary.source)}")
 
 
 def load_validation(config: Config) -> Tensor:
@@ -1138,13 +1186,13 @@ def causal_conv_silu(u: Tensor, weight: Tensor, bias: Tensor, *,
 
     initial (B,K-1,C): the inputs before the first, None for zeros. Returns (B,T,C) and the
     last K-1 inputs."""
-    taps, length = weight.size(-1), u.size(1)
+    size, length = weight.size(-1), u.size(1)
     if initial is None:
-        initial = u.new_zeros(u.size(0), taps - 1, u.size(2))
+        initial = u.new_zeros(u.size(0), size - 1, u.size(2))
     padded, out = torch.cat((initial.to(u.dtype), u), dim=1), bias.to(u.dtype)
-    for k in range(taps):
+    for k in range(size):
         out = out + padded[:, k:k + length] * weight[:, 0, k].to(u.dtype)
-    return F.silu(out), padded[:, length:]
+    return F.silu(out), padded[:, length:].clone()  # a view would keep all inputs in memory
 
 
 # ------------------------------------------------------------------------------
@@ -1200,10 +1248,10 @@ def custom_op(name: str, schema: str, outputs: Callable, launch: Callable,
 
 
 # -- head ----------------------------------------------------------------------
-
 def soft_cap(logits: Tensor, cap: float, kind: str) -> Tensor:
-    """Smooth bound of |logits| by cap (0: none). With u = logits / cap: cap tanh(u), or the odd
-    polynomial cap (u - u^3/3 + u^5/15), which reaches the cap near u = 1.69 and stays there."""
+    """Smooth bound of |logits| by cap (0: none). With u = logits / cap: cap tanh(u)
+    (https://arxiv.org/abs/2408.00118), or the odd polynomial cap (u - u^3/3 + u^5/15), which
+    reaches the cap near u = 1.69 and stays there (system A)."""
     if not cap:
         return logits
     if kind == "tanh":
@@ -1232,17 +1280,15 @@ def capped_logits(base, bias, col, live, V, cap, CAP: tl.constexpr):
 
 
 @jit
-def head(logits, bias, targets, nll, lse, n, V, cap, z_loss,
+def head_rows(logits, bias, targets, nll, lse, n, V, cap, z_loss,
          CAP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """nll and logsumexp of ROWS rows of logits (n, V); their gradient overwrites the logits."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    live = (row < n)[:, None]
+    live, lane = (row < n)[:, None], tl.arange(0, BLOCK)[None, :]
     base = logits + row.to(tl.int64)[:, None] * V
-    lane = tl.arange(0, BLOCK)[None, :]
     target = tl.load(targets + row, mask=row < n, other=0).to(tl.int32)[:, None]
     top = tl.full((ROWS, BLOCK), -1e38, tl.float32)  # finite: -inf - -inf is NaN
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    picked = tl.zeros((ROWS, BLOCK), tl.float32)
+    total, picked = tl.zeros_like(top), tl.zeros_like(top)
     for v in range(0, V, BLOCK):
         col = v + lane
         y, _ = capped_logits(base, bias, col, live, V, cap, CAP)
@@ -1265,15 +1311,14 @@ def head(logits, bias, targets, nll, lse, n, V, cap, z_loss,
 
 
 def _head_chunk(logits, bias, targets, nll, lse, softcap, kind, z_loss):
-    """Launches `head` for one chunk of tokens, or does the same in PyTorch."""
+    """Launches head_rows for one chunk of tokens, or does the same in PyTorch."""
     if not runs_triton(logits.device):
         return _head_chunk_torch(logits, bias, targets, nll, lse, softcap, kind, z_loss)
     n, V = logits.shape
     block = min(triton.next_power_of_2(V), 4096)
     rows = max(1, 2048 // block)
-    head[(triton.cdiv(n, rows),)](
-        logits, bias, targets, nll, lse, n, V, softcap, z_loss,
-        CAP=kind, ROWS=rows, BLOCK=block, num_warps=8)
+    head_rows[(triton.cdiv(n, rows),)](logits, bias, targets, nll, lse, n, V, softcap, z_loss,
+                                       CAP=kind, ROWS=rows, BLOCK=block, num_warps=8)
 
 
 def _head_chunk_torch(logits, bias, targets, nll, lse, softcap, kind, z_loss):
@@ -1290,7 +1335,7 @@ def _head_chunk_torch(logits, bias, targets, nll, lse, softcap, kind, z_loss):
         p = torch.add(one / -3, u2, alpha=1 / 15)
         p = torch.addcmul(one, u2, p, out=p).mul_(u)
         slope = torch.add(-one, u2, alpha=1 / 3)
-        slope = torch.addcmul(one, u2, slope, out=slope)  # 1 - u^2 + u^4/3
+        slope = torch.addcmul(one, u2, slope, out=slope)
         if saturates:
             slope.mul_(p.abs() <= 1)
             p.clamp_(-1, 1)
@@ -1314,8 +1359,8 @@ def _head_chunk_torch(logits, bias, targets, nll, lse, softcap, kind, z_loss):
 
 def _head_outputs(h, weight, bias, *_):
     """Loss, mean nll, and n times the gradients of h, weight and bias."""
-    f32 = functools.partial(h.new_empty, dtype=torch.float32)
-    return f32(()), f32(()), h.new_empty(h.shape), f32(weight.shape), f32(len(weight))
+    zeros = functools.partial(h.new_zeros, dtype=torch.float32)
+    return zeros(()), zeros(()), h.new_empty(h.shape), zeros(weight.shape), zeros(len(weight))
 
 
 def _launch_head(loss, mean, dh, dw, db, h, weight, bias, targets, softcap, kind, z_loss, rows):
@@ -1326,25 +1371,17 @@ def _launch_head(loss, mean, dh, dw, db, h, weight, bias, targets, softcap, kind
     nll, lse = torch.empty(2, n, device=h.device).unbind(0)
     # 64 MiB of bf16 logits on a GPU, 2 MiB of fp32 in a CPU's cache
     rows = min(n, rows or (max(256, (1 << 25) // V) if h.is_cuda else max(64, (1 << 19) // V)))
-    dw.zero_()
-    db.zero_()
+    in_fp32 = dict(out_dtype=torch.float32) if h.is_cuda and h.dtype != torch.float32 else {}
     buffer = h.new_empty(rows, V)
     for i in range(0, n, rows):
         part = slice(i, min(n, i + rows))
         logits = torch.mm(h[part], w.T, out=buffer[:part.stop - i])
         _head_chunk(logits, bias, targets[part], nll[part], lse[part], softcap, kind, z_loss)
         torch.mm(logits, w, out=dh[part])
-        dw += _mm_fp32(logits.T, h[part])
+        dw += torch.mm(logits.T, h[part], **in_fp32)  # the GEMM's own sums, not rounded to bf16
         db += logits.sum(0, dtype=torch.float32)
     mean = nll.mean()
     return mean + z_loss * lse.square().mean(), mean, dh, dw, db
-
-
-def _mm_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32: on CUDA the GEMM's own accumulator, not rounded to bf16."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return (a @ b).float()
 
 
 def _head_backward(grad, _, h, weight, bias, dh, dw, db, *options):
@@ -1372,7 +1409,6 @@ def token_loss_fused(h: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
 
 
 # -- causal convolution --------------------------------------------------------
-
 @jit
 def conv_input(u, init, t, c, ok, T, C, row, K: tl.constexpr, INIT: tl.constexpr):
     """Inputs at times t and channels c; before time 0 those of init (K-1 rows), else zeros."""
@@ -1486,7 +1522,7 @@ def causal_conv_silu_triton(u: Tensor, weight: Tensor, bias: Tensor, *,
     if u.size(1) < reach:
         before = u.new_zeros(len(u), reach, u.size(2)) if initial is None else initial
         tail = torch.cat((before.to(u.dtype), u), 1)
-    return _conv_silu(u, weight, bias, initial), tail[:, tail.size(1) - reach:]
+    return _conv_silu(u, weight, bias, initial), tail[:, tail.size(1) - reach:].clone()
 
 
 # -- rounding to the storage grid ----------------------------------------------
@@ -1494,60 +1530,57 @@ FORMATS = {"bf16": 0, "fp8": 1, "int": 2, "sigma": 3}  # `kind` of the kernel
 
 
 @jit
-def round_bf16(x):
-    """fp32 rounded half to even to bf16, still fp32. By bits: the interpreter's cast truncates."""
+def round_mantissa(x, BITS: tl.constexpr):
+    """fp32 with the last BITS bits rounded off, half to even; the interpreter's casts truncate."""
     i = x.to(tl.int32, bitcast=True)
-    return ((i + 0x7FFF + ((i >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    i += (1 << (BITS - 1)) - 1 + ((i >> BITS) & 1)
+    return ((i >> BITS) << BITS).to(tl.float32, bitcast=True)
 
 
 @jit
 def round_fp8(x):
     """fp32 rounded to e4m3fn, still fp32: 3 mantissa bits, or multiples of 2^-9 below 2^-6."""
     v = tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
-    i = v.to(tl.int32, bitcast=True)
-    normal = ((i + 0x7FFFF + ((i >> 20) & 1)) & -1048576).to(tl.float32, bitcast=True)
-    small = ((tl.abs(v) + 24576.0) - 24576.0).to(tl.int32, bitcast=True)
-    small = (small | (i & -2147483648)).to(tl.float32, bitcast=True)  # keeps -0.0
-    return tl.where(tl.abs(v) < 0.015625, small, normal)
+    small = ((v + 24576.0) - 24576.0).to(tl.int32, bitcast=True)  # 1.5 * 2^14
+    small |= v.to(tl.int32, bitcast=True) & -2147483648  # keeps -0.0
+    small = small.to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(v) < 0.015625, small, round_mantissa(v, 20))
 
 
 @jit
-def snap_rows(table, numbers, owner, OUT: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
-    """One row per program, of tensor owner[program]. Per tensor, numbers has its parameter and
-    table (tensors, 6) source, target, elements, columns, format and first program."""
-    program = tl.program_id(0)
-    tensor = tl.load(owner + program)
-    entry, param, lane = table + tensor * 6, tl.load(numbers + tensor), tl.arange(0, BLOCK)
+def snap_rows(table, OUT: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+    """Rounds one row per program. table (rows, 5) int64: address, target's address, size, format,
+    and bits of the fp64 parameter."""
+    entry, lane = table + tl.program_id(0) * 5, tl.arange(0, BLOCK)
     source = tl.load(entry).to(tl.pointer_type(tl.float32))
     target = tl.load(entry + 1).to(tl.pointer_type(OUT))
-    columns, kind = tl.load(entry + 3), tl.load(entry + 4)
-    start = (program - tl.load(entry + 5)) * columns
-    size = tl.minimum(columns, tl.load(entry + 2) - start)
-    if EVEN:  # rows of multiples of 8 elements: wide loads and stores
+    size, kind = tl.load(entry + 2), tl.load(entry + 3)
+    if EVEN:  # wide loads and stores
         source, target = tl.multiple_of(source, 16), tl.multiple_of(target, 16)
-        start, size = tl.multiple_of(start, 8), tl.multiple_of(size, 8)
+        size = tl.multiple_of(size, 8)
+    param = tl.load(entry + 4).to(tl.float64, bitcast=True)
     bound = param.to(tl.float32)
     scale = bound * 0.0 + 1.0
     if kind >= 2:  # the sum is in fp64, so that its order cannot show in bf16
         peak, square = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float64)
         for i in range(0, size, BLOCK):
-            w = tl.load(source + start + i + lane, mask=i + lane < size, other=0.0)
+            w = tl.load(source + i + lane, mask=i + lane < size, other=0.0)
             peak = tl.maximum(peak, tl.abs(w))
             square += w.to(tl.float64) * w.to(tl.float64)
         by_peak = tl.div_rn(tl.maximum(tl.max(peak, 0), 1e-8), bound)
         by_rms = tl.maximum((tl.sqrt(tl.sum(square, 0) / size) * param).to(tl.float32), 1e-8)
-        scale = round_bf16(tl.where(kind == 2, by_peak, by_rms))
+        scale = round_mantissa(tl.where(kind == 2, by_peak, by_rms), 16)
         bound = tl.where(kind == 2, bound, 127.0)
     for i in range(0, size, BLOCK):
-        w = tl.load(source + start + i + lane, mask=i + lane < size, other=0.0)
+        w = tl.load(source + i + lane, mask=i + lane < size, other=0.0)
         if kind >= 2:  # adding 1.5 * 2^23 rounds half to even; NaN passes through
             q = tl.clamp(tl.div_rn(w, scale), -bound, bound, propagate_nan=tl.PropagateNan.ALL)
-            value = round_bf16(((q + 12582912.0) - 12582912.0) * scale)
+            value = round_mantissa(((q + 12582912.0) - 12582912.0) * scale, 16)
         elif kind == 1:
             value = round_fp8(w)
         else:
-            value = round_bf16(w)
-        tl.store(target + start + i + lane, value.to(OUT), mask=i + lane < size)
+            value = round_mantissa(w, 16)
+        tl.store(target + i + lane, value.to(OUT), mask=i + lane < size)
 
 
 class FusedSnap:
@@ -1559,32 +1592,30 @@ class FusedSnap:
 
     def __init__(self, items: list[tuple[Tensor, Tensor, str, float]]):
         self.dtype, rows = items[0][1].dtype, []
-        for master, target, kind, _ in items:
+        for master, target, kind, parameter in items:
             assert master.is_contiguous() and target.is_contiguous()
             assert master.shape == target.shape and master.dtype == torch.float32
             size = master.numel()  # a vector is one row; bf16 and fp8 take rows of 1024
-            columns = size // len(master) if master.dim() > 1 else size
-            columns = 1024 if kind in ("bf16", "fp8") else columns
-            rows.append((master.data_ptr(), target.data_ptr(), size, columns, FORMATS[kind]))
-        self.even = all(a % 16 == b % 16 == n % 8 == m % 8 == 0 for a, b, n, m, _ in rows)
-        device, counts = items[0][0].device, torch.tensor([-(-row[2] // row[3]) for row in rows])
-        first = (counts.cumsum(0) - counts).tolist()
-        self.table = torch.tensor([(*row, f) for row, f in zip(rows, first)], device=device)
-        self.numbers = torch.tensor([item[3] for item in items], dtype=torch.float64, device=device)
-        owner = torch.arange(len(rows), dtype=torch.int32)
-        self.owner = owner.repeat_interleave(counts).to(device)
+            columns = size // (len(master) if master.dim() > 1 else 1)
+            start = torch.arange(0, size, 1024 if FORMATS[kind] < 2 else columns)
+            addresses = (t.data_ptr() + t.element_size() * start for t in (master, target))
+            sizes = start.diff(append=torch.tensor([size]))
+            bits = torch.tensor(parameter, dtype=torch.float64).view(torch.int64)
+            constants = (torch.full_like(start, int(n)) for n in (FORMATS[kind], bits))
+            rows.append(torch.stack((*addresses, sizes, *constants), 1))
+        table = torch.cat(rows)
+        self.even = not (table[:, :3] % torch.tensor([16, 16, 8])).any()
+        self.table = table.to(items[0][0].device)
 
     def __call__(self) -> None:
         out = getattr(tl, str(self.dtype).removeprefix("torch."))
-        snap_rows[(len(self.owner),)](self.table, self.numbers, self.owner, OUT=out,
-                                      EVEN=self.even, BLOCK=1024, num_warps=4)
+        snap_rows[(len(self.table),)](self.table, OUT=out, EVEN=self.even, BLOCK=1024, num_warps=4)
 
 
 # -- SSD by kernels of our own -------------------------------------------------
 # The state of a head stays on chip. Q, P and N are tile sizes. Strides are constexpr: as
 # run-time values they cost thirty registers. Rows past T load as zeros, dt too, and change
 # nothing. States in memory are (N, P) in the compute dtype, one per chunk.
-
 @jit
 def load_tile(base, row, stride: tl.constexpr, col, ok):
     return tl.load(base + (row[:, None] * stride + col[None, :]), mask=ok[:, None], other=0.0)
@@ -1611,7 +1642,7 @@ def exp2_where(ok, x):
 
 
 @jit
-def dot(a, b, acc=None):
+def dot_tiles(a, b, acc=None):
     """Product of tiles in fp32; without TF32 where the tiles are fp32."""
     return tl.dot(a, b, acc, input_precision="ieee")
 
@@ -1627,7 +1658,7 @@ def ssd_scan(x, left, right, dt, A, D, first, y, states, last, T, X: tl.constexp
     the gradient of the state. SAVE: store the state with which each chunk begins."""
     h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i, p, n = tl.arange(0, Q), tl.arange(0, P), tl.arange(0, N)
-    typ: tl.constexpr = x.dtype.element_ty
+    dtype: tl.constexpr = x.dtype.element_ty
     x, left, right = x + b * T * X + h * P, left + b * T * ROW, right + b * T * ROW
     dt, y = dt + b * T * H + h, y + b * T * H * P + h * P
     chunks = tl.cdiv(T, Q)
@@ -1642,24 +1673,24 @@ def ssd_scan(x, left, right, dt, A, D, first, y, states, last, T, X: tl.constexp
         Ls = load_tile(left + c * Q * ROW, i, ROW, n, ok)
         Rs = load_tile(right + c * Q * ROW, i, ROW, n, ok)
         xs = load_tile(x + c * Q * X, i, X, p, ok)
-        now = state.to(typ)
+        now = state.to(dtype)
         if SAVE:
             tl.store(states + c * N * P + (n[:, None] * P + p[None, :]), now)
         enter, leave = tl.exp2(cs), tl.exp2(total - cs) * step
         if BACK:
             enter, leave = leave, enter
-        out = dot(Ls, now) * enter[:, None]
-        mix = dot(Ls, tl.trans(Rs))
+        out = dot_tiles(Ls, now) * enter[:, None]
+        mix = dot_tiles(Ls, tl.trans(Rs))
         if BACK:  # x_j reaches y_i if j <= i; rows are j here
             mix *= step[:, None]
             mix *= exp2_where(i[:, None] <= i[None, :], cs[None, :] - cs[:, None])
         else:
             mix *= step[None, :]
             mix *= exp2_where(i[:, None] >= i[None, :], cs[:, None] - cs[None, :])
-        out = dot(mix.to(typ), xs, out) + skip * xs
+        out = dot_tiles(mix.to(dtype), xs, out) + skip * xs
         store_tile(y + c * Q * H * P, i, H * P, p, ok, out)
-        Rs = (Rs * leave[:, None]).to(typ)
-        state = dot(tl.trans(Rs), xs, state * tl.exp2(total))
+        Rs = (Rs * leave[:, None]).to(dtype)
+        state = dot_tiles(tl.trans(Rs), xs, state * tl.exp2(total))
     if LAST:
         tl.store(last + cell, state)
 
@@ -1669,59 +1700,50 @@ def ssd_bwd_bc(x, B, C, dy, dt, A, states, dstates, ddt, dB, dC, part, T, ROW: t
                H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr):
     """One program per (chunk, sequence) sums dB and dC over the heads in registers.
 
-    The first loop is what stays inside the chunk: B and C serve all heads, so d(C B^T) is summed
-    first and multiplied once. The second is what passes through the states; it meets x and dy
-    again in L2. The gradient of the log decay is the reverse sum of C_i.dC_i - B_i.dB_i; terms
-    that cancel (those through the chunk's end) are left out, not subtracted."""
+    B and C serve all heads, so the gradient of C B^T is summed first and multiplied once; the
+    rest of dB and dC passes through the states. The gradient of the log decay is the reverse sum
+    of C_i.dC_i - B_i.dB_i; terms that cancel (those through the chunk's end) are left out, not
+    subtracted."""
     c, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i, p, n = tl.arange(0, Q), tl.arange(0, P), tl.arange(0, N)
-    typ: tl.constexpr = x.dtype.element_ty
+    dtype: tl.constexpr = x.dtype.element_ty
     chunks, row, ok = tl.num_programs(0), b * T + c * Q, c * Q + i < T
     Bs = load_tile(B + row * ROW, i, ROW, n, ok)
     Cs = load_tile(C + row * ROW, i, ROW, n, ok)
     x, dy, dt, ddt = x + row * ROW, dy + row * H * P, dt + row * H, ddt + row * H
     cell = (b * H * chunks + c) * N * P + n[:, None] * P + p[None, :]
-    part += (b * chunks + c) * 3 * H
-    gain = dot(Cs, tl.trans(Bs))
+    part += (b * chunks + c) * 2 * H
+    gain = dot_tiles(Cs, tl.trans(Bs))
     acc = tl.zeros((Q, Q), tl.float32)
+    sum_B, sum_C = tl.zeros((Q, N), tl.float32), tl.zeros((Q, N), tl.float32)
     for h in range(H):
         xs = load_tile(x + h * P, i, ROW, p, ok)
         g = load_tile(dy + h * P, i, H * P, p, ok)
         rate = tl.load(A + h)
-        step, cs, _ = decays(dt + h, rate, i, ok, H)
-        share = dot(g, tl.trans(xs))  # dy_i . x_j
+        step, cs, total = decays(dt + h, rate, i, ok, H)
+        share = dot_tiles(g, tl.trans(xs))  # dy_i . x_j
         share *= exp2_where(i[:, None] >= i[None, :], cs[:, None] - cs[None, :])
         dD = tl.sum(tl.sum(tl.where(i[:, None] == i[None, :], share, 0.0), 1), 0)
         column = tl.sum(share * gain, 0)  # by j, without dt_j
         share *= step[None, :]
         acc += share
-        da = tl.cumsum(tl.sum(share * gain, 1) - column * step, 0, reverse=True)
-        tl.store(ddt + h + i * H, rate * da + column, mask=ok)
-        tl.store(part + h, tl.sum(step * da, 0))
-        tl.store(part + 2 * H + h, dD)
-    acc = acc.to(typ)
-    sum_C, sum_B = dot(acc, Bs), dot(tl.trans(acc), Cs)
-    tl.debug_barrier()  # ddt is read back below, perhaps by other threads
-    for h in range(H):
-        xs = load_tile(x + h * P, i, ROW, p, ok)
-        g = load_tile(dy + h * P, i, H * P, p, ok)
+        inside = tl.sum(share * gain, 1) - column * step
         S = tl.load(states + h * chunks * N * P + cell)
         dS = tl.load(dstates + h * chunks * N * P + cell)
-        rate = tl.load(A + h)
-        step, cs, total = decays(dt + h, rate, i, ok, H)
         through = tl.exp2(total) * tl.sum(tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1), 0)
-        out = dot(g, tl.trans(S)) * tl.exp2(cs)[:, None]
+        out = dot_tiles(g, tl.trans(S)) * tl.exp2(cs)[:, None]
         sum_C += out
         q = tl.sum(out * Cs, 1)
-        out = dot(xs, tl.trans(dS)) * tl.exp2(total - cs)[:, None]
+        out = dot_tiles(xs, tl.trans(dS)) * tl.exp2(total - cs)[:, None]
         r = tl.sum(out * Bs, 1)
         sum_B += out * step[:, None]
-        da = tl.cumsum(q, 0, reverse=True) + tl.cumsum(r * step, 0) - r * step + through
-        inside = tl.load(ddt + h + i * H, mask=ok, other=0.0)
-        tl.store(ddt + h + i * H, inside + rate * da + r, mask=ok)
-        tl.store(part + H + h, tl.sum(step * da, 0))
-    store_tile(dB + row * N, i, N, n, ok, sum_B)
-    store_tile(dC + row * N, i, N, n, ok, sum_C)
+        da = tl.cumsum(inside + q, 0, reverse=True) + tl.cumsum(r * step, 0) - r * step + through
+        tl.store(ddt + h + i * H, rate * da + column + r, mask=ok)
+        tl.store(part + h, tl.sum(step * da, 0))
+        tl.store(part + H + h, dD)
+    acc = acc.to(dtype)
+    store_tile(dB + row * N, i, N, n, ok, dot_tiles(tl.trans(acc), Cs, sum_B))
+    store_tile(dC + row * N, i, N, n, ok, dot_tiles(acc, Bs, sum_C))
 
 
 def _ssd_layout(x, B, C, chunk):
@@ -1734,9 +1756,8 @@ def _ssd_layout(x, B, C, chunk):
                             "else set SSD_KERNEL=torch")
     strides = {(t.stride(0), t.stride(1), t.stride(-1)) for t in (x, B, C)}
     if strides != {(T * row, row, 1)} or x.stride(2) != P:
-        wide = torch.cat((x.flatten(2), B, C), 2)
-        x, B, C = wide.split((H * P, N, N), 2)
-        row = wide.size(2)
+        row = H * P + 2 * N
+        x, B, C = torch.cat((x.flatten(2), B, C), 2).split((H * P, N, N), 2)
     return x, B, C, dict(ROW=row, H=H, P=P, N=N, Q=chunk)
 
 
@@ -1753,19 +1774,17 @@ def _launch_ssd_fused_backward(dx, ddt, dA, dB, dC, dD, dinit, dy, dfinal, x, dt
     (b, T, H, P), chunks = x.shape, states.size(2)
     dy, dfinal, dt = _contiguous(torch.zeros_like(dx) if dy is None else dy, dfinal, dt)
     x, B, C, sizes = _ssd_layout(x, B, C, chunk)
-    dstates, part = torch.empty_like(states), dt.new_empty(b, chunks, 3, H)
+    dstates, part = torch.empty_like(states), dt.new_empty(b, chunks, 2, H)
     ssd_scan[H, b](dy, B, C, dt, A, D.float(), dfinal, dx, dstates, dinit, T, X=H * P,
                    BACK=True, FIRST=dfinal is not None, SAVE=True, LAST=initial_state is not None,
                    **sizes, num_warps=4, num_stages=3)
     ssd_bwd_bc[chunks, b](x, B, C, dy, dt, A, states, dstates, ddt, dB, dC, part, T, **sizes,
                           num_warps=8, num_stages=2)
-    part = part.sum((0, 1))
-    torch.add(part[0], part[1], out=dA)  # from inside the chunks, and through the states
-    dD.copy_(part[2])
+    for gradient, total in zip((dA, dD), part.sum((0, 1))):
+        gradient.copy_(total)
 
 
 # -- SSD by mamba-ssm ----------------------------------------------------------
-
 def mamba_ssm(launcher: str, *arguments, **options):
     """Call launcher fwd or bwd of https://github.com/state-spaces/mamba; without arguments only
     import it. Turns import-time and launch-time Triton mismatches into one UserError."""
@@ -1812,7 +1831,6 @@ def _launch_mamba_ssm_backward(dx, ddt, dA, dB, dC, dD, dinit, dy, dfinal, x, dt
 
 
 # -- SSD: custom ops, and the choice among the three forms ---------------------
-
 def _ssd_outputs(x, dt, A, B, C, D, initial_state, chunk, save):
     """y, the final state, and with `save` the states at chunk starts, for the backward pass."""
     (b, T, H, P), N = x.shape, B.size(2)
@@ -1844,7 +1862,7 @@ def _ssd_form(name: str, launch: Callable, launch_backward: Callable, saves: boo
 ssd_triton = _ssd_form("ssd_fused", _launch_ssd_fused, _launch_ssd_fused_backward, saves=True)
 ssd_mamba_ssm = _ssd_form("ssd_mamba_ssm", _launch_mamba_ssm, _launch_mamba_ssm_backward,
                           saves=False)
-SCANS = {"torch": ssd_chunked, "mamba_ssm": ssd_mamba_ssm, "fused": ssd_triton}
+CHUNKS = {"mamba_ssm": 256}  # where SSD_CHUNK=0; it writes fp32 states: 2.5 GB a layer, 3.5 at 64
 
 
 class Kernels(NamedTuple):
@@ -1852,33 +1870,32 @@ class Kernels(NamedTuple):
     ssd: Callable = ssd_chunked
     conv: Callable = causal_conv_silu
     name: str = "torch"
+    chunk = property(lambda self: CHUNKS.get(self.name, 64))
 
 
 def choose_kernels(c: Config, runtime: Runtime) -> tuple[Kernels, str]:
-    """The forms for this device and SSD_KERNEL, and a line for the log if one had to be replaced.
+    """The forms for SSD_KERNEL on this device, and a line for the log if one was replaced.
 
-    auto: mamba-ssm on CUDA, as long as no GPU has timed the others, else PyTorch. UserError if
-    a form asked for by name cannot run."""
-    name, note, device = c.ssd_kernel, "", runtime.device
-    on_gpu = device.type == "cuda" or INTERPRETED
-    if name == "auto":
-        name = "mamba_ssm" if on_gpu else "torch"
-    if name != "torch" and not on_gpu:
-        raise UserError(f"SSD_KERNEL={name} needs a CUDA device; on {device.type} set "
-                        "SSD_KERNEL=torch or auto")
-    if name == "fused" and triton is None:
-        raise UserError("SSD_KERNEL=fused needs the package triton: pip install triton")
-    if name == "mamba_ssm":
+    auto on CUDA takes mamba-ssm, as long as no GPU has timed our scan. UserError if a form that
+    SSD_KERNEL names cannot run."""
+    name, device = c.ssd_kernel, runtime.device
+    if not runs_triton(device):
+        if name not in ("auto", "torch"):
+            raise UserError(f"SSD_KERNEL={name} needs a CUDA device and the package triton; here "
+                            f"({device.type}) set SSD_KERNEL=torch or auto")
+        note = "triton is not installed: many more launches and more memory"
+        return Kernels(), note if device.type == "cuda" else ""
+    scans, note = {"torch": ssd_chunked, "fused": ssd_triton, "mamba_ssm": ssd_mamba_ssm}, ""
+    if name in ("auto", "mamba_ssm"):
         try:
-            mamba_ssm("fwd"), mamba_ssm("bwd")
+            mamba_ssm("fwd")
+            mamba_ssm("bwd")
+            name = "mamba_ssm"
         except UserError as e:
-            if c.ssd_kernel != "auto":
+            if name == "mamba_ssm":
                 raise
-            name = "fused" if triton else "torch"
-            note = f"{e}; taking {name} instead: " + (
-                "no GPU has timed it" if triton else "many more launches and more memory")
-    conv = causal_conv_silu_triton if runs_triton(device) else causal_conv_silu
-    return Kernels(SCANS[name], conv, name), note
+            name, note = "fused", f"{e}; taking our own Triton scan, which no GPU has timed"
+    return Kernels(scans[name], causal_conv_silu_triton, name), note
 
 
 # ------------------------------------------------------------------------------
@@ -1958,12 +1975,13 @@ class Mamba2(nn.Module):
 
     @classmethod
     def from_config(cls, c: Config, kernels: Kernels) -> Mamba2:
-        return cls(c.model_dim, c.d_state, c.d_conv, c.expand, kernels, c.ssd_chunk)
+        return cls(c.model_dim, c.d_state, c.d_conv, c.expand, kernels,
+                   c.ssd_chunk or kernels.chunk)
 
     @staticmethod
     def flops(c: Config) -> float:
         """Multiply-adds per token beyond those of the parameters: state, and within a chunk."""
-        return c.d_inner * (2 * c.d_state + 1.5 * c.ssd_chunk / 2)
+        return c.d_inner * (2 * c.d_state + 1.5 * (c.ssd_chunk or 64) / 2)
 
     def empty_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> State:
         """The state before the first position: zeros."""
@@ -1999,17 +2017,24 @@ class Mamba2(nn.Module):
         y, ssm_state = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, ssm_state)
         return self._output(y.flatten(1).unsqueeze(1), z), (conv_state, ssm_state)
 
+    def trim(self, state: State, overlap: int) -> State:
+        """The state as it is: its size is fixed."""
+        return state
+
 
 class Attention(nn.Module):
     """Causal attention: grouped queries (https://arxiv.org/abs/2305.13245), RMS-normalized q
-    and k, rotary positions, a learned gain per query head. Its state: the keys and values so
-    far, each (B,kv_heads,S,width)."""
+    and k, rotary positions, a learned gain per query head. Its state: the keys, before their
+    rotation, and values so far, each (B,kv_heads,S,width)."""
     roles = {"q_gain": CONTROL}
 
-    def __init__(self, dim: int, heads: int, kv_heads: int, base: float, gain: float, eps: float):
+    def __init__(self, dim: int, heads: int, kv_heads: int, base: float, gain: float, eps: float,
+                 positions: int = 0):
         super().__init__()
         self.heads, self.kv_heads, self.width = heads, kv_heads, dim // heads
         self.base, self.eps = base, eps
+        table = self.cos_sin(0, positions, torch.device("cpu"))
+        self.register_buffer("table", table, persistent=False)  # for the first `positions`
         self.q_proj = Linear(dim, dim)
         self.k_proj = Linear(dim, kv_heads * self.width)
         self.v_proj = Linear(dim, kv_heads * self.width)
@@ -2019,7 +2044,8 @@ class Attention(nn.Module):
     @classmethod
     def from_config(cls, c: Config, kernels: Kernels) -> Attention:
         heads = c.num_heads, c.num_kv_heads
-        return cls(c.model_dim, *heads, c.rope_base, c.qk_gain_init, c.norm_eps)
+        positions = min(c.train_seq_len, 1 << 16)
+        return cls(c.model_dim, *heads, c.rope_base, c.qk_gain_init, c.norm_eps, positions)
 
     @staticmethod
     def flops(c: Config) -> float:
@@ -2029,16 +2055,20 @@ class Attention(nn.Module):
     def empty_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> None:
         """None: keys and values have no fixed size."""
 
-    def rotate(self, x: Tensor, start: int) -> Tensor:
-        """Rotary embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864), half split.
-
-        x (B,heads,T,width) at positions start, start+1, ... The angles are fp32: bf16 cannot tell
-        positions above 256 apart."""
-        half = self.width // 2
-        fp32 = dict(device=x.device, dtype=torch.float32)
+    def cos_sin(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """Cosines and sines (2,T,width/2) of the rotary angles at positions start <= t < stop. They
+        are fp32: bf16 cannot tell positions above 256 apart."""
+        half, fp32 = self.width // 2, dict(device=device, dtype=torch.float32)
         frequency = self.base ** (-torch.arange(half, **fp32) / half)
-        angle = torch.outer(torch.arange(start, start + x.size(2), **fp32), frequency)
-        cos, sin = angle.cos(), angle.sin()
+        angle = torch.outer(torch.arange(start, stop, **fp32), frequency)
+        return torch.stack((angle.cos(), angle.sin()))
+
+    def rotate(self, x: Tensor, start: int) -> Tensor:
+        """Rotary embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864), half split, of x
+        (B,heads,T,width) at positions start, start+1, ..."""
+        stop = start + x.size(2)
+        known = stop <= self.table.size(1)
+        cos, sin = self.table[:, start:stop] if known else self.cos_sin(start, stop, x.device)
         a, b = x.float().chunk(2, dim=-1)
         return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).to(x.dtype)
 
@@ -2046,18 +2076,22 @@ class Attention(nn.Module):
         """u (B,T,D), keys and values before it -> (B,T,D), keys and values with its own."""
         q, k, v = [project(u).unflatten(-1, (-1, self.width)).transpose(1, 2)
                    for project in (self.q_proj, self.k_proj, self.v_proj)]
-        start = 0 if state is None else state[0].size(2)
-        q = self.rotate(rms_norm(q, self.eps), start) * self.q_gain.to(u.dtype).view(-1, 1, 1)
-        k = self.rotate(rms_norm(k, self.eps), start)
-        mask = None
+        q, k, mask, start = rms_norm(q, self.eps), rms_norm(k, self.eps), None, 0
         if state is not None:
+            start = state[0].size(2)
             k, v = torch.cat((state[0], k), dim=2), torch.cat((state[1], v), dim=2)
             mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=u.device).tril(start)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+        q = self.rotate(q, start) * self.q_gain.to(u.dtype).view(-1, 1, 1)
+        y = F.scaled_dot_product_attention(q, self.rotate(k, 0), v, attn_mask=mask,
+                                           is_causal=mask is None,
                                            enable_gqa=self.kv_heads != self.heads)
         return self.out_proj(y.transpose(1, 2).flatten(2)), (k, v)
 
     step = forward
+
+    def trim(self, state: State, overlap: int) -> State:
+        """The last `overlap` keys and values; positions then count from the first of them."""
+        return tuple(part[:, :, max(0, part.size(2) - overlap):] for part in state)
 
 
 MIXERS = {"m": Mamba2, "a": Attention}  # by letter; a new mixer defines the same methods
@@ -2129,9 +2163,8 @@ def check_mixers(c: Config) -> Iterator[str]:
             yield f"NUM_HEADS={c.num_heads}: must divide MODEL_DIM={c.model_dim} into even widths"
         if c.num_heads % c.num_kv_heads:
             yield f"NUM_KV_HEADS={c.num_kv_heads}: must divide NUM_HEADS={c.num_heads}"
-        if c.carry_state or c.eval_state == "carry":
-            yield ("CARRY_STATE, EVAL_STATE=carry: attention has no fixed-size state; use "
-                   "MIXER=mamba2")
+        if c.carry_state:
+            yield "CARRY_STATE=1: attention has no fixed-size state; use MIXER=mamba2"
 
 
 CHECKS.append(check_mixers)
@@ -2180,6 +2213,10 @@ class LanguageModel(nn.Module):
     def empty_states(self, batch: int, dtype: torch.dtype, device: torch.device) -> list:
         """One state per block, as before the first token."""
         return [block.mixer.empty_state(batch, dtype, device) for block in self.blocks]
+
+    def trim_states(self, states: list, overlap: int) -> list:
+        """The states with the last `overlap` positions of attention's keys and values."""
+        return [block.mixer.trim(state, overlap) for block, state in zip(self.blocks, states)]
 
     def embed(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """ids (B,T) -> x0 (B,T,D), RMS-normalized."""
@@ -2286,21 +2323,21 @@ class Active(NamedTuple):
     cov: bool
 
 
-@functools.cache
-def sigreg_knots(count: int) -> tuple[tuple[float, ...], ...]:
+@torch.compiler.assume_constant_result  # a tensor on the device, not a copy within the graph
+def sigreg_knots(count: int, device: torch.device) -> Tensor:
     """Knots t on [0.2, 4], the characteristic function exp(-t^2/2) there, and trapezoid weights
-    times that function."""
+    times that function: (3, count) fp32."""
     step = 3.8 / (count - 1)
     knots = [0.2 + step * i for i in range(count)]
     target = [math.exp(-t * t / 2) for t in knots]
     weights = [step * (1 if i in (0, count - 1) else 2) * target[i] for i in range(count)]
-    return tuple(knots), tuple(target), tuple(weights)
+    return torch.tensor((knots, target, weights), device=device)
 
 
 def sigreg_null(samples: int, knots: int = 17) -> float:
     """Expected SIGReg of standard normal samples: the integral of (1 - phi^2) w / samples."""
-    _, target, weights = sigreg_knots(knots)
-    return sum(w * (1 - phi * phi) for phi, w in zip(target, weights)) / samples
+    _, target, weights = sigreg_knots(knots, torch.device("cpu")).double()
+    return float((weights * (1 - target * target)).sum()) / samples
 
 
 def sigreg(z: Tensor, directions: Tensor, knots: int = 17, axis: str = "batch") -> Tensor:
@@ -2310,7 +2347,7 @@ def sigreg(z: Tensor, directions: Tensor, knots: int = 17, axis: str = "batch") 
     z (B,S,L) at S sampled positions, directions (M,L). Per direction the empirical characteristic
     function is compared with exp(-t^2/2). Its mean is taken over the batch ("batch", system A),
     over the positions ("time") or over both; the result is the mean over the rest."""
-    points, target, weights = (z.new_tensor(v, dtype=torch.float32) for v in sigreg_knots(knots))
+    points, target, weights = sigreg_knots(knots, z.device)
     phase = F.linear(z.float(), directions).unsqueeze(-1) * points         # (B,S,M,knots)
     pooled = {"batch": (0,), "time": (1,), "both": (0, 1)}[axis]
     real, imaginary = phase.cos().mean(pooled), phase.sin().mean(pooled)
@@ -2811,17 +2848,17 @@ def matmul_dtype(device_type: str) -> torch.dtype:
 
 
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
-    """About U V^T of the SVDs of matrices (k,rows,cols), by Newton-Schulz, in matmul_dtype."""
+    """About U V^T of the SVDs of matrices (k,rows,cols), by Newton-Schulz, in matmul_dtype.
+
+    Tall matrices are multiplied from the right: their rows stay as they are aligned."""
     x = matrices.to(matmul_dtype(matrices.device.type))
-    if tall := x.size(-2) > x.size(-1):
-        x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    a, b, c = QUINTIC
+    tall, (a, b, c) = x.size(-2) > x.size(-1), QUINTIC
     for _ in range(steps):
-        gram = x @ x.mT
+        gram = x.mT @ x if tall else x @ x.mT
         poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, poly, x, beta=a)
-    return x.mT if tall else x
+        x = torch.baddbmm(x, *((x, poly) if tall else (poly, x)), beta=a)
+    return x
 
 
 @dataclass
@@ -2946,7 +2983,7 @@ class Weights:
     @torch.no_grad()
     def load(self, which: str = "master", qat: bool = False) -> None:
         """Write masters or averages into the compute weights, on the storage grid under `qat`."""
-        if which == "master" and qat and self.runtime.cuda and self.snap_fused():
+        if which == "master" and qat and runs_triton(self.runtime.device) and self.snap_fused():
             return
         for group in self.groups:
             if qat and group.grid:
@@ -3039,7 +3076,7 @@ class Muon:
             update = F.pad(update, (0, 0, 0, 0, 0, missing))
         if c.row_norm:
             update = rms_norm(update, FP32_EPS)
-        return orthogonalize(update, c.muon_backend_steps).contiguous()
+        return orthogonalize(update, c.muon_backend_steps)
 
 
 class Optimizer:
@@ -3155,8 +3192,8 @@ def write_container(path, kind: str, meta: dict, sections: list[tuple[Section, A
     entries = [section._asdict() for section, _ in sections]
     header = {"kind": kind, "meta": meta, "sections": entries}
     text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
-    if len(text) > MAX_HEADER[kind]:
-        raise UserError(f"{path}: {len(sections)} sections are too many for one file")
+    if len(text) > MAX_HEADER[kind] or entry_count(header) > MAX_ENTRIES[kind]:
+        raise UserError(f"{path}: {entry_count(header)} tensors are too many for one file")
     packed, digest = zlib.compress(text, 9), hashlib.sha256()
     with replacing(Path(path)) as file:
         def put(data) -> None:
@@ -3169,6 +3206,10 @@ def write_container(path, kind: str, meta: dict, sections: list[tuple[Section, A
             put(payload)
         file.write(digest.digest())
         return file.tell()
+
+
+def entry_count(header: dict) -> int:
+    return max(len(header["sections"]), len(header["meta"].get("tensors", ())))
 
 
 def inflate(data, raw: int) -> bytes:
@@ -3195,18 +3236,19 @@ def read_container(path, kind: str) -> tuple[dict, list[tuple[Section, memoryvie
             sections.append((section, data[start:start + section.stored]))
             start += section.stored
         require(start == len(data) - 32, "section sizes do not add up to the file's")
-    return header["meta"], sections
+        return header["meta"], sections
 
 
 def parse_header(text: bytes, kind: str) -> dict:
-    """Strict JSON, of bounded nesting and number of objects before it is parsed."""
+    """Strict JSON, its nesting bounded before it is parsed."""
     plain = np.frombuffer(re.sub(rb"(?s)\\.", b"", text), np.uint8)
     outside = np.cumsum(plain == ord('"')) % 2 == 0  # of strings
     opened, closed = (np.isin(plain, list(marks)) & outside for marks in (b"[{", b"]}"))
     depth = np.cumsum(opened.astype(np.int64) - closed).max(initial=0)
-    require(depth <= MAX_DEPTH and opened.sum() <= 4 * MAX_ENTRIES[kind], "its header is too large")
+    require(depth <= MAX_DEPTH, "its header is nested too deep")
     header = json.loads(text.decode(), parse_constant=int)  # int refuses NaN and Infinity
     require(header["kind"] == kind, f"its kind is {ascii(header['kind'])[:40]}, not {kind!r}")
+    require(entry_count(header) <= MAX_ENTRIES[kind], "it has too many entries")
     return header
 
 
@@ -3333,8 +3375,8 @@ def rans_decode(payload, lengths) -> np.ndarray:
 
 
 # A row per codec; of equal sizes the first wins. encode(piece) gives bytes, decode(bytes, limit) at
-# most `limit` bytes of the piece; whole: these take all streams at once, with their lengths instead.
-# module: None if its package is missing.
+# most about `limit` bytes of the piece. whole: it takes all streams at once, and their lengths in
+# place of the limit. module: None if its package is missing.
 Codec = namedtuple("Codec", "encode decode module whole", defaults=(False,))
 LZMA2 = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 1 << 22, "lc": 0, "lp": 0, "pb": 0}]
 CODECS = {
@@ -3555,6 +3597,7 @@ def write_artifact(path, config: dict, tensors: dict[str, tuple[Tensor, Grid]],
 def parse_table(meta: dict, raws: list[int]) -> list[tuple[str, Grid, list[int]]]:
     """The tensor table of an artifact whose sections decode to so many bytes, bounds checked."""
     table, lengths = [], meta["streams"]
+    require(isinstance(meta["config"], dict), "its configuration has another form")
     for name, grid, shape in meta["tensors"]:
         require(isinstance(name, str) and len(shape) <= 8, "a tensor's entry has another form")
         table.append((name, Grid.parse(grid), shape))
@@ -3574,7 +3617,7 @@ def artifact_outline(path) -> tuple[dict, dict[str, tuple]]:
     meta, sections = read_container(path, "artifact")
     with parsing(path):
         table = parse_table(meta, [section.raw for section, _ in sections])
-    return meta["config"], {name: tuple(shape) for name, _, shape in table}
+        return meta["config"], {name: tuple(shape) for name, _, shape in table}
 
 
 def read_artifact(path) -> tuple[dict, dict[str, Tensor], dict[str, Grid]]:
@@ -3586,7 +3629,7 @@ def read_artifact(path) -> tuple[dict, dict[str, Tensor], dict[str, Grid]]:
         tensors = {name: decode(a, grid, shape) for (name, grid, shape), a in zip(table, arrays)}
         require(len(tensors) == len(table), "a tensor name occurs twice")
         require(all(map(all_finite, tensors.values())), "it holds NaN or infinity")
-    return meta["config"], tensors, {name: grid for name, grid, _ in table}
+        return meta["config"], tensors, {name: grid for name, grid, _ in table}
 
 
 # ------------------------------------------------------------------------------
@@ -3727,51 +3770,192 @@ class Evaluator:
                 total[index] += F.cross_entropy(scaled, ids, reduction="none").double().sum()
         return total
 
-    @torch.no_grad()
     def standard(self, temperatures: Sequence[float] = (1.0,), label: str = "validation"
                  ) -> list[Score]:
         """Sequences of seq_len tokens, each from an empty context; one score per temperature."""
-        T, (first, last) = self.seq_len, self._share(self.targets // self.seq_len)
-        total = self._zeros(len(temperatures))
-        for start in progress_bar(range(first, last, self.sequences), label, self.runtime.main):
-            span = self.tokens[start * T:min(start + self.sequences, last) * T + 1]
-            h, _ = self._hidden(span[:-1].view(-1, T))
-            total += self._nll(h, span[1:], temperatures)
-        return self._scores(total)
+        return self._finish(self._sequences, temperatures, label=label)
 
-    @torch.no_grad()
     def sliding(self, stride: int, batch: int, temperature: float = 1.0) -> Score:
         """Windows of seq_len every `stride` tokens. The first window scores all its tokens, later
         ones their last `stride`; one more window ends with the text if the others do not. Each
         token is scored once, with the longest context that the windows offer."""
+        return self._finish(self._windows, [temperature], stride=stride, batch=batch)[0]
+
+    def carried(self, temperatures: Sequence[float] = (1.0,), overlap: int | None = None
+                ) -> list[Score]:
+        """One pass with the recurrent state carried from piece to piece: each token is scored with
+        its whole past. The pass is sequential: rank 0 does it alone, in pieces of a batch. With
+        `overlap` (models with attention) a piece has seq_len tokens, of which the first `overlap`
+        are those before it, as keys and values of attention; the SSM states are carried."""
+        return self._finish(self._pieces, temperatures, overlap=overlap)
+
+    def adapted(self, c: Config, temperature: float = 1.0) -> Score:
+        """Score-first test-time training: each chunk of the text is scored, carried, sliding or in
+        sequences as the configuration asks, then trained on; the last one is only scored. A score
+        thus depends on the past alone (https://github.com/openai/parameter-golf/issues/1017).
+        Afterwards the weights are what they were."""
+        total, chunk = self._zeros(), c.adapt_chunk_tokens
+        if c.eval_state == "carry":
+            scoring = self._pieces(total, [temperature], chunk, overlap=c.overlap)
+        elif c.sliding_eval:
+            scoring = self._windows(total, [temperature], chunk, stride=c.sliding_eval_stride,
+                                    batch=c.sliding_batch_size)
+        else:
+            scoring = self._sequences(total, [temperature], chunk, label="adapted")
+        with Adaptation(self, c) as adaptation:
+            first = 0
+            for stop in scoring:
+                if stop < self.targets:
+                    adaptation.train(first, stop)
+                first = stop
+        return self._scores(total)[0]
+
+    def _finish(self, scoring: Callable, temperatures: Sequence[float], **options) -> list[Score]:
+        """Scores of the whole text, as one chunk."""
+        total = self._zeros(len(temperatures))
+        for _ in scoring(total, temperatures, self.targets, **options):
+            pass
+        return self._scores(total)
+
+    # Three ways of scoring. Each adds the NLL of this rank's share of a chunk, about `chunk` targets
+    # in whole batches, to `total` (K,), and then yields how many targets all ranks have scored.
+
+    @torch.no_grad()
+    def _sequences(self, total: Tensor, temperatures: Sequence[float], chunk: int, label: str
+                   ) -> Iterator[int]:
+        T, rows = self.seq_len, self.targets // self.seq_len
+        step = -(-chunk // (self.sequences * T)) * self.sequences
+        for low in range(0, rows, step):
+            high = min(low + step, rows)
+            first, last = self._share(high - low)
+            batches = range(low + first, low + last, self.sequences)
+            for start in progress_bar(batches, label, self.runtime.main):
+                span = self.tokens[start * T:min(start + self.sequences, low + last) * T + 1]
+                h, _ = self._hidden(span[:-1].view(-1, T))
+                total += self._nll(h, span[1:], temperatures)
+            yield high * T
+
+    @torch.no_grad()
+    def _windows(self, total: Tensor, temperatures: Sequence[float], chunk: int, stride: int,
+                 batch: int) -> Iterator[int]:
         T, n = self.seq_len, self.targets
         windows = self.tokens[:-1].unfold(0, T, stride)                       # (W,T), a view
         targets = self.tokens[1:].unfold(0, T, stride)[:, T - stride:]        # (W,stride), a view
-        rest, total = (n - T) % stride, self._zeros()
+        rest, step = (n - T) % stride, -(-chunk // (batch * stride)) * batch
         if self.runtime.main:
             h, _ = self._hidden(self.tokens[:T].view(1, T))
-            total += self._nll(h, self.tokens[1:T + 1], [temperature])
+            total += self._nll(h, self.tokens[1:T + 1], temperatures)
+        for low in range(1, len(windows), step):  # without the first window
+            high = min(low + step, len(windows))
+            first, last = self._share(high - low)
+            batches = range(low + first, low + last, batch)
+            for index in progress_bar(batches, "sliding", self.runtime.main):
+                part = slice(index, min(index + batch, low + last))
+                h, _ = self._hidden(windows[part])
+                total += self._nll(h[:, T - stride:], targets[part], temperatures)
+            yield T + (high - 1) * stride
         if self.runtime.main and rest:
             h, _ = self._hidden(self.tokens[n - T:n].view(1, T))
-            total += self._nll(h[:, T - rest:], self.tokens[n + 1 - rest:], [temperature])
-        first, last = self._share(len(windows) - 1)  # without the first window
-        for index in progress_bar(range(first, last, batch), "sliding", self.runtime.main):
-            part = slice(1 + index, 1 + min(index + batch, last))
-            h, _ = self._hidden(windows[part])
-            total += self._nll(h[:, T - stride:], targets[part], [temperature])
-        return self._scores(total)[0]
+            total += self._nll(h[:, T - rest:], self.tokens[n + 1 - rest:], temperatures)
 
     @torch.no_grad()
-    def carried(self, temperatures: Sequence[float] = (1.0,)) -> list[Score]:
-        """One pass with the recurrent state carried from piece to piece: each token is scored with
-        its whole past. The pass is sequential: rank 0 does it alone, in pieces of a batch."""
-        total, states, piece = self._zeros(len(temperatures)), None, self.sequences * self.seq_len
-        for start in progress_bar(range(0, self.targets, piece) if self.runtime.main else (),
-                                  "carried", self.runtime.main):
-            stop = min(start + piece, self.targets)
-            h, states = self._hidden(self.tokens[start:stop].unsqueeze(0), states)
-            total += self._nll(h, self.tokens[start + 1:stop + 1], temperatures)
-        return self._scores(total)
+    def _pieces(self, total: Tensor, temperatures: Sequence[float], chunk: int,
+                overlap: int | None) -> Iterator[int]:
+        T, n, states, scored = self.seq_len, self.targets, None, 0
+        piece = self.sequences * T if overlap is None else T
+        later = piece if overlap is None or overlap >= T else T - overlap
+        starts = [0, *range(piece, n, later)]
+        for start, stop in progress_bar(list(zip(starts, [*starts[1:], n])), "carried",
+                                        self.runtime.main):
+            if self.runtime.main:
+                h, states = self._hidden(self.tokens[start:stop].unsqueeze(0), states)
+                states = states if overlap is None else self.model.trim_states(states, overlap)
+                total += self._nll(h, self.tokens[start + 1:stop + 1], temperatures)
+            if stop - scored >= chunk or stop == n:
+                scored = stop
+                yield stop
+
+
+# By ADAPT_PARAMS: roles of the parameters that test-time training changes.
+ADAPT_ROLES = {"matrices": MATRICES, "embedding": (EMBEDDING, HEAD, CORRECTION),
+               "scalars": (SCALAR, STATE, CONTROL)}
+
+
+def adapt_roles(c: Config) -> list[str]:
+    """Roles that ADAPT_PARAMS names; KeyError for an unknown word."""
+    words = list(ADAPT_ROLES) if c.adapt_params == "all" else c.adapt_params.split(",")
+    return [role for word in words for role in ADAPT_ROLES[word.strip()]]
+
+
+def check_adapt(c: Config) -> Iterator[str]:
+    """Faults of the knobs of test-time training."""
+    try:
+        adapt_roles(c)
+    except KeyError:
+        yield (f"ADAPT_PARAMS={c.adapt_params}: must be all, or some of "
+               f"{', '.join(ADAPT_ROLES)}, joined by commas")
+
+
+CHECKS.append(check_adapt)
+
+
+class Adaptation(contextlib.AbstractContextManager):
+    """SGD with momentum 0.9 on a model under evaluation; leaving the context puts the weights back.
+    Masters, gradient and momentum are fp32 vectors over all parameters that learn."""
+
+    def __init__(self, evaluator: Evaluator, c: Config):
+        self.evaluator, self.config, roles = evaluator, c, adapt_roles(c)
+        self.parameters = [p for _, role, p in named_roles(evaluator.model) if role in roles]
+        self.before = [(p.detach().clone(), p.requires_grad) for p in self.parameters]
+        self.master = self.flat(self.parameters)
+        self.momentum = torch.zeros_like(self.master)
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+
+    @staticmethod
+    def flat(tensors: Iterable[Tensor]) -> Tensor:
+        return torch.cat([tensor.detach().float().flatten() for tensor in tensors])
+
+    @torch.no_grad()
+    def __exit__(self, *error) -> None:
+        for parameter, (value, trained) in zip(self.parameters, self.before):
+            parameter.copy_(value).requires_grad_(trained)
+
+    def gradient(self, first: int, stop: int) -> Tensor:
+        """Of the mean NLL of sequences that cover the targets first..stop and end with them; each
+        rank computes its share."""
+        e, T = self.evaluator, self.evaluator.seq_len
+        rows, total = min(-(-(stop - first) // T), stop // T), torch.zeros_like(self.master)
+        low, high = e._share(rows)
+        tokens = e.tokens[stop - (rows - low) * T:stop - (rows - high) * T + 1]
+        inputs, targets = (t.view(-1, T).split(e.sequences) for t in (tokens[:-1], tokens[1:]))
+        for x, y in zip(inputs, targets) if low < high else ():
+            with torch.enable_grad():
+                h, _ = e._hidden(x)
+                loss, _ = token_loss_fused(
+                    e.model.features(h).flatten(0, 1), e.model.head(), e.model.vocab_bias,
+                    e.runtime.to_device(y.flatten()), softcap=e.model.softcap,
+                    softcap_type=e.model.softcap_type)
+                grads = torch.autograd.grad(loss * (len(x) / rows), self.parameters,
+                                            materialize_grads=True)
+            total += self.flat(grads)
+        e.runtime.sum_(total)
+        return total
+
+    @torch.no_grad()
+    def train(self, first: int, stop: int) -> None:
+        """ADAPT_STEPS on the targets first..stop, which have been scored."""
+        c = self.config
+        lr = c.adapt_lr * (1 + math.cos(math.pi * first / self.evaluator.targets)) / 2
+        for _ in range(c.adapt_steps):
+            grad = self.gradient(first, stop)
+            norm = grad.norm()
+            limit = (c.adapt_clip or math.inf) / (norm + 1e-6)
+            self.momentum.mul_(0.9).add_(torch.where(norm.isfinite(), grad * limit.clamp(max=1), 0))
+            self.master.sub_(self.momentum, alpha=lr)
+            sizes = [parameter.numel() for parameter in self.parameters]
+            for parameter, value in zip(self.parameters, self.master.split(sizes)):
+                parameter.copy_(value.view_as(parameter))
 
 
 def best_temperature(score: Callable[[Sequence[float]], list[Score]]) -> float:
@@ -3792,7 +3976,11 @@ class EvalPass(NamedTuple):
     label: str
     asked: Callable[[Config], bool]
     score: Callable[[Evaluator, Config, float], Score]
-    carries: bool = False    # its temperature is chosen with carried states
+    carries: Callable[[Config], bool] = lambda c: False  # its temperature: with carried states
+
+
+def carries(c: Config) -> bool:
+    return c.eval_state == "carry"
 
 
 PASSES = (
@@ -3801,8 +3989,10 @@ PASSES = (
              lambda e, c, t: e.standard([t], "tempered")[0]),
     EvalPass("sliding", "sliding window", lambda c: c.sliding_eval,
              lambda e, c, t: e.sliding(c.sliding_eval_stride, c.sliding_batch_size, t)),
-    EvalPass("carried", "state carried through, one pass", lambda c: c.eval_state == "carry",
-             lambda e, c, t: e.carried([t])[0], carries=True))
+    EvalPass("carried", "state carried through, one pass", carries,
+             lambda e, c, t: e.carried([t], c.overlap)[0], carries),
+    EvalPass("adapted", "test-time training, each chunk scored first", lambda c: c.eval_adapt,
+             lambda e, c, t: e.adapted(c, t), carries))
 
 
 def final_scores(evaluator: Evaluator, c: Config, calibration: Tensor | None,
@@ -3812,28 +4002,40 @@ def final_scores(evaluator: Evaluator, c: Config, calibration: Tensor | None,
     result: dict[str, Any] = dict(temperature=None, sliding_stride=None)
     chosen = {False: c.temp_calib or 1.0, True: c.temp_calib or 1.0}  # by EvalPass.carries
     if c.temp_scaling and not c.temp_calib and calibration is not None:
-        chooser = evaluator.on(calibration)
-        chosen[False] = best_temperature(chooser.standard)
-        if c.eval_state == "carry":
-            chosen[True] = best_temperature(chooser.carried)
+        chosen = search_temperatures(evaluator.on(calibration), c)
     elif c.temp_scaling and not c.temp_calib:
         log("temperature: 1 (no unseen training tokens to choose one on)")
     for row in PASSES:
         result[f"{row.name}_val_bpb"] = None
         if not row.asked(c):
             continue
-        t = chosen[row.carries] if c.temp_scaling and row.name != "roundtrip" else 1.0
+        t = chosen[row.carries(c)] if c.temp_scaling and row.name != "roundtrip" else 1.0
+        started = now()
         if row.name != "tempered" or t != 1:  # else the round trip's score stands
             score = row.score(evaluator, c, t)
         result |= {f"{row.name}_val_loss": score.loss, f"{row.name}_val_bpb": score.bpb}
         how = f" stride:{c.sliding_eval_stride}" if row.name == "sliding" else ""
         how += f" temperature:{t:g}" if row.name != "roundtrip" else ""
         log(f"{row.name}{how} val_loss:{score.loss:.6f} val_bpb:{score.bpb:.6f}")
+        if row.name == "adapted":
+            result["adapted_seconds"] = now() - started
+            log(f"adapted: {result['adapted_seconds']:.1f} s of the {EVAL_SECONDS} s of evaluation")
+    if result["roundtrip_val_bpb"] > 8 and shards_source(c.data_path) is None:
+        log("warning: more than 8 bits per byte: are these shards of the model's tokenizer? No "
+            f"source.json in DATA_PATH={c.data_path} says it")
     if c.temp_scaling:
         result["temperature"] = chosen[False]
-        result |= dict(carried_temperature=chosen[True]) if c.eval_state == "carry" else {}
+        result |= dict(carried_temperature=chosen[True]) if carries(c) else {}
     result["sliding_stride"] = c.sliding_eval_stride if c.sliding_eval else None
     return result
+
+
+def search_temperatures(chooser: Evaluator, c: Config) -> dict[bool, float]:
+    """The best temperature with states reset (False) and, if the scores ask for it, carried."""
+    chosen = {False: best_temperature(chooser.standard), True: 1.0}
+    if carries(c):
+        chosen[True] = best_temperature(lambda temperatures: chooser.carried(temperatures, c.overlap))
+    return chosen
 
 
 # Statistics of the latent: tensors in, numbers out; nan for values that are not finite.
@@ -4254,6 +4456,7 @@ class Run:
         self.config, self.runtime = config, runtime
         HEARTBEAT.doing = "reading the shards"
         self.vocabulary = load_vocabulary(config)
+        check_source(config, self.vocabulary)
         validation = load_validation(config)
         stream = TokenStream(find_shards(config.data_path, "train"), config.vocab_size)
         self.trainer = Trainer(config, runtime, stream)
@@ -4348,7 +4551,7 @@ class Run:
                 self.log_step(progress, parts)
             self.guard(progress, force=self.step % max(c.train_log_every, c.nonfinite_limit) == 0)
             if self.checkpoint_due(progress, elapsed):
-                self.save(elapsed)
+                self.save(clock.seconds())
         if c.checkpoint_every:
             self.save(clock.seconds())
         self.checkpoints.wait()
@@ -4522,7 +4725,8 @@ class Run:
         """A checkpoint's contents into run and trainer; a foreign one raises an error that the
         caller names."""
         numbers = [meta[key] for key in ("step", "position", "tokens", "seconds")]
-        if not all(number >= 0 for number in (*numbers, *meta["journals"].values())):
+        sane = all(number >= 0 for number in (*numbers, *meta["journals"].values()))
+        if not sane or not isinstance(meta["config"], dict):
             raise ValueError("its meta data")
         old, new = meta["fixed"], self.config.fixed()
         free = []
@@ -4764,10 +4968,6 @@ def count_parameters(module: nn.Module | None) -> int:
     return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
 
 
-def file_hash(path: Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
 def read_metrics(path: Path) -> list[dict]:
     """Lines of metrics.jsonl; a last line that is still being written is left out."""
     lines = []
@@ -4863,12 +5063,19 @@ def open_artifact(c: Config, runtime: Runtime) -> tuple[Config, LanguageModel, V
     model = meta_model(own, shapes, runtime)
     tensors = whole_tensors(read_artifact(c.artifact)[1], c.artifact)
     vocabulary = Vocabulary.unpack(header.get("vocabulary"), own.vocab_size)
+    if own.tokenizer == "byte" or own.tokenizer_path:
+        known = load_vocabulary(own)
+        source = vocabulary.source or known.source
+        if dataclasses.replace(vocabulary, source=source).pack() != known.pack():
+            other = "bytes" if own.tokenizer == "byte" else f"TOKENIZER_PATH={c.tokenizer_path}"
+            raise UserError(f"{c.artifact}: its byte counts are not those of {other}; take the "
+                            "artifact as its run wrote it, and the tokenizer of its training")
     for name, role, _ in named_roles(model):
         dtype = runtime.dtype if role in (*MATRICES, EMBEDDING, HEAD) else torch.float32
         value = tensors[name].to(runtime.device, dtype)
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
-    return own, model, vocabulary, header
+    return own, model.to(runtime.device), vocabulary, header  # tables of constants, too
 
 
 def evaluate_alone(c: Config) -> dict[str, Any]:
@@ -4876,6 +5083,7 @@ def evaluate_alone(c: Config) -> dict[str, Any]:
     the run that wrote it."""
     with Runtime(c) as runtime:
         own, model, vocabulary, header = open_artifact(c, runtime)
+        check_source(own, vocabulary)
         started, position = now(), header.get("position")
         if position is not None and type(position) is not int:
             raise UserError(f"ARTIFACT={c.artifact}: its data position is no number")
@@ -4896,6 +5104,8 @@ def evaluate_alone(c: Config) -> dict[str, Any]:
         log(f"artifact: {c.artifact} ({facts['artifact_bytes']:,} bytes), "
             f"{facts['eval_params']:,} parameters; {evaluator.targets:,} validation tokens = "
             f"{evaluator.bytes:,} bytes")
+        if own.tokenizer == "bpe" and not own.tokenizer_path:
+            log("byte counts: as the artifact says; TOKENIZER_PATH checks them")
         scores, seconds = final_scores(evaluator, own, calibration, log), now() - started
         best = min(value for name, value in scores.items() if name.endswith("_bpb") and value)
         log(f"evaluated in {seconds:.1f} s on {runtime.describe()['device']}: {best:.4f} bits per byte")
@@ -4959,9 +5169,6 @@ def sample(c: Config) -> None:
             raise UserError("MODE=sample: one process; start it without torchrun")
         own, model, vocabulary, _ = open_artifact(c, runtime)
         pieces = load_sentencepiece(c.tokenizer_path) if own.tokenizer == "bpe" else None
-        if pieces is not None and pieces.vocab_size() != own.vocab_size:
-            raise UserError(f"TOKENIZER_PATH={c.tokenizer_path}: has {pieces.vocab_size()} pieces, "
-                            f"the artifact {own.vocab_size}; take the tokenizer of its training")
         bos = vocabulary.bos_id
         body = pieces.encode(c.prompt) if pieces else [b for b in c.prompt.encode() if b != bos]
         silent = vocabulary.boundary.clone()  # padding, unknown and unused ids are never drawn

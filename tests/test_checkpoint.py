@@ -164,16 +164,15 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_the_log_says_so(again, h
 
 def test_one_kept_checkpoint_is_never_the_damaged_one(again):
     """CHECKPOINT_KEEP=1 and a damaged newer file: what this run saves afterwards must stay."""
-    (again / "r/checkpoints/step_000000006.ckpt").unlink()
     damage(again / "r/checkpoints/step_000000009.ckpt")
-    patch = "before_step(6, lambda trainer: (time.sleep(0.5), die()))"
+    patch = "before_step(9, lambda trainer: (time.sleep(0.5), die()))"
     assert run(again, patch, CHECKPOINT_EVERY=2, CHECKPOINT_KEEP=1).code == 137
     found = tj.Checkpoints(again / "r/checkpoints", 1).newest(lambda line: None)
-    assert found is not None and found[0]["step"] == 4
+    assert found is not None and found[0]["step"] == 8
 
 
 def test_a_changed_fixed_knob_is_refused_with_the_list_of_differences(again):
-    before = {p: p.read_bytes() for p in (again / "r").rglob("*") if p.is_file()}
+    before = {p: p.read_bytes() for p in (again / "r").rglob("*") if p.is_file() and p.name != ".lock"}
     child = run(again, CHECKPOINT_EVERY=3, MATRIX_LR=0.03, D_CONV=3, SEED=8, QUANT_BITS=6)
     assert child.code == 2
     text = "\n".join(child.errors())
@@ -344,9 +343,9 @@ def test_n_non_finite_steps_in_a_row_stop_the_run_and_name_the_layer(tmp_path):
     assert "blocks.1.mixer.out_proj.weight" in child.errors()[0] and "terms: all finite" in child.errors()[0]
     assert "3 steps in a row" in child.errors()[0] and "stopped at step 6" in child.errors()[0]
     meta, tensors = tj.Checkpoints(tmp_path / "r/checkpoints", 2).newest(pytest.fail)
-    assert meta["step"] == 6 and all(torch.isfinite(t).all() for t in tensors.values() if t.is_floating_point())
+    assert meta["step"] == 0 and all(torch.isfinite(t).all() for t in tensors.values() if t.is_floating_point())
     child = run(tmp_path, NONFINITE_LIMIT=3)  # with the cause gone the same command goes on
-    assert child.code == 0 and "resumed at step 6" in child.text()
+    assert child.code == 0 and "resumed at step 0" in child.text()
 
 
 @pytest.mark.slow
@@ -465,10 +464,12 @@ def test_fuzzed_checkpoints_and_shards_are_refused_or_read(tmp_path, stopped):
     checkpoints, before = tj.Checkpoints(folder, 2), test_artifact.peak(reset=True)
     for _ in range(FUZZ):
         (folder / "step_000000009.ckpt").write_bytes(test_artifact.mutate(original, rng))
-        messages = []
-        found = checkpoints.newest(messages.append)
-        counts["read" if found else "refused"] += 1
-        assert found or len(messages) == 1
+        try:
+            assert checkpoints.newest(pytest.fail) is not None
+            counts["read"] += 1
+        except tj.UserError as error:
+            assert "no checkpoint can be used" in str(error) and "\n" not in str(error)
+            counts["refused"] += 1
     memory = test_artifact.peak() - before
     shards = fuzz_shards(FUZZ, tmp_path, rng)
     print(f"{FUZZ} mutated checkpoints: {counts}, {memory >> 20} MB; as many shards: {shards}")

@@ -230,7 +230,7 @@ def test_choices_ignore_case_and_take_the_written_form():
     (dict(CE_WEIGHT=0, JEPA_STEPS=0), "CE_WEIGHT"),
     (dict(CE_WEIGHT=0, JEPA_ANNEAL=0.5), "CE_WEIGHT"),
     (BYTEJEPA | dict(CE_WEIGHT=0), "CE_WEIGHT"),
-    (dict(EVAL_STATE="carry", MIXER="attention"), "CARRY_STATE"),
+    (dict(EVAL_ADAPT=1, ADAPT_PARAMS="scalars,bias"), "ADAPT_PARAMS"),
     (dict(CARRY_STATE=1, MIXER="mma", NUM_LAYERS=3), "CARRY_STATE"),
     (dict(LOSS_SCHEDULE="staged", JEPA_WEIGHT=0), "LOSS_SCHEDULE"),
     (dict(LOSS_SCHEDULE="staged", JEPA_PURE_FRAC=0.9), "JEPA_PURE_FRAC"),
@@ -264,6 +264,7 @@ def test_validate_reports_all_faults_at_once():
     dict(NUM_HEADS=7),                                                         # no attention
     dict(MIXER="mmmmmmammmmm"), dict(MLP_MULT=0), dict(JEPA_STEPS=0), dict(JEPA_WEIGHT=0, SIGREG_LAMBDA=0),
     dict(PROJ_GRID="int4s0.35", DT_GRID="int8a", EMBED_GRID="int6"), dict(CARRY_STATE=1), dict(EVAL_STATE="carry"),
+    dict(EVAL_STATE="carry", MIXER="attention"), dict(EVAL_ADAPT=1, ADAPT_PARAMS="scalars, embedding"),
     dict(CE_WEIGHT=0), dict(STORAGE="int8", QUANT_BITS=8), dict(SLIDING_EVAL_STRIDE=5000), BPE, BYTE, BYTEJEPA
 ], ids=str)
 def test_combinations_that_make_sense_pass(knobs):
@@ -312,7 +313,7 @@ def test_every_knob_has_a_group_and_help():
 
 def test_tags_are_the_known_words_and_go_together():
     tags = {name: set(f.metadata["tags"]) for name, f in Config.knobs().items()}
-    assert set().union(*tags.values()) == {"free", "result", "model", "grid", "eval"}
+    assert set().union(*tags.values()) == {"free", "result", "model", "grid", "eval", "rate"}
     for name, words in tags.items():
         assert not words & {"model", "grid"} or "free" not in words, name  # a resumed run keeps model and storage
         assert "result" not in words or "free" in words, name
@@ -327,10 +328,12 @@ def test_the_tagged_knobs_are_those_that_artifacts_and_resumed_runs_rely_on():
                                      "DT_GRID EMBED_GRID").split()
     assert set(Config.tagged("result")) == set(
         "ITERATIONS MAX_WALLCLOCK_SECONDS DATA_PATH TOKENIZER_PATH VAL_MAX_TOKENS SSD_KERNEL SSD_CHUNK COMPILE_MODE "
-        "SLIDING_EVAL_STRIDE TEMP_SCALING TEMP_CALIB ROUNDING ROUNDING_TOKENS".split())
+        "SLIDING_EVAL_STRIDE TEMP_SCALING TEMP_CALIB ROUNDING ROUNDING_TOKENS "
+        "ATTENTION_OVERLAP ADAPT_STEPS ADAPT_LR ADAPT_CHUNK_TOKENS ADAPT_PARAMS ADAPT_CLIP".split())
     assert set(Config.tagged("eval")) == set(
         "VAL_MAX_TOKENS VAL_BATCH_SIZE MICRO_BATCHES SLIDING_BATCH_SIZE EVAL_STATE TEMP_CALIB DTYPE SSD_KERNEL "
-        "SSD_CHUNK COMPILE_MODE".split())
+        "SSD_CHUNK COMPILE_MODE ATTENTION_OVERLAP EVAL_ADAPT ADAPT_STEPS ADAPT_LR ADAPT_CHUNK_TOKENS ADAPT_PARAMS "
+        "ADAPT_CLIP".split())
     config = read(SEED=7, MODEL_DIM=128)
     assert config.fixed() == {name: value for name, value in config.named().items()
                               if name not in Config.tagged("free")}

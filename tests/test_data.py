@@ -1,4 +1,5 @@
 """Shards, the token stream, batches, and the bytes that tokens stand for."""
+import dataclasses
 import io
 import json
 from types import SimpleNamespace
@@ -356,6 +357,7 @@ def test_a_vocabulary_survives_packing_through_json(which, demo_vocabulary):
     packed = json.loads(json.dumps(vocabulary.pack()))
     found = Vocabulary.unpack(packed, len(vocabulary.base_bytes))
     assert found.bos_id == vocabulary.bos_id
+    assert found.source == vocabulary.source and len(found.source) == (5 if which == "byte" else 64)
     for name in ("base_bytes", "space", "boundary"):
         assert torch.equal(getattr(found, name), getattr(vocabulary, name))
 
@@ -364,10 +366,45 @@ def test_damaged_packed_vocabularies_are_refused(demo_vocabulary):
     packed = demo_vocabulary.pack()
     bad = [{}, {"bos_id": 1}, {**packed, "codes": "!"}, {**packed, "codes": packed["codes"][:100]},
            {**packed, "bos_id": 8192},
-           {**packed, "bos_id": -1}, {**packed, "bos_id": "x"}, {**packed, "codes": None}, {**packed, "codes": 5}]
+           {**packed, "bos_id": -1}, {**packed, "bos_id": "x"},
+           {**packed, "bos_id": float("inf")}, None, {**packed, "codes": None}, {**packed, "codes": 5}]
     for form in bad:
         with pytest.raises(UserError, match="vocabulary"):
             Vocabulary.unpack(form, 8192)
     for size in (8191, 8193, 256):
         with pytest.raises(UserError, match="vocabulary"):
             Vocabulary.unpack(packed, size)
+
+
+# -- which tokenizer made the shards -----------------------------------------------------------------------------------
+
+def test_shards_of_another_tokenizer_are_refused_by_their_sidecar(tmp_path, demo_vocabulary):
+    config, byte = tj.Config(data_path=str(tmp_path)), tj.byte_vocabulary()
+    other = dataclasses.replace(demo_vocabulary, source="0" * 64)
+    for source in (None, "bytes", demo_vocabulary.source):
+        (tmp_path / "source.json").write_text(json.dumps({"tokenizer": source, "vocab_size": 256}))
+        assert tj.shards_source(str(tmp_path)) == source
+        for vocabulary in (byte, demo_vocabulary, other):
+            if source in (None, vocabulary.source):
+                tj.check_source(config, vocabulary)
+                continue
+            with pytest.raises(UserError, match="DATA_PATH=.*source.json") as caught:
+                tj.check_source(config, vocabulary)
+            assert "\n" not in str(caught.value)
+    tj.check_source(config, dataclasses.replace(byte, source=""))  # an artifact of v0.1 does not say it
+
+
+def test_a_sidecar_that_says_nothing_or_is_no_json(tmp_path):
+    path = tmp_path / "source.json"
+    assert tj.shards_source(str(tmp_path)) is None
+    for text in ("{}", "[1]", '{"tokenizer": 3}', '{"alice_valid.txt": "59ba"}'):  # the last: v0.1's
+        path.write_text(text)
+        assert tj.shards_source(str(tmp_path)) is None
+    for data in (b"", b"{", b"\xff\xfe", b"[" * 100_000):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match="source.json: cannot be read") as caught:
+            tj.shards_source(str(tmp_path))
+        assert str(caught.value).isprintable()
+    path.unlink()
+    path.mkdir()
+    assert tj.shards_source(str(tmp_path)) is None

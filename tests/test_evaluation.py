@@ -10,7 +10,8 @@ import torch.nn.functional as F
 import train_jepa as tj
 
 ALONE = type("Alone", (), dict(rank=0, world=1, main=True, dtype=torch.float32, device=torch.device("cpu"),
-                               to_device=staticmethod(lambda t: t), sum_host=staticmethod(lambda t: t)))()
+                               to_device=staticmethod(lambda t: t), sum_host=staticmethod(lambda t: t),
+                               sum_=staticmethod(lambda t: t)))()
 
 
 def ranks(world):
@@ -192,6 +193,186 @@ def test_batch_size_does_not_change_the_score(model):
     assert max(sliding) - min(sliding) < 1e-6 * sliding[0]
 
 
+# -- states carried with attention --------------------------------------------------------------------------------
+
+def hybrid(pattern, n, **knobs):
+    """A model of this pattern with random outputs, and an evaluator of n targets."""
+    config = tj.Config(model_dim=64, num_layers=len(pattern), mixer=pattern, d_state=8, expand=1, mlp_mult=1,
+                       num_heads=4, num_kv_heads=2, train_seq_len=24, ssd_chunk=8)
+    model, _ = tj.build_models(config)
+    g = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=g)
+    return evaluator(model.requires_grad_(False), n, **knobs)
+
+
+@pytest.mark.parametrize("pattern", ["mam", "aam", "a"])
+def test_a_hybrid_carried_with_an_overlap_that_covers_the_text_equals_one_forward_of_the_whole(pattern):
+    e = hybrid(pattern, 24 * 7)
+    h = e.model(e.tokens[None, :-1], torch.float32)[0]
+    whole = float(F.cross_entropy(e.model.logits(h[0]), e.tokens[1:]))
+    assert e.carried(overlap=24 * 7)[0].loss == pytest.approx(whole, rel=2e-6)
+    assert abs(e.carried(overlap=8)[0].loss - whole) > 1e-4                     # and the overlap matters
+
+
+def test_one_attention_block_carried_equals_sliding_windows_with_that_overlap():
+    """Keys and values of a single block depend on their own token: the windows of stride T - overlap see the same."""
+    e = hybrid("a", 24 + 16 * 5)
+    assert e.carried(overlap=8)[0].loss == pytest.approx(e.sliding(16, 4).loss, rel=2e-6)
+
+
+def test_the_state_space_part_of_a_hybrid_is_carried_past_the_overlap():
+    """With attention's output silenced, a hybrid is a Mamba-2 model: any overlap gives its carried score."""
+    e = hybrid("mam", 24 * 7)
+    e.model.blocks[1].mixer.out_proj.weight.data.zero_()
+    assert e.carried(overlap=0)[0].loss == pytest.approx(e.carried(overlap=24 * 7)[0].loss, rel=2e-6)
+
+
+@pytest.mark.parametrize("overlap", [0, 3, 7, 8, 40])
+@pytest.mark.parametrize("n", [8, 16, 40])
+def test_carried_with_an_overlap_scores_every_token_once_in_pieces_of_a_sequence(n, overlap):
+    e = fake(n, 8)
+    lengths, trim = [], lambda states, o: states
+    forward = e.forward
+    e.model.trim_states, e.forward = trim, lambda ids, *rest: lengths.append(ids.size(1)) or forward(ids, *rest)
+    e.carried(overlap=overlap)
+    assert e.model.scored == {t: [t] for t in range(1, n + 1)}
+    assert lengths[0] == 8 and max(lengths[1:], default=0) <= (8 - overlap if overlap < 8 else 8)
+
+
+# -- test-time training -------------------------------------------------------------------------------------------
+
+WAYS = {"reset": dict(), "sliding": dict(sliding_eval=True, sliding_eval_stride=8, sliding_batch_size=5),
+        "carried": dict(eval_state="carry")}
+
+
+def adapting(way="reset", pattern="mm", **knobs):
+    return tj.Config(**dict(model_dim=64, num_layers=2, d_state=8, expand=1, mlp_mult=1, num_heads=4, num_kv_heads=2,
+                            train_seq_len=24, ssd_chunk=8, mixer=pattern, adapt_chunk_tokens=50, adapt_lr=0.05,
+                            attention_overlap=8) | WAYS[way] | knobs)
+
+
+def plain_score(e, c):
+    if c.eval_state == "carry":
+        return e.carried(overlap=c.overlap)[0]
+    return e.sliding(c.sliding_eval_stride, c.sliding_batch_size) if c.sliding_eval else e.standard()[0]
+
+
+class Recording(tj.Evaluator):
+    """Keeps the NLL of every batch with a hash of the weights that made it."""
+    def _nll(self, h, targets, temperatures):
+        nll = super()._nll(h, targets, temperatures)
+        weights = hash(tuple(float(p.detach().double().sum()) for p in self.model.parameters()))
+        self.record.append((targets.numel(), float(nll), weights))
+        return nll
+
+
+def recording(e):
+    other = Recording(e.model, e.tokens, e.vocabulary, e.seq_len, e.sequences * e.seq_len, e.runtime)
+    other.record = []
+    return other
+
+
+@pytest.mark.parametrize("pattern", ["mm", "ma"])
+@pytest.mark.parametrize("way", WAYS)
+def test_adapted_at_rate_0_is_the_plain_score_bit_for_bit(way, pattern):
+    e, c = hybrid(pattern, 24 * 13), adapting(way, pattern, adapt_lr=0.0)
+    assert e.adapted(c) == plain_score(e, c)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_adapted_scores_each_chunk_with_the_weights_before_it_and_restores_them(way):
+    e, c = recording(hybrid("ma", 24 * 13)), adapting(way, "ma")
+    before = {name: p.detach().clone() for name, p in e.model.named_parameters()}
+    flags, trained = [p.requires_grad for p in e.model.parameters()], []
+    train = tj.Adaptation.train
+
+    def note(self, first, stop):
+        trained.append((first, stop, sum(count for count, *_ in e.record)))
+        train(self, first, stop)
+    tj.Adaptation.train = note
+    try:
+        adapted = e.adapted(c)
+    finally:
+        tj.Adaptation.train = train
+    assert all(torch.equal(p, before[name]) for name, p in e.model.named_parameters())
+    assert flags == [p.requires_grad for p in e.model.parameters()]
+    # chunks follow each other without gaps, each trained on after all of its tokens were scored; the last is not
+    assert len(trained) >= 3 and all(stop == scored for _, stop, scored in trained)
+    assert [first for first, *_ in trained] == [0, *(stop for _, stop, _ in trained[:-1])]
+    assert trained[-1][1] < e.targets == sum(count for count, *_ in e.record)
+    # one set of weights per chunk, another after each training; the first chunk as without training
+    weights = [w for *_, w in e.record]
+    ends = [stop for _, stop, _ in trained] + [e.targets]
+    scored, sets = 0, [set() for _ in ends]
+    for count, _, w in e.record:
+        scored += count
+        sets[next(i for i, end in enumerate(ends) if scored <= end)].add(w)
+    assert all(len(s) == 1 for s in sets) and len(set(weights)) == len(ends)
+    learned, e.record = e.record, []
+    assert adapted != plain_score(e, c)
+    first = [x[:2] for x in learned if x[2] == weights[0]]
+    assert first == [x[:2] for x in e.record[:len(first)]]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_scores_do_not_change_when_later_tokens_change(way):
+    """The text from token 200 on is another: every batch that ends before it has the same NLL, bit for bit."""
+    records = []
+    for changed in (False, True):
+        e, c = recording(hybrid("ma", 24 * 13)), adapting(way, "ma")
+        if changed:
+            e.tokens[200:] = (e.tokens[200:] + 7) % 256
+        e.adapted(c)
+        records.append(e.record)
+    scored = 0
+    for (count, *one), (_, *other) in zip(*records):
+        scored += count
+        if scored < 200:
+            assert one == other
+    assert records[0][-1] != records[1][-1]
+
+
+def test_adapted_learns_a_repeated_text_and_only_the_named_parameters():
+    e = hybrid("mm", 24 * 40)
+    e.tokens[:] = torch.arange(len(e.tokens)) % 5 + 60
+    plain, all_of_it = e.standard()[0].loss, e.adapted(adapting(adapt_steps=2)).loss
+    scalars = e.adapted(adapting(adapt_params="scalars", adapt_steps=2)).loss
+    assert all_of_it < 0.8 * plain and scalars < 0.95 * plain
+    adaptation = tj.Adaptation(e, adapting(adapt_params="scalars"))
+    names = {name for name, role, p in tj.named_roles(e.model) if any(p is q for q in adaptation.parameters)}
+    assert "token_embed" not in names and "blocks.0.mlp.up.weight" not in names and "blocks.0.mixer.A_log" in names
+
+
+def test_the_step_is_sgd_with_momentum_clip_and_cosine():
+    """Against torch.optim.SGD on the same mean loss, with a clip by norm, over three chunks of two sequences."""
+    c = adapting(adapt_lr=0.3, adapt_clip=0.5, adapt_steps=2)
+    e, twin = hybrid("ma", 24 * 8), hybrid("ma", 24 * 8)
+    parameters = [p.requires_grad_(True) for p in twin.model.parameters()]
+    sgd = torch.optim.SGD(parameters, lr=0.3, momentum=0.9)
+    with tj.Adaptation(e, c) as adaptation:
+        for first in (0, 48, 96):
+            adaptation.train(first, first + 48)
+            rows = twin.tokens[first:first + 49]
+            sgd.param_groups[0]["lr"] = 0.3 * (1 + math.cos(math.pi * first / (24 * 8))) / 2
+            for _ in range(2):
+                sgd.zero_grad()
+                h, _ = twin.model(rows[:-1].view(-1, 24), torch.float32)
+                F.cross_entropy(twin.model.logits(h).flatten(0, 1), rows[1:]).backward()
+                torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+                sgd.step()
+        for ours, theirs in zip(adaptation.parameters, parameters):
+            assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)   # fp32, two orders of summation
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    e, c = hybrid("mm", 24 * 8), adapting()
+    with tj.Adaptation(e, c) as adaptation:
+        adaptation.gradient = lambda first, stop: torch.full_like(adaptation.master, math.nan)
+        adaptation.train(0, 48)
+        assert all(torch.equal(p, value) for p, (value, _) in zip(adaptation.parameters, adaptation.before))
+
+
 @pytest.mark.parametrize("planted", [0.7, 0.9, 1.0, 1.06, 1.36])
 def test_temperature_search_finds_a_planted_temperature(planted):
     """Tokens drawn from softmax(logits / planted): the best on a grid of 0.02 lies within sampling error of it."""
@@ -226,15 +407,17 @@ def test_several_temperatures_in_one_pass_equal_single_passes(model):
 def test_number_of_ranks_does_not_change_the_score_of_a_run(tmp_path, diagnosed):
     """Evaluation alone, of one artifact, with gloo: all ranks' sums in fp64, forward passes of other sizes."""
     knobs = dict(MODE="eval", ARTIFACT=diagnosed / "model.jepa", SLIDING_EVAL=1, SLIDING_EVAL_STRIDE=8,
-                 SLIDING_BATCH_SIZE=16, EVAL_STATE="carry", VAL_MAX_TOKENS=500)
+                 SLIDING_BATCH_SIZE=16, EVAL_STATE="carry", VAL_MAX_TOKENS=500, VAL_BATCH_SIZE=256, EVAL_ADAPT=1,
+                 ADAPT_CHUNK_TOKENS=100, ADAPT_LR=0.02)
     reports = []
     for world in (1, 2):
         ranks = harness.run_ranks(tmp_path, world, **knobs)
         assert [child.code for child in ranks] == [0] * world, ranks[0].text()[-2000:]
         reports.append(tj.json.loads(ranks[0].text().splitlines()[-1]))
     for report in reports[1:]:
-        for key in ("roundtrip_val_bpb", "sliding_val_bpb", "carried_val_bpb"):
+        for key in ("roundtrip_val_bpb", "sliding_val_bpb", "carried_val_bpb", "adapted_val_bpb"):
             assert report[key] == pytest.approx(reports[0][key], rel=1e-6)
+        assert abs(report["adapted_val_bpb"] - report["carried_val_bpb"]) > 1e-4
 
 
 # -- diagnostics on constructed latents ---------------------------------------------------------------------------

@@ -1,9 +1,14 @@
 """Generation: the recurrent step equals the full forward pass, sampling rules in closed cases, streaming text."""
 
+import base64
+import json
 import math
 import random
+import shutil
+import zlib
 
 import harness
+import numpy as np
 import pytest
 import torch
 
@@ -218,3 +223,60 @@ def test_sampling_writes_no_run_folder_and_bad_input_is_one_line(tmp_path, artif
 
 def test_the_prompts_document_mark_is_left_out(tmp_path, artifact):
     assert len(sample(tmp_path, artifact, PROMPT="", SEED=3)) > 1
+
+
+# -- vocabularies of artifacts -----------------------------------------------------------------------------------------
+
+def forge(path, artifact, **vocabulary) -> str:
+    """A copy of the artifact, with a right checksum, whose vocabulary has other values."""
+    meta, sections = tj.read_container(artifact, "artifact")
+    meta["config"]["vocabulary"] |= vocabulary
+    tj.write_container(path, "artifact", meta, sections)
+    return str(path)
+
+
+def codes(counts) -> str:
+    """Packed byte counts, nothing a boundary."""
+    return base64.b64encode(zlib.compress((np.asarray(counts) * 4).astype("<u2").tobytes())).decode()
+
+
+@pytest.mark.parametrize("change", [
+    dict(codes=codes([16_383] * 256)), dict(codes=codes([1] * 256)), dict(bos_id=10), dict(source="0" * 64)],
+    ids=["16383", "bos counts", "bos_id", "source"])
+@pytest.mark.parametrize("mode", ["eval", "sample"])
+def test_a_forged_byte_table_is_refused(tmp_path, artifact, change, mode):
+    forged = forge(tmp_path / "forged.jepa", artifact, **change)
+    child = harness.run(tmp_path, MODE=mode, ARTIFACT=forged)
+    assert child.code == 2 and len(child.errors()) == 1, child.text()[-2000:]
+    assert "byte counts" in child.errors()[0] and "bpb" not in child.text()
+
+
+def test_a_bpe_model_is_scored_with_its_own_tokenizer_on_its_own_shards(tmp_path, demo_data):
+    bpe = dict(TOKENIZER="bpe", VOCAB_SIZE=8192, EMBED_DIM=16, DATA_PATH=demo_data.bpe, VAL_MAX_TOKENS=64,
+               TOKENIZER_PATH=demo_data.tokenizer)
+    assert harness.run(tmp_path, ITERATIONS=1, **bpe).code == 0
+    artifact = tmp_path / "r/model.jepa"
+    forged = forge(tmp_path / "forged.jepa", artifact, codes=codes([16_383] * 8192))
+    shards = tmp_path / "shards"
+    shutil.copytree(demo_data.bytes, shards)
+    (shards / "source.json").write_text(json.dumps(dict(tokenizer="bytes", vocab_size=256)))
+
+    def evaluate(**knobs):
+        child = harness.run(tmp_path, MODE="eval", **bpe | knobs)
+        assert "Traceback" not in child.text()
+        return child
+
+    child = evaluate(ARTIFACT=artifact)
+    assert child.code == 0 and "warning" not in child.text(), child.text()
+    child = evaluate(ARTIFACT=artifact, TOKENIZER_PATH="")
+    assert child.code == 0 and "TOKENIZER_PATH checks them" in child.text()
+    child = evaluate(ARTIFACT=forged)
+    assert child.code == 2 and "its byte counts are not those of TOKENIZER_PATH" in child.errors()[0]
+    child = evaluate(ARTIFACT=artifact, DATA_PATH=shards)
+    assert child.code == 2 and "source.json says that the shards hold bytes" in child.errors()[0]
+    (shards / "source.json").unlink()  # nothing says it: the score does
+    child = evaluate(ARTIFACT=artifact, DATA_PATH=shards)
+    assert child.code == 0 and "warning: more than 8 bits per byte" in child.text()
+    (shards / "source.json").write_text(json.dumps(dict(tokenizer=tj.file_hash(demo_data.tokenizer))))
+    child = harness.run(tmp_path, RUN_ID="other", DATA_PATH=shards)
+    assert child.code == 2 and "the model reads bytes" in child.errors()[0] and not (tmp_path / "other").exists()

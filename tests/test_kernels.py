@@ -110,6 +110,15 @@ def test_conv_torch(T, initial):
     shapes = ((2, T, 10), (10, 1, 4), (10,), (2, 3, 10))[:4 if initial else 3]
     inputs = [torch.randn(s, generator=g).requires_grad_() for s in shapes]
     compare(lambda u, w, b, i=None: K.causal_conv_silu(u, w, b, initial=i), conv_naive, inputs, 3e-6)
+    tail = K.causal_conv_silu(*inputs[:3])[1]
+    assert tail.untyped_storage().nbytes() == tail.nbytes  # it must not keep the inputs alive
+
+
+def test_chunk_follows_the_form_unless_it_is_set():
+    for name, chunk in (("mamba_ssm", 256), ("fused", 64), ("torch", 64)):
+        kernels = K.Kernels(name=name)
+        assert K.Mamba2.from_config(K.Config(), kernels).chunk == chunk
+        assert K.Mamba2.from_config(K.Config(ssd_chunk=128), kernels).chunk == 128
 
 
 def test_snap_in_closed_form():
@@ -160,11 +169,11 @@ def test_bad_input(monkeypatch):
     with pytest.raises(K.UserError, match="not what we know"):
         choose("mamba_ssm", "cuda")
     monkeypatch.setattr(K, "triton", SimpleNamespace())
-    assert choose("auto", "cuda")[0].name == "fused" and "no GPU has timed it" in choose("auto", "cuda")[1]
+    assert choose("auto", "cuda")[0].name == "fused" and "no GPU has timed" in choose("auto", "cuda")[1]
     monkeypatch.setattr(K, "triton", None)
     kernels, note = choose("auto", "cuda")
-    assert kernels == K.Kernels() and "not what we know" in note and "\n" not in note
-    with pytest.raises(K.UserError, match="SSD_KERNEL=fused needs the package triton"):
+    assert kernels == K.Kernels() and "triton is not installed" in note and "\n" not in note
+    with pytest.raises(K.UserError, match="SSD_KERNEL=fused needs a CUDA device and the package triton"):
         choose("fused", "cuda")
 
 
@@ -197,7 +206,7 @@ def test_compiles_for_sm90(side_runs):
     lines = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
     kernels = [line for line in lines if "kernel" in line]
     assert {k["kernel"] for k in kernels} >= {
-        "head", "conv_fwd", "conv_bwd", "snap_rows", "ssd_scan", "ssd_bwd_bc", "_chunk_scan_fwd_kernel",
+        "head_rows", "conv_fwd", "conv_bwd", "snap_rows", "ssd_scan", "ssd_bwd_bc", "_chunk_scan_fwd_kernel",
         "_chunk_state_fwd_kernel", "_chunk_scan_chunk_state_bwd_dx_kernel", "_chunk_cumsum_bwd_kernel"}
     assert len([line for line in lines if "launched" in line]) == 15
     bad = [k for k in kernels if k["stack"] > 32 or k["shared"] > 227 * 1024]

@@ -54,6 +54,16 @@ def test_sigregs_null_level_is_the_specified_one(samples, level):
     assert found == pytest.approx(level, rel=0.05)
 
 
+def test_sigregs_knots_are_no_host_constant_of_the_graph():
+    seen = []
+    def backend(graph, inputs):
+        seen.extend(node.target for node in graph.graph.nodes)
+        return graph.forward
+    z, rays = normal(4, 3, 5), directions(6, 5)
+    found = torch.compile(lambda z: sigreg(z, rays), fullgraph=True, backend=backend)(z)
+    assert found == sigreg(z, rays) and "new_tensor" not in seen and torch.tensor not in seen
+
+
 def test_sigreg_of_a_collapsed_latent_is_far_above_its_null_level():
     assert sigreg(torch.zeros(64, 10, 8), directions(16, 8)) > 20 * sigreg_null(64)
 

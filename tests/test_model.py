@@ -263,6 +263,16 @@ def test_rotary_positions_above_256_differ_even_in_bf16():
     assert off(turned := layer.rotate(x, 1027), exact) < 0.01 and off(turned, layer.rotate(x.float(), 1024)) > 0.1
 
 
+def test_rotary_angles_are_those_of_the_table_and_go_on_behind_it():
+    layer, x = attention(), torch.randn(1, 1, 8, 16, generator=torch.Generator().manual_seed(0))
+    layer.table = layer.cos_sin(0, 20, x.device)
+    short = attention()
+    assert short.table.size(1) == 0
+    for start in (0, 5, 12, 13):
+        assert torch.equal(layer.rotate(x, start), short.rotate(x, start))
+    assert tj.Attention.from_config(tj.Config(train_seq_len=32), tj.Kernels()).table.shape == (2, 32, 32)
+
+
 def test_rotary_products_depend_on_the_distance_alone():
     layer = attention()
     q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0))

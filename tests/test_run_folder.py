@@ -63,8 +63,8 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_taken(unfini
 
 
 @pytest.mark.parametrize("patch", [
-    "opened = open\ndef refuse(path, *a, **k):\n    if str(path).endswith('6.ckpt'): raise PermissionError(13, 'denied')\n"
-    "    return opened(path, *a, **k)\ntj.open = refuse",
+    "opened = open\ndef refuse(path, *a, **k):\n    if str(path).endswith('6.ckpt'):\n"
+    "        raise PermissionError(13, 'denied')\n    return opened(path, *a, **k)\ntj.open = refuse",
     "listed = os.listdir\ndef refuse(path):\n    if str(path).endswith('checkpoints'): raise OSError(5, 'I/O error')\n"
     "    return listed(path)\nos.listdir = refuse"], ids=["file", "folder"])
 def test_an_unreadable_checkpoint_is_not_taken_for_damage(unfinished, patch):
@@ -149,7 +149,8 @@ def test_a_diverged_run_goes_on_from_its_last_good_state_with_lower_rates(tmp_pa
     assert child.code == 2 and any("SCALAR_LR: 0.01 -> 0.001" in line for line in child.errors())
     child = harness.run(tmp_path, SCALAR_LR=0.001, RESUME_AFTER_DIVERGENCE=1, **knobs)
     assert child.code == 0, child.text()[-1500:]
-    assert "resumed at step 12 " in child.text() and "changed since the checkpoint: SCALAR_LR: 0.01 -> 0.001" in child.text()
+    assert "resumed at step 12 " in child.text()
+    assert "changed since the checkpoint: SCALAR_LR: 0.01 -> 0.001" in child.text()
 
 
 def test_checkpoints_that_lead_to_the_divergence_are_removed(tmp_path):
@@ -177,7 +178,8 @@ def test_a_signal_in_the_loop_saves_writes_the_end_and_kills_by_itself(tmp_path,
     child.wait_for(r"(?m)^step:3 ")
     child.signal(number)
     assert child.wait() == 128 + number
-    assert (tmp_path / "r/log.txt").read_text().splitlines()[-1].startswith(f"ended: stopped by {number.name} after step")
+    last = (tmp_path / "r/log.txt").read_text().splitlines()[-1]
+    assert last.startswith(f"ended: stopped by {number.name} after step")
     assert list((tmp_path / "r/checkpoints").glob("*.ckpt")) and len(child.errors()) == 1
 
 

@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from pathlib import Path
 import compare
 import pytest
 import submit as tool
-from harness import TINY, Child, launch, plain_environment
+from compare import read_run
+from harness import TINY, Child, launch, plain_environment, run_ranks
 from harness import run as run_child
 
 import train_jepa as tj
@@ -23,6 +25,9 @@ KNOBS = dict(
     sliding_eval=True, sliding_eval_stride=32, device="cpu")
 PEOPLE = dict(author="A. Author", github_id="aauthor")
 CHECKED = ("roundtrip_val_bpb", "tempered_val_bpb", "sliding_val_bpb", "temperature")
+# train_jepa.py must say its source when it runs inside the self-extracting script.
+FILE_ONLY = 'return Path(__file__).read_text(encoding="utf-8")'
+HOOKED = FILE_ONLY.replace("return", 'return globals().get("SOURCE") or')
 
 
 def edit(path, **values):
@@ -36,6 +41,8 @@ def runs(tmp_path, monkeypatch):
     """Three finished run folders as training leaves them, untrained; the seed is in the scores."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / f"data/fineweb_{split}_000000.bin").touch()
     source = tj.source_text()
     digest = hashlib.sha256(source.encode()).hexdigest()
     for seed in SEEDS:
@@ -59,22 +66,31 @@ def runs(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def evaluated(monkeypatch):
-    """Stands for the process that evaluates the copy: notes its calls, answers with `.scores`."""
-    class Evaluated:
+def checked(monkeypatch):
+    """Stands for the commands of README: notes its calls; the last one prints `.scores`.
+
+    Calls: (command, folder, files there). `.codes`: exit codes of the three commands."""
+    class Checked:
         def __init__(self):
-            self.calls, self.code, self.error = [], 0, ""
+            self.calls, self.codes, self.error, self.trains = [], [0, 0, 0], "", True
             self.scores = dict(roundtrip_val_bpb=1.44, tempered_val_bpb=1.43,
                                sliding_val_bpb=1.42 + 4e-7, temperature=0.9)
 
-        def run(self, command, cwd, env, **_):
-            self.calls.append((command, Path(cwd), env, file_names(cwd)))
+        def run(self, command, folder, label):
+            number = len(self.calls) % 3
+            self.calls.append((command, folder, file_names(folder)))
+            if "SEED=" in command and self.trains:
+                run = folder / "runs" / re.search(r"RUN_ID=(\S+)", command)[1]
+                run.mkdir(parents=True)
+                (run / "result.json").write_text('{"roundtrip_val_bpb": 3.0}')
             text = self.scores if isinstance(self.scores, str) else json.dumps(self.scores)
-            return subprocess.CompletedProcess(
-                command, self.code, f"roundtrip val_loss:1\n{text}\n", self.error)
+            return self.codes[number], f"roundtrip val_loss:1\n{self.error}\n{text}\n"
 
-    process = Evaluated()
-    monkeypatch.setattr(tool.subprocess, "run", process.run)
+        commands = property(lambda self: [call[0] for call in self.calls])
+
+    process = Checked()
+    monkeypatch.setattr(tool, "run_command", process.run)
+    monkeypatch.setattr(tool, "check_vocabulary", lambda run: None)
     return process
 
 
@@ -94,9 +110,97 @@ def refused(text, run="runs/r*", **settings):
         submit(run, **settings)
     lines = [line for line in str(caught.value).splitlines() if text in line]
     assert len(lines) == 1, str(caught.value)
-    assert not list(Path().glob("submissions/*")) and not list(Path().glob("submissions/.*"))
+    assert not Path("submissions").exists() and not list(Path().glob(".*"))
     return str(caught.value)
 
+
+# -- the self-extracting script ------------------------------------------------------------------
+
+PROBE = '''"""A docstring with "quotes", \\\\backslashes and ümläuts."""
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from pathlib import Path
+
+
+class Probe:
+    def method(self):
+        return SOURCE
+
+
+def fail():
+    raise KeyError("failed")
+
+
+if __name__ == "__main__":
+    print(json.dumps(dict(doc=__doc__, file=__file__, arguments=sys.argv, source=SOURCE,
+                          function=inspect.getsource(fail), cls=inspect.getsource(Probe),
+                          files=[path.name for path in Path(__file__).parent.iterdir()])))
+    fail()
+'''
+
+
+def hooked_source() -> str:
+    """The source of train_jepa.py with the line that finds it inside the self-extracting script."""
+    source = tj.source_text()
+    return source if 'globals().get("SOURCE")' in source else source.replace(FILE_ONLY, HOOKED)
+
+
+def test_shipped_script_runs_as_its_source_would(tmp_path):
+    """Same name, file, arguments, docstring; inspect shows the source, tracebacks its lines."""
+    path = tmp_path / "train_gpt.py"
+    path.write_bytes(tool.shipped_script(PROBE))
+    done = subprocess.run([sys.executable, str(path), "A=1", "B=2"], capture_output=True, text=True)
+    found = json.loads(done.stdout)
+    assert found["doc"] == 'A docstring with "quotes", \\backslashes and ümläuts.'
+    assert found["file"] == str(path) and found["arguments"] == [str(path), "A=1", "B=2"]
+    assert found["source"] == PROBE and found["files"] == ["train_gpt.py"]
+    assert found["function"] == 'def fail():\n    raise KeyError("failed")\n'
+    assert found["cls"].startswith("class Probe:\n    def method")
+    assert done.returncode == 1 and f'File "{path}", line 16, in fail' in done.stderr
+
+
+def test_shipped_script_of_the_trainer():
+    """Plain ASCII, a third of the source, the same bytes each time; --source gives it back."""
+    source = tj.source_text()
+    shipped = tool.shipped_script(source)
+    assert shipped.isascii() and len(shipped) < 0.36 * len(source.encode())
+    assert shipped == tool.shipped_script.__wrapped__(source) and b"\r" not in shipped
+    done = subprocess.run([sys.executable, "-", "--source"], input=shipped, capture_output=True)
+    assert done.stdout.decode() == source and not done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_trainer_trains_the_same_when_it_is_shipped(tmp_path, ranks):
+    """python and torchrun: the artifact of the plain file bit for bit, log and hash of the source,
+    and no file but the run's."""
+    source, folder, knobs = hooked_source(), tmp_path / "shipped", TINY | dict(ITERATIONS=2)
+    folder.mkdir()
+    (folder / "train_gpt.py").write_bytes(tool.shipped_script(source))
+    places = dict(RUNS_DIR="runs", RUN_ID="r")
+    arguments = [f"{name}={value}" for name, value in (knobs | places).items()]
+    if ranks == 1:
+        children = [run_child(tmp_path, base=knobs),
+                    script(folder, folder / "train_gpt.py", *arguments)]
+    else:
+        children = run_ranks(tmp_path, ranks, base=knobs)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                   f"--nproc_per_node={ranks}", "train_gpt.py", *arguments]
+        done = subprocess.run(command, cwd=folder, env=plain_environment(), capture_output=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert [child.code for child in children] == [0, 0], children[-1].text()
+    log, result = (folder / "runs/r/log.txt").read_bytes(), read_run(folder / "runs/r").result
+    stated, text = tool.logged_script(log)
+    assert text.decode() == source and log.startswith(text)
+    assert stated == result["script_sha256"] == hashlib.sha256(text).hexdigest()
+    assert result["artifact_sha256"] == read_run(tmp_path / "r").result["artifact_sha256"]
+    assert {path.name for path in folder.iterdir()} == {"train_gpt.py", "runs"}
+
+
+# -- refusals ------------------------------------------------------------------------------------
 
 def test_refuses_without_author(runs):
     assert refused("AUTHOR: missing", author="").count("\n") == 0
@@ -109,7 +213,7 @@ def test_refuses_runs_that_are_not_there(runs):
 
 
 def test_refuses_too_many_bytes(runs):
-    big, code_bytes = runs / "r43/model.jepa", len(tj.source_text().encode())
+    big, code_bytes = runs / "r43/model.jepa", len(tool.shipped_script(tj.source_text()))
     big.write_bytes(b"")
     os.truncate(big, 16_000_001 - code_bytes)
     edit(runs / "r43/result.json", artifact_sha256=tj.file_hash(big))
@@ -117,15 +221,15 @@ def test_refuses_too_many_bytes(runs):
     assert line.count("\n") == 0 and "16,000,000 allowed" in line
     os.truncate(big, 16_000_000 - code_bytes)
     edit(runs / "r43/result.json", artifact_sha256=tj.file_hash(big))
-    assert not list(tool.run_faults(compare.read_run(runs / "r43"), "10min"))
+    assert not list(tool.run_faults(read_run(runs / "r43"), "10min"))
 
 
 @pytest.mark.parametrize("name,what", [
     ("train_seconds", "training"), ("eval_seconds", "evaluation")])
-def test_refuses_more_than_ten_minutes_on_that_track(runs, evaluated, name, what):
+def test_refuses_more_than_ten_minutes_on_that_track(runs, checked, name, what):
     edit(runs / "r44/result.json", **{name: 600.5})
     assert refused(f"{what} took 600.50 s").count("\n") == 0
-    assert submit(track="unlimited")["track"] == "unlimited"
+    assert submit(track="unlimited")["track"] == "non_record_16mb"
     edit(runs / "r44/result.json", **{name: 600.0})
     submit(out="second")
 
@@ -150,7 +254,7 @@ def test_refuses_when_the_file_was_edited_after_the_run(runs, monkeypatch):
     assert text.count("the script changed") == 3
 
 
-def test_log_of_a_run_begun_twice(runs, evaluated):
+def test_log_of_a_run_begun_twice(runs, checked):
     log, older = (runs / "r42/log.txt").read_text(), "script: 15 bytes, sha256 " + "0" * 64
     (runs / "r42/log.txt").write_text(f"an older script\n{older}\nstep:1\n{log}")
     assert submit()["seeds"] == [42, 43, 44]
@@ -202,71 +306,133 @@ def test_says_all_faults_at_once(runs):
     assert refused("AUTHOR: missing", author="", github_id="").count("\n") == 4
 
 
-def test_the_folder(runs, evaluated, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", "/somewhere")
-    monkeypatch.setenv("MODEL_DIM", "1024")
+def test_the_folder(runs, checked):
     report = submit(submission_name="My entry, 1st", blurb="A sentence.")
-    out = Path("submissions/My-entry-1st")
+    out = Path(f"submissions/records/track_10min_16mb/{report['date']}_My-entry-1st")
     assert report["out"] == str(out) and file_names(out) == report["files"] == sorted([
         "README.md", "submission.json", "train_seed42.log", "train_seed43.log", "train_seed44.log",
-        "train_jepa.py", "model.jepa", "run_jepa_byte.sh",
-        *(name for name in tool.SHIPPED_BESIDE if (ROOT / name).is_file())])
-    assert {"requirements.txt", "setup_jepa.sh"} <= set(report["files"])
-    assert not [path for path in out.parent.iterdir() if path != out]
+        "train_gpt.py", "model.jepa", "run_jepa_byte.sh", *tool.SHIPPED_BESIDE])
+    assert {path.name for path in Path().iterdir()} == {"runs", "data", "submissions"}
     facts = json.loads((out / "submission.json").read_text())
-    code_bytes = len(tj.source_text().encode())
+    code_bytes = len(tool.shipped_script(tj.source_text()))
     assert facts | dict(
         author="A. Author", github_id="aauthor", name="My entry, 1st", blurb="A sentence.",
-        track="10min", seeds=[42, 43, 44], steps=3, wallclock=550.0, bytes_code=code_bytes,
+        track="10min_16mb", seeds=[42, 43, 44], steps=3, wallclock=550.0, bytes_code=code_bytes,
         bytes_total=7 * 44 + code_bytes, hardware="1 x a processor") == facts
-    assert facts["val_bpb"] == pytest.approx(1.43)
+    assert facts["val_bpb"] == facts["val_loss"] == pytest.approx(1.43)
     assert facts["val_bpb_std"] == pytest.approx(0.01)
     assert facts["seed_results"]["43"]["roundtrip_val_bpb"] == pytest.approx(1.45)
     assert (out / "model.jepa").read_bytes() == b"weights" * 42  # the best seed's
-    assert (out / "train_jepa.py").read_text() == tj.source_text()
+    assert (out / "train_gpt.py").read_bytes() == tool.shipped_script(tj.source_text())
     assert (out / "train_seed43.log").read_bytes() == (runs / "r43/log.txt").read_bytes()
-    (command, cwd, env, files), = evaluated.calls
-    assert "MODE=eval" in command and "SLIDING_EVAL=1" in command
-    assert f"DATA_PATH={Path('data').resolve()}" in command
-    assert not cwd.exists() and out.resolve() not in cwd.parents and files == report["files"]
-    assert "PYTHONPATH" not in env and "MODEL_DIM" not in env and env["PATH"]
     json.dumps(report, allow_nan=False)
 
 
-def test_readme_of_the_folder(runs, evaluated):
+def test_the_check_runs_the_commands_of_readme(runs, checked):
+    report = submit()
+    readme = (Path(report["out"]) / "README.md").read_text()
+    set_up, training, evaluation = tool.readme_commands(readme)
+    assert checked.commands == [set_up, training, evaluation]  # three steps: none to cut
+    assert set_up == "bash setup_jepa.sh env"
+    for _, folder, files in checked.calls:
+        assert not folder.exists() and Path(report["out"]).resolve() not in folder.parents
+        assert {*report["files"], "data/datasets/data/fineweb_val_000000.bin"} <= {*files}
+    assert "MODE=eval ARTIFACT=model.jepa" in evaluation and "SLIDING_EVAL=1" in evaluation
+    assert all(command.startswith("bash run_jepa_byte.sh \\\n") for command in (training, evaluation))
+    assert all("DATA_PATH=data/datasets/data" in command for command in (training, evaluation))
+
+
+def test_the_training_of_the_check_is_cut_by_iterations_only():
+    assert tool.shortened("bash a.sh \\\n    B=1") == "bash a.sh \\\n    B=1 ITERATIONS=10"
+    assert tool.shortened("ITERATIONS=500 B=1") == "ITERATIONS=10 B=1"
+    assert tool.shortened("WARMDOWN_ITERS=9 ITERATIONS=7") == "WARMDOWN_ITERS=9 ITERATIONS=7"
+
+
+def test_readme_of_the_folder(runs, checked):
     readme = (Path(submit()["out"]) / "README.md").read_text()
     for words in ("| 43 | 1.450000 | 1.440000 | 1.430000 | 3 | 98.0 | 550.0 | 300.0 |",
-                  "| mean | 1.450000 |", "| std | 0.010000 |", "for seed in 42 43 44; do python",
-                  "the first 2,000 tokens (not the whole)", "SEED=$seed RUN_ID=seed$seed \\\n",
-                  "MODEL_DIM=64", "python train_jepa.py \\\n    MODE=eval ARTIFACT=model.jepa",
+                  "| mean | 1.450000 |", "| std | 0.010000 |", "SEED=42 RUN_ID=seed42",
+                  "`SEED=43 RUN_ID=seed43`, `SEED=44 RUN_ID=seed44`",
+                  "the first 2,000 tokens (not the whole)", "MODEL_DIM=64",
                   "No validation data in training", "chosen on training tokens", "One pass",
+                  "`python train_gpt.py --source` prints the source", "records/track_10min_16mb/",
                   "the track allows 600 s for each, on 8 x H100, which these runs did not use"):
         assert words in readme, words
-    assert "Traceback" not in readme and "None" not in readme
+    assert "Traceback" not in readme and "None" not in readme and "$" not in readme
     assert all(f"`{name}`" in readme for name in file_names(submit(out="again")["out"])
                if not name.startswith(("README", "train_seed")))
 
 
-def test_files_beside_the_script(runs, evaluated, tmp_path, monkeypatch):
-    """Files of tools/ go along where they exist; a missing file beside the script is named."""
+@pytest.mark.parametrize("data, tokenizer, command, files", [
+    ("demo_sp8192", "bpe", "bash setup_jepa.sh demo", "data/demo/alice_valid.txt"),
+    ("fineweb10B_sp8192", "bpe",
+     "FINEWEB_KINDS=sp8192 TRAIN_SHARDS=2 bash setup_jepa.sh fineweb", ""),
+    ("fineweb10B_sp1024_bytes", "byte", "bash setup_jepa.sh env", ""),
+    ("own_sp8192", "bpe", "bash setup_jepa.sh env", "data/tokenizers/own.model")])
+def test_data_in_the_folder(runs, checked, data, tokenizer, command, files):
+    """Set-up makes demo and FineWeb data; without a network the run's data stands in for it."""
+    for seed in SEEDS:
+        edit(runs / f"r{seed}/config.json", DATA_PATH=f"data/{data}", TOKENIZER=tokenizer,
+             TOKENIZER_PATH="own.model", VOCAB_SIZE=8192 if tokenizer == "bpe" else 256)
+    Path("own.model").write_bytes(b"model")
+    shutil.rmtree("data") if data in tool.DEMO_DATA else shutil.copytree("data", f"data/{data}")
+    if "TRAIN_SHARDS" in command:
+        Path(f"data/{data}/fineweb_train_000001.bin").touch()
+        checked.codes = [3, 0, 0]
+    report = submit()
+    assert checked.commands[0] == command and not files or files in report["files"]
+    linked = {name for name in checked.calls[0][2] if name.startswith("data/") and name != files}
+    if data in tool.DEMO_DATA:
+        assert all(name.startswith("data/demo/") for name in linked)
+    else:
+        assert f"data/datasets/{data}/fineweb_val_000000.bin" in linked
+        assert ("data/tokenizers/own.model" in linked) == (data == "fineweb10B_sp8192")
+        assert not any("datasets" in name for name in report["files"])
+    model = "TOKENIZER_PATH=data/tokenizers/own.model"
+    assert all((model in line) == (tokenizer == "bpe") for line in checked.commands[1:])
+    checked.codes = [1, 0, 0]
+    with pytest.raises(tj.UserError, match="README's command for the set-up.*ended with 1"):
+        submit(out="second")
+
+
+@pytest.mark.parametrize("name", ["run_jepa_bpe.sh", "run_jepa_byte.sh", "run_bytejepa.sh"])
+@pytest.mark.parametrize("preset", ["published", "best"])
+def test_arguments_give_the_values_of_the_run(name, preset):
+    """What differs from the run script's defaults, and no more; defaults that depend on arguments
+    are followed."""
+    given = dict(PROFILE="cpu", DATA_PATH="x")
+    settings = tool.script_settings(ROOT / name, (*map("=".join, given.items()), f"PRESET={preset}"))
+    values = {knob: tj.parse_knob(knob, tj.Config.knobs()[knob], text)
+              for knob, text in settings.items() if knob not in ("DATA_PATH", "TOKENIZER_PATH")}
+    assert tool.script_arguments(name, given | dict(PRESET=preset), values) == given | dict(
+        PRESET=preset)
+    other = values | dict(MODEL_DIM=96, JEPA_ANNEAL=0.5, CE_PURE_FRAC=0.7, SWA_START=0.8)
+    arguments = tool.script_arguments(name, given | dict(PRESET=preset), other)
+    assert arguments == given | dict(PRESET=preset, MODEL_DIM="96", JEPA_ANNEAL="0.5",
+                                     CE_PURE_FRAC="0.7", SWA_START="0.8")
+
+
+def test_files_beside_the_script(runs, checked, tmp_path, monkeypatch):
+    """Modes of files are kept, launch.sh starts train_gpt.py, a missing file is named."""
     repository = tmp_path / "repository"
     for name in ("run_jepa_byte.sh", *tool.SHIPPED_BESIDE):
         (repository / name).parent.mkdir(parents=True, exist_ok=True)
-        (repository / name).write_text(name)
+        shutil.copy(ROOT / name, repository / name)
     (repository / "setup_jepa.sh").chmod(0o755)
     monkeypatch.setattr(tool, "ROOT", repository)
-    report = submit()
-    assert {"tools/launch.sh", "tools/prepare_data.py"} <= set(report["files"])
-    assert evaluated.calls[-1][3] == report["files"]
-    assert os.access(Path(report["out"]) / "setup_jepa.sh", os.X_OK)
-    assert "`tools/launch.sh`" in (Path(report["out"]) / "README.md").read_text()
+    out = Path(submit()["out"])
+    assert os.access(out / "setup_jepa.sh", os.X_OK)
+    assert ': "${TRAIN_SCRIPT:=train_gpt.py}"' in (out / "tools/launch.sh").read_text()
+    (repository / "tools/launch.sh").write_text("something else\n")
+    with pytest.raises(tj.UserError, match="^(run_jepa_byte.sh|tools/launch.sh): "):
+        submit(out="second")
     (repository / "setup_jepa.sh").unlink()
-    with pytest.raises(tj.UserError, match="^setup_jepa.sh: not found beside train_jepa.py"):
+    with pytest.raises(tj.UserError, match="^setup_jepa.sh: not found in"):
         submit(out="second")
     assert not Path("second").exists()
 
 
-def test_no_excuse_for_the_hardware_of_the_track(runs, evaluated):
+def test_no_excuse_for_the_hardware_of_the_track(runs, checked):
     edit(runs / "r42/result.json", world_size=8, device="NVIDIA H100 80GB HBM3")
     assert "did not use" not in (Path(submit("runs/r42")["out"]) / "README.md").read_text()
 
@@ -277,44 +443,68 @@ def test_run_script_of_each_kind():
     assert tool.run_script(dict(MIXER="mamba2", TOKENIZER="byte")) == "run_jepa_byte.sh"
 
 
-def test_one_seed_without_sliding_or_temperature(runs, evaluated):
+def test_one_seed_without_sliding_or_temperature(runs, checked):
     edit(runs / "r42/result.json", sliding_val_bpb=None, tempered_val_bpb=None, temperature=None,
          sliding_stride=None)
     report = submit("runs/r42")
     assert report["val_bpb"] == pytest.approx(1.44) and report["val_bpb_std"] is None
     assert report["scoring"] == "round trip"
-    assert {"TEMP_SCALING=0", "SLIDING_EVAL=0"} <= set(evaluated.calls[0][0])
+    assert {"TEMP_SCALING=0", "SLIDING_EVAL=0"} <= set(checked.commands[2].split())
     readme = (Path(report["out"]) / "README.md").read_text()
     assert "No temperature is applied" in readme and "| std |" not in readme
 
 
 @pytest.mark.parametrize("name", CHECKED)
-def test_a_mismatch_leaves_no_folder(runs, evaluated, name):
-    evaluated.scores[name] += 2e-6
+def test_a_mismatch_leaves_no_folder(runs, checked, name):
+    checked.scores[name] += 2e-6
     assert name in refused("not submitted: the artifact of runs/r42, evaluated alone, gives")
-    evaluated.scores[name] = None
+    checked.scores[name] = None
     refused("None instead of")
-    assert not evaluated.calls[0][1].exists()
+    assert not checked.calls[0][1].exists()
 
 
-def test_a_failing_evaluation_leaves_no_folder(runs, evaluated):
-    evaluated.code = 2
-    evaluated.error = "some warning\ntrain_jepa.py: model.jepa: damaged\nat exit: something\n"
-    refused("ended with 2: train_jepa.py: model.jepa: damaged")
-    evaluated.code, evaluated.scores = 0, "no JSON here"
+@pytest.mark.parametrize("number, name", [(0, "set-up"), (1, "training"), (2, "evaluation")])
+def test_a_failing_command_leaves_no_folder(runs, checked, number, name):
+    checked.codes[number] = 2
+    checked.error = "a warning\ntrain_jepa.py: model.jepa: damaged\nat exit: something"
+    refused(f"command for the {name}, run in a copy of the folder, ended with 2: train_jepa.py: "
+            "model.jepa: damaged")
+
+
+def test_training_without_result_and_evaluation_without_scores(runs, checked):
+    checked.scores = "no JSON here"
     refused("did not end with scores as JSON")
+    checked.trains = False
+    refused("left no score in runs/seed42")
 
 
-def test_an_earlier_folder_is_kept_unless_overwritten(runs, evaluated):
+def test_commands_of_the_check_know_nothing_of_this_environment(tmp_path, monkeypatch, capsys):
+    """Interpreter and PATH only; a line at least every PROGRESS_SECONDS; both outputs returned."""
+    monkeypatch.setenv("PYTHONPATH", "/somewhere")
+    monkeypatch.setenv("MODEL_DIM", "1024")
+    monkeypatch.setattr(tool, "PROGRESS_SECONDS", 0.1)
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    command = "env; pwd; echo step:4 >&2; sleep 0.3; exit 5"
+    code, output = tool.run_command(command, folder, "check 2 of 3, training")
+    assert code == 5 and f"PYTHON={sys.executable}\n" in output and "SKIP_VENV=1\n" in output
+    assert f"\n{folder}\n" in output and "MODEL_DIM" not in output and "PYTHONPATH" not in output
+    lines = capsys.readouterr().err.splitlines()
+    assert re.fullmatch("submit.py: check 2 of 3, training: 0 s: step:4", lines[0])
+    assert lines[-1].endswith("ended with 5") and len(lines) >= 3
+    assert file_names(folder) == []
+
+
+def test_an_earlier_folder_is_kept_unless_overwritten(runs, checked):
     submit(out="sub")
     with pytest.raises(tj.UserError, match="OUT=sub: exists already"):
         submit(out="sub")
     (Path("sub") / "mine.txt").write_text("x")
-    evaluated.scores["roundtrip_val_bpb"] = 9.0
+    checked.scores["roundtrip_val_bpb"] = 9.0
     with pytest.raises(tj.UserError, match="not submitted"):
         submit(out="sub", overwrite=True)
     assert (Path("sub") / "mine.txt").exists()
-    evaluated.scores["roundtrip_val_bpb"] = 1.44
+    checked.scores["roundtrip_val_bpb"] = 1.44
     submit(out="sub", overwrite=True)
     assert not (Path("sub") / "mine.txt").exists()
     Path("home").mkdir()
@@ -322,20 +512,20 @@ def test_an_earlier_folder_is_kept_unless_overwritten(runs, evaluated):
         submit(out="home", overwrite=True)
 
 
-def test_data_must_be_there_and_can_be_named(runs, evaluated):
+def test_data_must_be_there_and_can_be_named(runs, checked):
     Path("data").rename("elsewhere")
     refused("data: no such folder")
     submit(data_path="elsewhere")
-    assert f"DATA_PATH={Path('elsewhere').resolve()}" in evaluated.calls[-1][0]
+    assert "data/datasets/data/fineweb_val_000000.bin" in checked.calls[-1][2]
 
 
-def test_ranks_of_the_run_evaluate_together(runs, evaluated):
+def test_ranks_of_the_run_train_and_evaluate_together(runs, checked):
     edit(runs / "r42/result.json", world_size=2)
-    assert "nproc_per_node=2" in (Path(submit("runs/r42")["out"]) / "README.md").read_text()
-    assert "--nproc_per_node=2" in evaluated.calls[0][0]
+    submit("runs/r42")
+    assert all("NPROC_PER_NODE=2" in command for command in checked.commands[1:])
 
 
-def test_command_line(runs, evaluated, monkeypatch, capsys):
+def test_command_line(runs, checked, monkeypatch, capsys):
     """Arguments win over the environment; JSON is the last line; faults are a line each, code 2."""
     monkeypatch.setenv("AUTHOR", "Someone Else")
     monkeypatch.setenv("GITHUB_ID", "aauthor")
@@ -344,7 +534,7 @@ def test_command_line(runs, evaluated, monkeypatch, capsys):
     assert tool.main(arguments) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (report["author"], report["github_id"], report["track"], report["seeds"]) == (
-        "A. Author", "aauthor", "unlimited", [42, 43])
+        "A. Author", "aauthor", "non_record_16mb", [42, 43])
     assert tool.main([*arguments, "OUT=b", "RUNS=x", "OVERWRITE=yes", "TRACK=5min"]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 3 and all(line.startswith("submit.py: ") for line in errors)
@@ -392,28 +582,45 @@ def script(folder: Path, path: Path, *arguments: str) -> Child:
 
 
 @pytest.mark.slow
-def test_real_runs_make_a_verified_submission(copied, demo_data, tmp_path, monkeypatch):
-    """Submit, then score what was submitted by its own script; then a result states another BPB."""
+def test_real_runs_make_a_submission_that_reproduces_itself(copied, tmp_path):
+    """README's commands in an empty folder: set-up, training, the scores of the artifact; then
+    with a result that states another BPB."""
     people = ["RUN=runs/s*", "AUTHOR=A. Author", "GITHUB_ID=aauthor", "OUT=sub"]
-    done = subprocess.run([sys.executable, str(ROOT / "tools/submit.py"), *people], text=True,
-                          env=plain_environment(), capture_output=True)
+    command = [sys.executable, str(ROOT / "tools/submit.py"), *people]
+    done = subprocess.run(command, text=True, env=plain_environment(), capture_output=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     best = min(results(copied).values(), key=lambda result: result["sliding_val_bpb"])
-    alone = script(tmp_path / "sub", Path("train_jepa.py"), "MODE=eval", "ARTIFACT=model.jepa",
-                   f"DATA_PATH={demo_data.bytes}", "VAL_MAX_TOKENS=2000", "DEVICE=cpu",
-                   "SLIDING_EVAL=1", "SLIDING_EVAL_STRIDE=16", "VAL_BATCH_SIZE=128", "SEED=7")
-    assert alone.code == 0, alone.text()
-    scores = json.loads(alone.text().splitlines()[-1])
-    for name in CHECKED:
-        assert abs(scores[name] - best[name]) < 1e-6
-        assert abs(report["verified"][name] - best[name]) < 1e-6
+    assert all(abs(report["verified"][name] - best[name]) < 1e-6 for name in CHECKED)
+    largest = max(result["artifact_bytes"] for result in results(copied).values())
+    assert report["bytes_total"] == largest + (tmp_path / "sub/train_gpt.py").stat().st_size
+    assert [re.sub(" [0-9]+ s,", "", line) for line in done.stderr.splitlines()
+            if "ended with" in line] == [f"submit.py: check {number} of 3, {name}: ended with 0"
+                                         for number, name in enumerate(
+                                             ("set-up", "training", "evaluation"), 1)]
     # Same artifact, another stated BPB: only scoring the artifact can tell.
     edit(copied / f"s{best['seed']}/result.json", sliding_val_bpb=best["sliding_val_bpb"] - 1e-4)
-    monkeypatch.setattr(tool, "evaluate_copy", lambda *_: report["verified"])
-    with pytest.raises(tj.UserError, match="evaluated alone, gives sliding_val_bpb"):
-        submit("runs/s*", out="second")
+    best_run = read_run(copied / f"s{best['seed']}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tool, "run_readme", lambda *_: report["verified"])
+        with pytest.raises(tj.UserError, match="evaluated alone, gives sliding_val_bpb"):
+            tool.verify_copy(tmp_path / "sub", best_run, tmp_path)
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"runs", "sub"}
+
+
+@pytest.mark.slow
+def test_a_forged_vocabulary_is_refused(copied):
+    """An artifact that claims more bytes for its tokens would score any BPB."""
+    path = copied / "s42/model.jepa"
+    tool.check_vocabulary(read_run(copied / "s42"))
+    header, tensors, grids = tj.read_artifact(path)
+    vocabulary = tj.Vocabulary.unpack(header["vocabulary"], 256)
+    header["vocabulary"] = tj.Vocabulary(
+        vocabulary.base_bytes * 9, *list(vars(vocabulary).values())[1:]).pack()
+    tj.write_artifact(path, header, {name: (tensors[name], grids[name]) for name in tensors})
+    edit(copied / "s42/result.json", artifact_sha256=tj.file_hash(path))
+    with pytest.raises(tj.UserError, match="runs/s42: model.jepa counts the bytes of tokens"):
+        submit("runs/s42")
 
 
 @pytest.mark.slow

@@ -68,7 +68,7 @@ def test_the_carried_scores_temperature_is_chosen_with_carried_states():
         def standard(self, temperatures=(1.0,), label=""):
             return [tj.Score(abs(t - 1.3), 1.0) for t in temperatures]
 
-        def carried(self, temperatures=(1.0,), label=""):
+        def carried(self, temperatures=(1.0,), overlap=None):
             return [tj.Score(abs(t - 0.7), 2.0) for t in temperatures]
 
     lines = []
@@ -81,9 +81,9 @@ def test_the_carried_scores_temperature_is_chosen_with_carried_states():
 
 def test_a_run_that_fails_in_its_warm_up_says_so_in_its_log(tmp_path):
     child = harness.run(tmp_path, "def full(self):\n    raise tj.torch.OutOfMemoryError\ntj.Trainer.warm_up = full")
-    assert child.code == 2 and "raise MICRO_BATCHES=4" in child.errors()[0]
+    assert child.code == 2 and f"raise MICRO_BATCHES={TINY['MICRO_BATCHES']}" in child.errors()[0]
     last = (tmp_path / "r/log.txt").read_text().splitlines()[-1]
-    assert last.startswith("ended: out of GPU memory") and "MICRO_BATCHES=4" in last
+    assert last.startswith("ended: out of GPU memory") and "raise MICRO_BATCHES=" in last
 
 
 def test_an_unforeseen_error_is_named_in_the_log_and_not_hidden(tmp_path):

@@ -44,10 +44,6 @@ from train_jepa import (  # noqa: E402
 # knobs of the trainer: which of them make an experiment
 # -----------------------------------------------------------------------------------------------
 
-# A resumed run may change these, but runs that differ in them do not repeat one experiment.
-RESULT_KNOBS = frozenset(
-    "ITERATIONS MAX_WALLCLOCK_SECONDS DATA_PATH TOKENIZER_PATH VAL_MAX_TOKENS SSD_KERNEL SSD_CHUNK "
-    "COMPILE_MODE SLIDING_EVAL_STRIDE TEMP_SCALING TEMP_CALIB ROUNDING ROUNDING_TOKENS".split())
 # Knobs of v0.1 that train_jepa.py no longer has: those that never made an experiment, and those
 # that changed nothing at their defaults. So runs of v0.1 are grouped with runs of today's script.
 FORMER_FREE_KNOBS = frozenset(
@@ -63,9 +59,9 @@ def configuration(config: Mapping[str, Any]) -> dict[str, Any]:
 
     A knob that the run's script did not have yet counts as its default. Data and tokenizer count by
     name, wherever they lie."""
-    knobs = Config.knobs()
+    knobs, free, result = Config.knobs(), Config.tagged("free"), Config.tagged("result")
     values = {name: config.get(name, f.default) for name, f in knobs.items()
-              if name != "SEED" and (not f.metadata["free"] or name in RESULT_KNOBS)}
+              if name != "SEED" and (name not in free or name in result)}
     for name, value in config.items():
         default = name in FORMER_DEFAULTS and value == FORMER_DEFAULTS[name]
         if name not in knobs and name not in FORMER_FREE_KNOBS and not default:

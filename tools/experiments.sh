@@ -52,7 +52,6 @@ detached DETACH_TARGETS=1
 dim_32 JEPA_DIM=32 SIGREG_LAMBDA=5
 covariance JEPA_COV=1
 annealed JEPA_ANNEAL=0.5
-smooth_l1 JEPA_LOSS=smooth_l1
 over_time SIGREG_AXIS=time
 over_both SIGREG_AXIS=both
 carried CARRY_STATE=1 EVAL_STATE=carry

@@ -9,6 +9,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source ./setup_jepa.sh
+: "${TRAIN_SCRIPT:=train_jepa.py}"    # a submission folder has its own name here
 
 # ---- system A: what run_jepa_bpe.sh and run_jepa_byte.sh have in common
 
@@ -166,7 +167,7 @@ choose_profile() {
     [[ ${NPROC_PER_NODE:-1} =~ ^[1-9][0-9]*$ ]] ||
         die "NPROC_PER_NODE=$NPROC_PER_NODE: it is a number of ranks, 1 or more" 2
     GPUS=0
-    if asks_for_help; then    # installs nothing: without torch, the driver is asked
+    if asks_for_help && [[ -f KNOBS.md ]]; then    # no installation: the driver is asked, not torch
         if [[ $PROFILE == auto ]]; then
             if gpu_driver >/dev/null; then PROFILE=gpu; else PROFILE=cpu; fi
         fi
@@ -274,9 +275,9 @@ launch() {
     asks_for_help && [[ -f KNOBS.md ]] && show_help && exit
     count_ranks
     if [[ $ranks == 1 ]] && { [[ -z "${TORCHRUN_ARGS-}" ]] || only_describes || in_mode sample; }; then
-        exec "$PY" train_jepa.py ${ARGS[@]+"${ARGS[@]}"}
+        exec "$PY" "$TRAIN_SCRIPT" ${ARGS[@]+"${ARGS[@]}"}
     fi
     # shellcheck disable=SC2086  # words are arguments
     exec "$PY" -m torch.distributed.run ${TORCHRUN_ARGS:---standalone} --nproc_per_node="$ranks" \
-        train_jepa.py ${ARGS[@]+"${ARGS[@]}"}
+        "$TRAIN_SCRIPT" ${ARGS[@]+"${ARGS[@]}"}
 }
