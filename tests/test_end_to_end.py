@@ -365,3 +365,51 @@ tj.Batches.__call__ = (lambda call: lambda self, position, micro: call(self, 0, 
     assert child.code == 0, child.text()[-3000:]
     ce = [line["ce"] for line in harness.metrics(tmp_path / "r") if line["kind"] == "train"]
     assert ce[0] == ce[1] == ce[2] != ce[3] == ce[4] == ce[5]
+
+
+def on_a_terminal(folder, *arguments, **knobs):
+    """What a run prints on a pseudo-terminal, as text."""
+    import pty
+    env = harness.plain_environment(**harness.TINY | dict(RUNS_DIR=folder) | knobs)
+    parent, child = pty.openpty()
+    process = subprocess.Popen([sys.executable, tj.__file__, *arguments], stdout=child, stderr=child, env=env)
+    os.close(child)
+    text = b""
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while part := os.read(parent, 65536):
+            text += part
+    os.close(parent)
+    assert process.wait() == 0, text
+    return text.decode().replace("\r\n", "\n")
+
+
+@pytest.mark.slow
+def test_on_a_terminal_reports_are_text_and_json_on_request(tmp_path, artifact):
+    text = on_a_terminal(tmp_path, "MODE=describe")
+    assert "FITS 16,000,000" in text.splitlines()[-1] and "\n  MODEL_DIM " in text and "\n  MLP_NORM " not in text
+    assert "{" not in text and "MLP_NORM " in on_a_terminal(tmp_path, "MODE=describe", "ALL=1")
+    path = tmp_path / "model.jepa"
+    path.write_bytes(artifact)
+    text = on_a_terminal(tmp_path, "MODE=eval", f"ARTIFACT={path}", "JSON=1")
+    *_, summary, report = text.splitlines()
+    assert summary.endswith(f"{json.loads(report)['roundtrip_val_bpb']:.4f} bits per byte")
+
+
+@pytest.mark.parametrize("mode", ["eval", "sample"])
+def test_a_stride_longer_than_the_artifacts_sequences_is_shortened(tmp_path, artifact, mode):
+    path = tmp_path / "model.jepa"
+    path.write_bytes(artifact)
+    child = run(tmp_path, MODE=mode, ARTIFACT=path, SLIDING_EVAL=1, SLIDING_EVAL_STRIDE=64, VAL_MAX_TOKENS=500)
+    assert child.code == 0, child.text()
+    assert mode == "sample" or f"sliding stride:{harness.TINY['TRAIN_SEQ_LEN']} " in child.text()
+
+
+def test_messages_name_a_command_that_helps(tmp_path):
+    """Shards beside the folder that has none; else the script that makes them."""
+    child = run(tmp_path, DATA_PATH=tmp_path / "data/none")
+    assert "bash run_jepa_byte.sh makes its shards" in child.errors()[0]
+    (tmp_path / "data/other").mkdir(parents=True)
+    harness.write_shard(tmp_path / "data/other/fineweb_val_000000.bin", range(9))
+    assert f"{tmp_path}/data/other would do" in run(tmp_path, DATA_PATH=tmp_path / "data/none").errors()[0]
+    for mode in ("eval", "sample"):
+        assert f"bash run_jepa_bpe.sh MODE={mode} ARTIFACT=" in run(tmp_path, MODE=mode).errors()[0]

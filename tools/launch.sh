@@ -167,7 +167,7 @@ choose_profile() {
     [[ ${NPROC_PER_NODE:-1} =~ ^[1-9][0-9]*$ ]] ||
         die "NPROC_PER_NODE=$NPROC_PER_NODE: it is a number of ranks, 1 or more" 2
     GPUS=0
-    if asks_for_help; then    # installs nothing: without torch, the driver is asked
+    if asks_for_help && [[ -f KNOBS.md ]]; then    # no installation: the driver is asked, not torch
         if [[ $PROFILE == auto ]]; then
             if gpu_driver >/dev/null; then PROFILE=gpu; else PROFILE=cpu; fi
         fi
