@@ -947,7 +947,7 @@ def find_shards(data_path: str, part: str) -> list[Path]:
         others = sorted({str(path.parent) for path in
                          Path(data_path).parent.glob(f"*/fineweb_{part}_*.bin")})
         raise UserError(f"DATA_PATH={data_path}: holds no fineweb_{part}_*.bin; " + (
-            f"{', '.join(others)} would do" if others else "bash run_jepa_byte.sh makes its shards "
+            f"{', '.join(others[:3])} would do" if others else "bash run_jepa_byte.sh makes its shards "
             "itself; bash setup_jepa.sh demo makes data/datasets/demo_bytes"))
     return paths
 

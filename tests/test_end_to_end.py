@@ -183,7 +183,7 @@ def bad_inputs(tmp: Path, demo) -> dict:
     (no_val / "fineweb_val_000000.bin").unlink()
     data = lambda name, how, part="train": dict(DATA_PATH=spoil(shards(tmp / name), part, how))
     return {
-        "no folder": (dict(DATA_PATH=tmp / "none"), "fineweb_(train|val)_.*setup_jepa.sh"),
+        "no folder": (dict(DATA_PATH=tmp / "none"), "fineweb_(train|val)_.*(would do|setup_jepa.sh)"),
         "empty folder": (dict(DATA_PATH=empty), "DATA_PATH"),
         "no validation": (dict(DATA_PATH=no_val), "fineweb_val_"),
         "truncated shard": (data("cut", lambda d: d[:-7]), "promises 5000 tokens"),
