@@ -154,8 +154,8 @@ def test_micro_batches_and_steps_read_disjoint_spans_without_gaps():
     assert seen == list(range(3 * 4 * 17))
 
 
-RANK_0 = SimpleNamespace(main_first=lambda work: work(), rank=0, world=1, device=torch.device("cpu"), dtype=torch.float32, cuda=False,
-                         to_device=lambda t: t, average=None)
+RANK_0 = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), dtype=torch.float32, cuda=False,
+                         to_device=lambda t: t, main_first=lambda work: work())
 
 
 @pytest.mark.parametrize("lanes", [0, 1])
