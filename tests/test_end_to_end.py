@@ -1,7 +1,9 @@
 """Train, store, reload, score: as a user does it, in processes of their own; bad input; compilation."""
 
+import contextlib
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
