@@ -29,6 +29,7 @@ K kernel size of the convolution.
 """
 from __future__ import annotations
 
+import atexit
 import base64
 import bz2
 import codecs
@@ -199,6 +200,8 @@ class Config:
     profile: str = knob("auto", "machine that the run scripts choose defaults for and "
                         "MODE=describe assumes (auto: gpu if CUDA is found)", "free",
                         choices="auto gpu cpu")
+    tracker: str = knob("none", "package that gets the metrics, too; installed by hand", "free",
+                        choices="none tensorboard wandb trackio")
     seed: int = knob(42, "seed of initial weights, SIGReg directions and positions")
     device: str = knob("auto", "device to compute on (auto: CUDA if it is found)", "free",
                        choices="auto cpu cuda")
@@ -469,6 +472,8 @@ class Config:
                f"SIGREG_AXIS={c.sigreg_axis}: needs ANTICOLLAPSE=sigreg")
         forbid(c.sliding_eval and c.sliding_eval_stride > c.train_seq_len, f"SLIDING_EVAL_STRIDE="
                f"{c.sliding_eval_stride}: at most TRAIN_SEQ_LEN={c.train_seq_len}")
+        forbid(c.tracker != "none" and not importlib.util.find_spec(c.tracker), f"TRACKER={c.tracker}: "
+               f"not installed; .venv/bin/python -m pip install {c.tracker} brings it")
         for check in CHECKS:
             faults += check(c)
         if faults:
@@ -865,12 +870,27 @@ def file_hash(path: Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
+def open_tracker(c: Config, path: Path) -> Callable[[dict[str, float], int], Any] | None:
+    """TRACKER: takes values and step to a tracker of experiments, under the name of the run."""
+    if c.tracker == "none":
+        return None
+    if c.tracker == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(str(path), flush_secs=10)
+        return lambda values, step: [writer.add_scalar(*item, step) for item in values.items()]
+    package = importlib.import_module(c.tracker)
+    again = dict(id=path.name) if c.tracker == "wandb" else {}  # a resumed run goes on in its curves
+    package.init(project="train_jepa", name=path.name, config=c.named(), resume="allow", **again)
+    atexit.register(package.finish)
+    return lambda values, step: package.log(values, step=step)
+
+
 class RunFolder:
     """runs/<RUN_ID>/: log.txt, metrics.jsonl, config.json, result.json; written by rank 0 only."""
 
     def __init__(self, path: Path, main: bool, resume_bytes: dict[str, int] | None = None):
         """Open both journals; a resumed run cuts them to their lengths in the checkpoint."""
-        self.path, self.main, self.files = path, main, {}
+        self.path, self.main, self.files, self.track = path, main, {}, None
         if not main:
             return
         path.mkdir(parents=True, exist_ok=True)
@@ -896,9 +916,12 @@ class RunFolder:
                 say(line)
 
     def metric(self, **values) -> None:
-        """One line of metrics.jsonl."""
+        """One line of metrics.jsonl; its numbers to the tracker, if there is one."""
         if self.main:
             self._append("metrics.jsonl", json.dumps(values, allow_nan=True))
+        if self.track:
+            self.track({f"{values['kind']}/{name}": value for name, value in values.items()
+                        if isinstance(value, (int, float)) and name != "step"}, values["step"])
 
     def sizes(self) -> dict[str, int]:
         """Lengths of the journals in bytes, for the checkpoint."""
@@ -4936,6 +4959,8 @@ class Run:
         else:
             self.log_head()
         self.folder.write_json("config.json", self.config.named())
+        if self.runtime.main:
+            self.folder.track = open_tracker(self.config, path)
         if not saved and self.config.warmup_steps:
             self.log(f"warm-up: {self.config.warmup_steps} steps, rolled back afterwards")
         if note := self.trainer.choose_threads():

@@ -297,3 +297,37 @@ tj.Run.train = lambda self: (self.log(f"{{current[0]}} threads"), die())
     text = harness.run(tmp_path, patch, ITERATIONS=2).text()
     assert f"{chosen} threads" in text and text.count("threads: ") == (chosen != max(seconds)), text[-1500:]
     assert chosen == max(seconds) or f"threads: {chosen} instead of {max(seconds)}, measured" in text
+
+
+# -- trackers ----------------------------------------------------------------------------------------------------------
+
+FAKES = {"wandb": "def init(**k): print('init', k['project'], k['name'], k['config']['SEED'], k['resume'])\n"
+                  "def log(values, step): print('log', step, sorted(values))\ndef finish(): print('finish')\n",
+         "tensorboard": ""}
+FAKES["trackio"] = FAKES["wandb"]
+WRITER = """
+import types
+class SummaryWriter:
+    def __init__(self, path, flush_secs): print('init', path)
+    def add_scalar(self, name, value, step): print('log', step, name)
+sys.modules['torch.utils.tensorboard'] = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+"""
+
+
+@pytest.mark.parametrize("name", FAKES)
+def test_a_tracker_gets_every_metric_and_is_named_when_it_is_missing(tmp_path, name):
+    if tj.importlib.util.find_spec(name) is None:
+        child = harness.run(tmp_path, TRACKER=name)
+        assert child.code == 2 and child.errors() == [
+            f"train_jepa.py: TRACKER={name}: not installed; .venv/bin/python -m pip install {name} brings it"]
+        assert not (tmp_path / "r").exists()
+    (tmp_path / f"{name}.py").write_text(FAKES[name])
+    patch = f"sys.path.insert(0, {str(tmp_path)!r})\n" + (WRITER if name == "tensorboard" else "")
+    child = harness.run(tmp_path, patch, TRACKER=name, ITERATIONS=2)
+    text = child.text()
+    assert child.code == 0, text
+    if name == "tensorboard":
+        assert f"init {tmp_path}/r" in text and "log 1 train/ce" in text and "log 2 validation/val_bpb" in text
+    else:
+        assert "init train_jepa r 7 allow" in text and text.rstrip().endswith("finish")
+        assert "log 1 ['train/anti', 'train/ce'," in text and "log 2 ['validation/seconds'," in text
