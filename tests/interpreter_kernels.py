@@ -232,8 +232,8 @@ def mix_case(dtype, b=2, T=35, H=3, P=16, N=16, pad=5, K_=4, initial=False, devi
     g, inner = torch.Generator().manual_seed(0), H * P
     make = lambda *shape: torch.randn(shape, generator=g).to(device)
     channels = inner + 2 * N
-    inputs = [make(b, T, inner + channels + H + pad).to(dtype), make(channels, 1, K_) * 0.5, make(channels), make(H) - 1,
-              -make(H).abs() - 0.1, make(H), make(inner)]
+    inputs = [make(b, T, inner + channels + H + pad).to(dtype), make(channels, 1, K_) * 0.5, make(channels),
+              make(H) - 1, -make(H).abs() - 0.1, make(H), make(inner)]
     inputs += [make(b, K_ - 1, channels).to(dtype), make(b, H, P, N)] if initial else []
     return [t.requires_grad_() for t in inputs]
 
