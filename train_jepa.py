@@ -1547,7 +1547,7 @@ def conv_bwd(u, w, bias, init, dout, du, dinit, part, T, C, batch, row, out_row,
              K: tl.constexpr, INIT: tl.constexpr, S: tl.constexpr, BC: tl.constexpr):
     """du, dinit and, per strip of S times, the K + 1 sums for weight and bias; K <= 4.
 
-    A warp walks the strip: inputs u1, u2, u3 and gradients d1, d2, d3 of the three times before
+    The program walks the strip: inputs u1, u2, u3 and gradients d1, d2, d3 of the three times before
     stay in registers, so that each input is read once. It goes on for three times past the strip,
     whose gradients reach back into it."""
     c, strip = tl.program_id(0) * BC + tl.arange(0, BC), tl.program_id(1)
@@ -1612,7 +1612,7 @@ def _launch_conv_backward(du, dw, db, dinit, dout, u, weight, bias, initial):
     part = torch.empty(B * strips, K + 1, C, device=u.device)
     conv_bwd[triton.cdiv(C, 128), strips, B](
         u, *_contiguous(weight, bias, initial, dout), du, dinit, part, T, C, u.stride(0),
-        u.stride(1), du.stride(1), K=K, INIT=initial is not None, S=64, BC=128, num_warps=1)
+        u.stride(1), du.stride(1), K=K, INIT=initial is not None, S=64, BC=128, num_warps=2)
     part = part.sum(0)
     dw.copy_(part[:K].T.unsqueeze(1))
     db.copy_(part[K])
