@@ -5478,7 +5478,7 @@ def plot_curves(folder: Path) -> None:
     if points:
         right.plot(*zip(*points), marker="o", markersize=4, color="#D55E00")
     last = f": {points[-1][1]:.4f} at the end" if points else ""
-    right.set(xlabel="step", ylabel="bits per byte", title=f"Validation BPB before storage{last}")
+    right.set(xlabel="step", ylabel="bits per byte", title=f"Validation BPB{last}")
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
     figure.suptitle(folder.name)
