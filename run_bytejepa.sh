@@ -85,7 +85,7 @@ SLIDING_EVAL                  0
 VAL_MAX_TOKENS                0
 VAL_BATCH_SIZE                -                        8192
 PROBE_STEPS                   -                        20
-VAL_LOSS_EVERY                500                      50
+VAL_LOSS_EVERY                500                      30
 TRAIN_LOG_EVERY               100                      20
 TABLE
 launch

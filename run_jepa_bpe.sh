@@ -35,7 +35,7 @@ EMBED_LR                -          0.015
 SCALAR_LR               -          0.05
 SLIDING_EVAL_STRIDE     16         32
 SLIDING_BATCH_SIZE      512        64
-VAL_LOSS_EVERY          500        100
+VAL_LOSS_EVERY          500        30
 TRAIN_LOG_EVERY         100        20
 TABLE
 system_a
