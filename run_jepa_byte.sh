@@ -26,7 +26,7 @@ EMBED_LR                -          0.02
 SCALAR_LR               -          0.03
 SLIDING_EVAL_STRIDE     128        64
 SLIDING_BATCH_SIZE      128        64
-VAL_LOSS_EVERY          0          40
+VAL_LOSS_EVERY          0          30
 TRAIN_LOG_EVERY         1000       20
 TABLE
 system_a
