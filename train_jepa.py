@@ -50,6 +50,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import struct
 import sys
@@ -792,7 +793,8 @@ def progress_bar(items, label: str, show: bool = True):
         with contextlib.suppress(ImportError):
             from tqdm import tqdm
             HEARTBEAT.doing = ""  # it would tear the bar
-            return tqdm(items, desc=label, leave=False, dynamic_ncols=True)
+            columns = shutil.get_terminal_size().columns  # 80 where tqdm would see a width of 0
+            return tqdm(items, desc=label, leave=False, ncols=columns)
     return HEARTBEAT.follow(items, label)
 
 
@@ -4963,6 +4965,7 @@ class Run:
             self.folder.track = open_tracker(self.config, path)
         if not saved and self.config.warmup_steps:
             self.log(f"warm-up: {self.config.warmup_steps} steps, rolled back afterwards")
+        HEARTBEAT.doing = "first steps"
         if note := self.trainer.choose_threads():
             self.log(note)
         self.trainer.prepare(resumed=saved is not None)
@@ -5472,13 +5475,15 @@ def plot_curves(folder: Path) -> None:
     middle.set(xlabel="step", ylabel="loss (log scale)", title="Latent terms, unweighted")
     if middle.lines:
         middle.set_yscale("log")
+        middle.yaxis.set_major_formatter("{x:g}")
+        middle.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
         middle.legend(frameon=False)
     points = series("validation", "val_bpb")
     points = points[1:] if len(points) > 2 else points  # the untrained model would flatten the rest
     if points:
         right.plot(*zip(*points), marker="o", markersize=4, color="#D55E00")
-    last = f": {points[-1][1]:.4f} at the end" if points else ""
-    right.set(xlabel="step", ylabel="bits per byte", title=f"Validation BPB{last}")
+    last = f", at the end {points[-1][1]:.4f}" if points else ""
+    right.set(xlabel="step", ylabel="bits per byte", title=f"Validation before storage{last}")
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
     figure.suptitle(folder.name)
