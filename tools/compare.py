@@ -74,7 +74,8 @@ def configuration(config: Mapping[str, Any]) -> dict[str, Any]:
 # -----------------------------------------------------------------------------------------------
 
 # The ways in which a run may be scored. A run is known by the first of these that it has.
-SCORES = dict(carried="state carried through, one pass", sliding="sliding window",
+SCORES = dict(adapted="test-time training, each chunk scored first",
+              carried="state carried through, one pass", sliding="sliding window",
               tempered="temperature-scaled", roundtrip="round trip")
 
 
@@ -247,6 +248,7 @@ COLUMNS = dict(
     roundtrip_val_bpb=Column("round trip BPB", ".5f", paired=True),
     sliding_val_bpb=Column("sliding BPB", ".5f", paired=True),
     carried_val_bpb=Column("carried BPB", ".5f", paired=True),
+    adapted_val_bpb=Column("adapted BPB", ".5f", paired=True),
     total_bytes=Column("bytes", ",.0f"),
     ms_per_step=Column("ms/step", ".1f"))
 PAIRED = [name for name, column in COLUMNS.items() if column.paired]

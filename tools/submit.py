@@ -57,8 +57,7 @@ SCRIPT = "train_jepa.py"  # the training script's name in the folder
 SHIPPED_BESIDE = ("requirements.txt", "setup_jepa.sh", "tools/launch.sh", "tools/prepare_data.py")
 # Knobs that the check of the artifact takes from the run, so that batches have the shapes of the
 # run and sums its order.
-EVAL_KNOBS = ("VAL_MAX_TOKENS VAL_BATCH_SIZE MICRO_BATCHES SLIDING_BATCH_SIZE EVAL_STATE "
-              "TEMP_CALIB DTYPE SSD_KERNEL SSD_CHUNK COMPILE_MODE").split()
+EVAL_KNOBS = Config.tagged("eval")
 # What the check's process may see of this environment: no knob, no rank, no PYTHONPATH.
 PLAIN_ENVIRONMENT = ("PATH HOME USER LANG TMPDIR LD_LIBRARY_PATH CUDA_HOME CUDA_VISIBLE_DEVICES "
                      "OMP_NUM_THREADS TRITON_CACHE_DIR TORCHINDUCTOR_CACHE_DIR").split()
@@ -141,7 +140,8 @@ def run_faults(run: RunRecord, track: str) -> Iterator[str]:
                "artifact; train again")
     yield from artifact_faults(run)
     yield from script_faults(run)
-    for name, what in (("train_seconds", "training"), ("eval_seconds", "evaluation")):
+    for name, what in (("data_seconds" if "data_seconds" in run.result else "train_seconds",
+                        "training"), ("eval_seconds", "evaluation")):
         seconds = run.number(name)
         if track == "10min" and (seconds is None or seconds > TRACK_SECONDS):
             took = "an unknown time" if seconds is None else f"{seconds:.2f} s"
@@ -325,7 +325,8 @@ def training_knobs(config: dict[str, Any]) -> dict[str, str]:
     """What differs from the defaults, with data and tokenizer where set-up puts them."""
     defaults = {name: f.default for name, f in Config.knobs().items()}
     values = configuration(config)
-    values |= {name: config[name] for name in ("SLIDING_EVAL", "EVAL_STATE")}
+    values |= {name: config[name] for name in ("SLIDING_EVAL", "EVAL_STATE", "EVAL_ADAPT")
+               if name in config}
     knobs = {name: format_knob(value) for name, value in values.items()
              if value != defaults.get(name)}
     knobs["DATA_PATH"] = f"data/datasets/{Path(config['DATA_PATH']).name}"
