@@ -3709,8 +3709,8 @@ class Evaluator:
             pass
         return self._scores(total)
 
-    # Three ways of scoring. Each adds the NLL of this rank's share of a chunk, about `chunk` targets
-    # in whole batches, to `total` (K,), and then yields how many targets all ranks have scored.
+    # Three ways of scoring. Each adds the NLL of this rank's share of a chunk (about `chunk` targets,
+    # whole batches) to `total` (K,), and then yields how many targets all ranks have scored.
 
     @torch.no_grad()
     def _sequences(self, total: Tensor, temperatures: Sequence[float], chunk: int, label: str
@@ -3925,7 +3925,7 @@ def search_temperatures(chooser: Evaluator, c: Config) -> dict[bool, float]:
     """The best temperature with states reset (False) and, if the scores ask for it, carried."""
     chosen = {False: best_temperature(chooser.standard), True: 1.0}
     if carries(c):
-        chosen[True] = best_temperature(lambda temperatures: chooser.carried(temperatures, c.overlap))
+        chosen[True] = best_temperature(functools.partial(chooser.carried, overlap=c.overlap))
     return chosen
 
 
@@ -4653,8 +4653,8 @@ class Run:
         data_seconds = seconds + self.moments_seconds + scores["temperature_seconds"]
         if cap := c.max_wallclock_seconds:
             self.log(f"clock: training {seconds:.1f} s + moments {self.moments_seconds:.1f} s + "
-                     f"temperature search {scores['temperature_seconds']:.1f} s = {data_seconds:.1f}"
-                     f" s: {'WITHIN' if data_seconds <= cap else 'OVER'} {cap:g} s")
+                     f"temperature search {scores['temperature_seconds']:.1f} s = "
+                     f"{data_seconds:.1f} s: {'WITHIN' if data_seconds <= cap else 'OVER'} {cap:g} s")
         result = dict(
             run_id=self.folder.path.name, steps=self.step, train_seconds=seconds,
             data_seconds=data_seconds,

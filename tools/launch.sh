@@ -21,8 +21,8 @@ BEST_A="$NARROW_LATENT CARRY_STATE=1 EVAL_STATE=carry SLIDING_EVAL=0 ACTIVATION=
 MIN_LR=0.1 QAT_FRACTION=0.3"
 
 # PRESET=best in the GPU profile, from what others measured at full size (RESULTS.md, "PRESET=best
-# at full size"): Mamba-2 blocks with one attention block, an MLP in each; a step of the storage grid
-# in units of σ with error compensation, no training on that grid; a long warmdown.
+# at full size"): Mamba-2 blocks with one attention block, an MLP in each; storage with a step in
+# units of σ and error compensation, no training on that grid; a long warmdown.
 BEST_A_FULL="$NARROW_LATENT NUM_LAYERS=10 MIXER=mmmmmmammm EXPAND=2 MLP_EVERY=1
 ACTIVATION=leaky_relu2 QUANT_STEP=sigma DT_GRID=int8a EMBED_GRID=int7 QAT_FRACTION=0
 ROUNDING=compensated WARMDOWN_FRACTION=0.72 MIN_LR=0.1 MUON_BACKEND_STEPS=5 MUON_MOMENTUM=0.97
