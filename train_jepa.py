@@ -292,7 +292,12 @@ class Config:
     micro_batches: int = knob(8, "micro-batches per step; the number of ranks must divide it",
                               "eval", low=1)
     iterations: int = knob(10_000, "maximum number of steps", "free result", low=1)
-    max_wallclock_seconds: float = knob(0.0, "maximum training time (0 = no limit)", "free result")
+    max_wallclock_seconds: float = knob(
+        0.0, "maximum time of training and of all else that reads training data (0 = no limit)",
+        "free result")
+    reserve_seconds: float = knob(
+        0.0, "part of MAX_WALLCLOCK_SECONDS for GPTQ's moments and the temperature search "
+        "(0 = measure it in the warm-up)", "free result")
     warmup_steps: int = knob(10, "steps that are run before training and rolled back")
     warmup_rollback: str = knob("weights", "what is rolled back (all: the optimizer's moments too)",
                                 choices="weights all")
@@ -342,7 +347,7 @@ class Config:
     int8_floor: bool = knob(False, "1 = int8 scales of at least 1/127, as published", "grid")
     fp_storage: str = knob("BF16", "format of embedding and tie correction", "grid",
                            choices="BF16 FP8")
-    mlp_grid: str = knob("", "grid of the MLP matrices: int4, int5, int6, int8a, int4s0.35 (step "
+    mlp_grid: str = knob("", "grid of the MLP matrices: int4 to int7, int8a, int4s0.35 (step "
                          "of 0.35 σ), fp8, bf16 (empty: QUANT_BITS and QUANT_STEP)", "grid")
     proj_grid: str = knob("", "grid of all other matrices: projections of mixers and embedding, "
                           "untied unembedding (empty: QUANT_BITS and QUANT_STEP)", "grid")
@@ -453,12 +458,14 @@ class Config:
             if bad:
                 faults.append(message)
 
-        unit = c.micro_batches * c.train_seq_len
+        unit, cap = c.micro_batches * c.train_seq_len, c.max_wallclock_seconds
         forbid(re.search(r"[/\\\0]|^\.", c.run_id), f"RUN_ID={c.run_id}: not a plain folder name")
         forbid(c.tokenizer == "byte" and c.vocab_size != 256,
                f"VOCAB_SIZE={c.vocab_size}: TOKENIZER=byte needs 256")
         forbid(c.train_batch_tokens % unit, f"TRAIN_BATCH_TOKENS={c.train_batch_tokens}: must be "
                f"a multiple of MICRO_BATCHES*TRAIN_SEQ_LEN={unit}")
+        forbid(cap and c.reserve_seconds >= cap, f"RESERVE_SECONDS={c.reserve_seconds:g}: must be "
+               f"below MAX_WALLCLOCK_SECONDS={cap:g}")
         forbid(c.ce_weight == 0 and not (c.jepa_on and c.joint and c.jepa_anneal == 0),
                "CE_WEIGHT=0 with JEPA off, annealed or staged: no loss is left; raise it")
         forbid(not c.joint and not c.jepa_on,
@@ -3232,7 +3239,7 @@ def check_grids(c: Config) -> Iterator[str]:
         if value and int8:
             yield f"{name}={value}: needs STORAGE=intn"
         if value and not fits_training(value):
-            yield f"{name}={value}: must be int4, int5, int6, int8a, int4s0.35, fp8 or bf16"
+            yield f"{name}={value}: must be int4 to int7, int8a, int4s0.35, fp8 or bf16"
 
 
 CHECKS.append(check_grids)
@@ -4286,8 +4293,8 @@ class Evaluator:
             pass
         return self._scores(total)
 
-    # Three ways of scoring. Each adds the NLL of this rank's share of a chunk, about `chunk` targets
-    # in whole batches, to `total` (K,), and then yields how many targets all ranks have scored.
+    # Three ways of scoring. Each adds the NLL of this rank's share of a chunk (about `chunk` targets,
+    # whole batches) to `total` (K,), and then yields how many targets all ranks have scored.
 
     @torch.no_grad()
     def _sequences(self, total: Tensor, temperatures: Sequence[float], chunk: int, label: str
@@ -4470,11 +4477,13 @@ def final_scores(evaluator: Evaluator, c: Config, calibration: Tensor | None,
     """Scores of PASSES for the weights read from the artifact, as result.json and MODE=eval report
     them. `calibration`: training tokens that the temperature is chosen on (None: temperature 1)."""
     result: dict[str, Any] = dict(temperature=None, sliding_stride=None)
+    started = now()
     chosen = {False: c.temp_calib or 1.0, True: c.temp_calib or 1.0}  # by EvalPass.carries
     if c.temp_scaling and not c.temp_calib and calibration is not None:
         chosen = search_temperatures(evaluator.on(calibration), c)
     elif c.temp_scaling and not c.temp_calib:
         log("temperature: 1 (no unseen training tokens to choose one on)")
+    result["temperature_seconds"] = now() - started
     for row in PASSES:
         result[f"{row.name}_val_bpb"] = None
         if not row.asked(c):
@@ -4504,7 +4513,7 @@ def search_temperatures(chooser: Evaluator, c: Config) -> dict[bool, float]:
     """The best temperature with states reset (False) and, if the scores ask for it, carried."""
     chosen = {False: best_temperature(chooser.standard), True: 1.0}
     if carries(c):
-        chosen[True] = best_temperature(lambda temperatures: chooser.carried(temperatures, c.overlap))
+        chosen[True] = best_temperature(functools.partial(chooser.carried, overlap=c.overlap))
     return chosen
 
 
@@ -4823,6 +4832,9 @@ class Stopwatch:
     def start(self) -> None:
         self.started = now()
 
+    def stop(self) -> None:
+        self.before, self.started = self.seconds(), None
+
     def seconds(self) -> float:
         return self.before + (now() - self.started if self.started is not None else 0.0)
 
@@ -4830,7 +4842,7 @@ class Stopwatch:
     def paused(self, runtime: Runtime) -> Iterator[None]:
         """Stand still inside the block; both ends wait for the GPU's queue."""
         runtime.synchronize()
-        self.before, self.started = self.seconds(), None
+        self.stop()
         yield
         runtime.synchronize()
         self.start()
@@ -4942,6 +4954,8 @@ class Run:
         self.saved_at = 0.0   # training seconds at the last checkpoint
         self.busy = self.runtime.cuda        # whether the log needs no word on a busy machine
         self.pace = (0, 0.0, math.inf)  # at the last step:... line: step, seconds; fastest seconds/step
+        self.reserve = 0.0    # seconds of MAX_WALLCLOCK_SECONDS for what reads training data later
+        self.moments_seconds = 0.0
 
     def open(self) -> None:
         """Open the run's folder, go on from its newest checkpoint if it has one, and warm up."""
@@ -4969,6 +4983,29 @@ class Run:
         if note := self.trainer.choose_threads():
             self.log(note)
         self.trainer.prepare(resumed=saved is not None)
+        if cap := self.config.max_wallclock_seconds:
+            self.reserve = self.config.reserve_seconds or min(self.measure_reserve(), cap / 2)
+            self.log(f"clock: {self.reserve:.1f} s of MAX_WALLCLOCK_SECONDS={cap:g} are kept for "
+                     "GPTQ's moments and the temperature search")
+
+    def measure_reserve(self) -> float:
+        """Seconds for what reads training data after the last step: GPTQ's moments and the
+        temperature search, timed on one batch, and a quarter more. Equal on all ranks."""
+        c, runtime, total = self.config, self.runtime, 0.0
+        batch = self.evaluator.sequences * c.train_seq_len
+        search = lambda count: search_temperatures(self.evaluator.on(self.next_tokens(count)), c)
+        jobs = [(self.layer_moments, c.rounding_tokens)] if c.rounding == "compensated" else []
+        if c.temp_scaling and not c.temp_calib:
+            jobs.append((search, CALIBRATION))
+        for work, count in jobs:
+            if runtime.cuda:
+                work(batch)  # compiles
+            runtime.synchronize()
+            started = now()
+            work(batch)
+            runtime.synchronize()
+            total += (now() - started) * max(1.0, count / batch)
+        return runtime.agree(1.25 * total)[0]
 
     def log_head(self) -> None:
         """Source, versions, hardware and configuration."""
@@ -5003,7 +5040,8 @@ class Run:
         while True:
             seconds = clock.seconds() if runtime.main else -math.inf
             elapsed, caught = runtime.agree(seconds, self.signals.caught)
-            progress = measure_progress(self.step, c.iterations, elapsed, c.max_wallclock_seconds)
+            progress = measure_progress(self.step, c.iterations, elapsed,
+                                        max(c.max_wallclock_seconds - self.reserve, 0.0))
             finished = progress.fraction >= 1
             due = finished or c.val_loss_every and self.step % c.val_loss_every == 0
             if due and self.step != self.validated:
@@ -5027,6 +5065,7 @@ class Run:
             self.guard(progress, force=self.step % max(c.train_log_every, c.nonfinite_limit) == 0)
             if self.checkpoint_due(progress, elapsed):
                 self.save(clock.seconds())
+        clock.stop()
         if c.checkpoint_every:
             self.save(clock.seconds())
         self.checkpoints.wait()
@@ -5246,14 +5285,17 @@ class Run:
         report = self.write_model()
         model_path = self.folder.path / "model.jepa"
         load_artifact_into(trainer.model, model_path)
-        unseen = self.unseen_position()
-        calibration = None
-        if unseen is not None:
-            calibration = calibration_tokens(trainer.stream, unseen, c.train_seq_len)
+        calibration = None if self.unseen_position() is None else self.next_tokens(CALIBRATION)
         scores = final_scores(self.evaluator, c, calibration, self.log)
         seconds = self.clock.seconds()
+        data_seconds = seconds + self.moments_seconds + scores["temperature_seconds"]
+        if cap := c.max_wallclock_seconds:
+            self.log(f"clock: training {seconds:.1f} s + moments {self.moments_seconds:.1f} s + "
+                     f"temperature search {scores['temperature_seconds']:.1f} s = "
+                     f"{data_seconds:.1f} s: {'WITHIN' if data_seconds <= cap else 'OVER'} {cap:g} s")
         result = dict(
             run_id=self.folder.path.name, steps=self.step, train_seconds=seconds,
+            data_seconds=data_seconds,
             ms_per_step=1e3 * seconds / max(self.step, 1),
             tokens_per_second=trainer.tokens / max(seconds, 1e-9),
             val_loss=self.score.loss, val_bpb=self.score.bpb, **facts, **scores,
@@ -5318,17 +5360,27 @@ class Run:
         position = self.trainer.position
         return position if position + CALIBRATION < self.trainer.batches.span() else None
 
+    def next_tokens(self, count: int) -> Tensor:
+        """About `count` training tokens from where the next step would read on."""
+        return calibration_tokens(self.trainer.stream, self.trainer.position,
+                                  self.config.train_seq_len, count)
+
+    def layer_moments(self, count: int) -> dict[str, Tensor]:
+        """`input_moments` over about `count` training tokens, of the model on its plain grid, which
+        is close to what the layers will see."""
+        trainer = self.trainer
+        trainer.weights.load("average", qat=True)
+        sequences = self.next_tokens(count)[:-1].view(-1, self.config.train_seq_len)
+        forward = lambda x: trainer.model(self.runtime.to_device(x), self.runtime.dtype)
+        return input_moments(trainer.model, sequences.split(self.evaluator.sequences), forward)
+
     def compensate(self, tensors: dict[str, tuple[Tensor, Grid]]) -> dict[str, dict[str, Tensor]]:
         """Arrays of the INT matrices, rounded by their effect on the layer's output over
-        ROUNDING_TOKENS of training text. The moments are those of the model on its plain grid,
-        which is close to what the layers will see."""
+        ROUNDING_TOKENS of training text."""
         c, trainer, started = self.config, self.trainer, now()
-        trainer.weights.load("average", qat=True)
-        text = calibration_tokens(trainer.stream, trainer.position, c.train_seq_len,
-                                  c.rounding_tokens)
-        batches = text[:-1].view(-1, c.train_seq_len).split(self.evaluator.sequences)
-        forward = lambda x: trainer.model(self.runtime.to_device(x), self.runtime.dtype)
-        moments = input_moments(trainer.model, batches, forward)
+        moments = self.layer_moments(c.rounding_tokens)
+        self.runtime.synchronize()
+        self.moments_seconds = now() - started
         arrays, shares = {}, []
         for name, (w, grid) in tensors.items():
             layer = name.partition("[")[0].removesuffix(".weight")
@@ -5336,7 +5388,7 @@ class Run:
                 arrays[name], share = round_compensated(w, grid, moments[layer])
                 shares.append(share)
         trainer.weights.load("average")
-        self.log(f"rounding: {len(arrays)} matrices compensated on {len(text) - 1:,} training "
+        self.log(f"rounding: {len(arrays)} matrices compensated on {c.rounding_tokens:,} training "
                  f"tokens in {now() - started:.1f}s; output error "
                  f"x{np.median(shares or [1]):.3f} of plain rounding's (median)")
         return arrays

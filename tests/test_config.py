@@ -230,6 +230,7 @@ def test_choices_ignore_case_and_take_the_written_form():
     (dict(CE_WEIGHT=0, JEPA_STEPS=0), "CE_WEIGHT"),
     (dict(CE_WEIGHT=0, JEPA_ANNEAL=0.5), "CE_WEIGHT"),
     (BYTEJEPA | dict(CE_WEIGHT=0), "CE_WEIGHT"),
+    (dict(MAX_WALLCLOCK_SECONDS=60, RESERVE_SECONDS=60), "RESERVE_SECONDS"),
     (dict(EVAL_ADAPT=1, ADAPT_PARAMS="scalars,bias"), "ADAPT_PARAMS"),
     (dict(CARRY_STATE=1, MIXER="mma", NUM_LAYERS=3), "CARRY_STATE"),
     (dict(LOSS_SCHEDULE="staged", JEPA_WEIGHT=0), "LOSS_SCHEDULE"),
@@ -327,7 +328,7 @@ def test_the_tagged_knobs_are_those_that_artifacts_and_resumed_runs_rely_on():
     assert Config.tagged("grid") == ("STORAGE QUANT_BITS QUANT_STEP QUANT_K INT8_FLOOR FP_STORAGE MLP_GRID PROJ_GRID "
                                      "DT_GRID EMBED_GRID").split()
     assert set(Config.tagged("result")) == set(
-        "ITERATIONS MAX_WALLCLOCK_SECONDS DATA_PATH TOKENIZER_PATH VAL_MAX_TOKENS SSD_KERNEL SSD_CHUNK COMPILE_MODE "
+        "ITERATIONS MAX_WALLCLOCK_SECONDS RESERVE_SECONDS DATA_PATH TOKENIZER_PATH VAL_MAX_TOKENS SSD_KERNEL SSD_CHUNK COMPILE_MODE "
         "SLIDING_EVAL_STRIDE TEMP_SCALING TEMP_CALIB ROUNDING ROUNDING_TOKENS "
         "ATTENTION_OVERLAP ADAPT_STEPS ADAPT_LR ADAPT_CHUNK_TOKENS ADAPT_PARAMS ADAPT_CLIP".split())
     assert set(Config.tagged("eval")) == set(

@@ -92,7 +92,7 @@ def test_every_form_changes_known_knobs_to_a_configuration_that_makes_sense():
         seen.add((group, named))
     groups = {group: [form for other, form, _ in listed() if other == group] for group, _, _ in listed()}
     assert groups.keys() == {"screen", "confirm", "collapse", "storage",
-                             "recipe_64", "recipe_128", "best_64", "best_128", "best_bpe"}
+                             "recipe_64", "recipe_128", "best_64", "best_128", "best_bpe", "horizon"}
     assert {"off", "sigreg_alone", "published"} <= set(groups["screen"]) & set(groups["confirm"])
     assert groups["recipe_64"][0] == groups["recipe_128"][0] == "plain" and groups["storage"][0] == "absmax"
     assert groups["best_64"] == groups["best_128"] == groups["best_bpe"] == ["published", "published_lanes", "best"]

@@ -2,6 +2,7 @@
 import json
 
 import harness
+import pytest
 import torch
 from harness import TINY
 
@@ -77,6 +78,56 @@ def test_the_carried_scores_temperature_is_chosen_with_carried_states():
     assert result["tempered_val_loss"] == 0 and result["carried_val_loss"] == 0 and result["sliding_val_bpb"] is None
     assert [line.split()[0] for line in lines] == ["roundtrip", "tempered", "carried"]
     assert "temperature:0.7 " in lines[-1]
+
+
+CLOCK = """
+reading, caps, spans = [0.0], set(), []
+forward, measure = tj.LanguageModel.forward, tj.measure_progress
+def counted(self, ids, *a, **k):
+    reading[0] += 1e-3 * ids.numel()
+    return forward(self, ids, *a, **k)
+def noted(step, iterations, elapsed, cap):
+    caps.add(cap)
+    return measure(step, iterations, elapsed, cap)
+def timed(name):
+    work = getattr(tj, name)
+    def wrapped(*a, **k):
+        started = reading[0]
+        value = work(*a, **k)
+        spans.append(reading[0] - started)
+        return value
+    setattr(tj, name, wrapped)
+tj.LanguageModel.forward, tj.measure_progress, tj.now, tj.CALIBRATION = counted, noted, lambda: reading[0], 4096
+train = tj.Run.train
+def begin(self):
+    spans.clear()
+    train(self)
+tj.Run.train = begin
+timed("input_moments"), timed("search_temperatures")
+finish = tj.Run.finish
+def end(self):
+    result = finish(self)
+    print("witness", result["train_seconds"], sum(spans), max(caps), result["data_seconds"], result["steps"])
+tj.Run.finish = end
+"""
+
+
+@pytest.mark.parametrize("knobs", [{}, dict(ROUNDING="compensated"), dict(ROUNDING="compensated", EVAL_STATE="carry"),
+                                   dict(RESERVE_SECONDS=30, ROUNDING="compensated"), dict(TEMP_SCALING=0)], ids=str)
+def test_all_reading_of_training_data_ends_within_the_wall_clock(tmp_path, knobs):
+    """On a clock of forward passes: training, GPTQ's moments and the temperature search fit into the cap."""
+    knobs = dict(MAX_WALLCLOCK_SECONDS=50, ITERATIONS=1000, TEMP_SCALING=1, ROUNDING_TOKENS=3000) | knobs
+    child = harness.run(tmp_path, CLOCK, **knobs)
+    assert child.code == 0, child.text()[-2000:]
+    words = next(line for line in child.text().splitlines() if line.startswith("witness"))
+    trained, later, cap, reported, steps = map(float, words.split()[1:])
+    searches = (1 + (knobs.get("EVAL_STATE") == "carry")) * 2 * 4.096 * knobs["TEMP_SCALING"]
+    moments = 2.976 * ("ROUNDING" in knobs)                    # 93 sequences of 32
+    assert later == pytest.approx(searches + moments) and steps > 50
+    reserve = knobs.get("RESERVE_SECONDS", 1.25 * (searches + 3.0 * ("ROUNDING" in knobs)))
+    assert cap == pytest.approx(50 - reserve, abs=0.1) and trained <= cap
+    assert reported == pytest.approx(trained + later) and reported <= 50
+    assert "WITHIN 50 s" in child.text()
 
 
 def test_a_run_that_fails_in_its_warm_up_says_so_in_its_log(tmp_path):

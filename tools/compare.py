@@ -76,7 +76,8 @@ def configuration(config: Mapping[str, Any]) -> dict[str, Any]:
 # -----------------------------------------------------------------------------------------------
 
 # The ways in which a run may be scored. A run is known by the first of these that it has.
-SCORES = dict(carried="state carried through, one pass", sliding="sliding window",
+SCORES = dict(adapted="test-time training, each chunk scored first",
+              carried="state carried through, one pass", sliding="sliding window",
               tempered="temperature-scaled", roundtrip="round trip")
 
 
@@ -290,6 +291,7 @@ COLUMNS = dict(
     roundtrip_val_bpb=Column("round trip BPB", ".5f", paired=True),
     sliding_val_bpb=Column("sliding BPB", ".5f", paired=True),
     carried_val_bpb=Column("carried BPB", ".5f", paired=True),
+    adapted_val_bpb=Column("adapted BPB", ".5f", paired=True),
     total_bytes=Column("bytes", ",.0f"),
     steps=Column("steps", ",.0f"),
     train_seconds=Column("seconds", ",.0f"),

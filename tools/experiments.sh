@@ -12,7 +12,8 @@
 # Groups: screen, confirm (does JEPA help?), collapse (rank of the latent at two widths), recipe_64,
 # recipe_128, storage (one change each, without JEPA, so that more fit into an hour), best_64,
 # best_128, best_bpe (PRESET=best against published, two minutes each; against published in best's
-# data order, too).
+# data order, too); horizon (10,000 steps of a larger model, then its weights stored in other ways,
+# scored at 200, 1,000, 3,000 and 10,000 steps on three texts: scores.jsonl beside the runs).
 #   SEEDS="1 2" STEPS=200 JOBS=2 THREADS=1        defaults depend on the group; JOBS runs at a time
 #   BASE="KNOB=VALUE ..."                         added to every run: another size, another corpus
 # Ctrl-C and the same command again: runs go on where they stopped.
@@ -35,7 +36,12 @@ BPE="TOKENIZER=bpe VOCAB_SIZE=8192 TOKENIZER_PATH=data/demo/fineweb_8192_bpe.mod
 DATA_PATH=data/datasets/mix_sp8192 EMBED_DIM=64 TRAIN_SEQ_LEN=128"
 SIGMA_BY_ROLE="PROJ_GRID=int4s0.36 MLP_GRID=int4s0.46"
 
-GROUPS_HERE="screen confirm collapse recipe_64 recipe_128 storage best_64 best_128 best_bpe"
+# The long runs: width 192, six blocks, rows of 1,024, a corpus without one of its kinds.
+HORIZON="DATA_PATH=data/datasets/horizon_bytes MODEL_DIM=192 NUM_LAYERS=6 TRAIN_SEQ_LEN=1024 LANES=1
+VAL_MAX_TOKENS=65536 VAL_BATCH_SIZE=8192 VAL_LOSS_EVERY=200 CHECKPOINT_EVERY=200 CHECKPOINT_KEEP=50"
+OFF="JEPA_WEIGHT=0 SIGREG_LAMBDA=0 WARMDOWN_FRACTION=0.72" HEADS="NUM_HEADS=6 NUM_KV_HEADS=3"
+
+GROUPS_HERE="screen confirm collapse recipe_64 recipe_128 storage best_64 best_128 best_bpe horizon"
 
 # A line per form: name, knobs. FROM=form: no training, the weights of that form stored otherwise.
 forms() {    # group
@@ -116,11 +122,36 @@ published_lanes LANES=1
 best ${BEST_A//$'\n'/ }
 FORMS
         ;;
+    horizon)
+        sed "s|\$| ${HORIZON//$'\n'/ }|" <<FORMS
+base $OFF
+best ${BEST_A//$'\n'/ } WARMDOWN_FRACTION=0.72
+published WARMDOWN_FRACTION=0.72
+hybrid1 $OFF MIXER=mmmmam $HEADS
+hybrid2 $OFF MIXER=mmamam $HEADS
+mlp_everywhere $OFF MLP_EVERY=1 MLP_MULT=2
+warmdown_015 ${OFF/0.72/0.15}
+no_qat $OFF QAT_FRACTION=0
+$(stored_forms no_qat "$OFF QAT_FRACTION=0 TEMP_SCALING=1")
+FORMS
+        ;;
     *) die "$1: groups are $GROUPS_HERE" 2 ;;
     esac
 }
 
+# The weights of a form on grids of INT4, 5, 6 and k·σ, each with plain and compensated rounding.
+stored_forms() {    # form knobs
+    local grid name rounding
+    for grid in QUANT_BITS={4,5,6} "QUANT_STEP=sigma QUANT_K="{0.34,0.38,0.42,0.5}; do
+        for rounding in nearest compensated; do
+            name=${grid//[A-Z_= ]/}
+            echo "${1}_${name}_$rounding FROM=$1 $grid ROUNDING=$rounding $2"
+        done
+    done
+}
+
 train_one() {    # group form seed
+    local stored=""
     local folder=runs/experiments/$1 name=$2-s$3 knobs
     [[ -f $folder/$name/result.json ]] && return
     knobs=$(forms "$1" | awk -v form="$2" '$1 == form { $1 = ""; print }')
@@ -129,14 +160,17 @@ train_one() {    # group form seed
         knobs="${BASH_REMATCH[1]}${BASH_REMATCH[3]}"
         local source=$folder/${BASH_REMATCH[2]}-s$3
         [[ -f $source/result.json ]] || { note "$1: $name waits for $source"; return; }
-        mkdir -p "$folder/$name"
-        cp -r "$source"/{checkpoints,log.txt,metrics.jsonl,config.json} "$folder/$name/"
+        stored=$folder/$name/checkpoints
+        mkdir -p "$stored"
+        cp "$source"/{log.txt,metrics.jsonl,config.json} "$folder/$name/"
+        cp "$(printf '%s\n' "$source"/checkpoints/step_*.ckpt | tail -n 1)" "$stored/"
     fi
     note "$1: $name"
     # shellcheck disable=SC2086  # words are KNOB=VALUE
     env -u SEEDS OMP_NUM_THREADS="${THREADS:-1}" "$PY" train_jepa.py $SMALL RUNS_DIR="$folder" \
         RUN_ID="$name" SEED="$3" ITERATIONS="$STEPS" ${BASE-} $knobs >"$folder/$name.txt" 2>&1 ||
         note "$1: $name failed: $(tail -n 1 "$folder/$name.txt")"
+    [[ -z $stored || ! -f $folder/$name/result.json ]] || rm -r "$stored"
 }
 
 run_group() {    # group form...
@@ -152,6 +186,7 @@ run_group() {    # group form...
     screen) : "${SEEDS:=1 2}" "${STEPS:=200}" ;;
     confirm) : "${SEEDS:=1 2 3 4 5}" "${STEPS:=300}" ;;
     best_*) : "${SEEDS:=1 2 3}" "${STEPS:=10000}" ;;
+    horizon) : "${SEEDS:=1 2}" "${STEPS:=10000}" ;;
     *) : "${SEEDS:=1 2 3}" "${STEPS:=200}" ;;
     esac
     stored=$(forms "$group" | awk '/ FROM=/ { print $1 }')
@@ -188,7 +223,8 @@ case "${1-}" in
 data)
     [[ -n ${2-} ]] || die "$usage" 2
     [[ $2 == /* ]] || set -- data "$called_from/$2"
-    TEXT_PATH=$2 TEXT_NAME=mix TEXT_PIECE=1024 bash setup_jepa.sh text ;;
+    TEXT_PATH=$2 TEXT_NAME=mix TEXT_PIECE=1024 bash setup_jepa.sh text
+    "$PY" tools/horizon.py data "$2" ;;
 list)
     for group in $GROUPS_HERE; do forms "$group" | sed "s/^/$group  /"; done ;;
 report)
@@ -197,7 +233,12 @@ report)
 *)
     forms "$1" >/dev/null
     env_ready || bash setup_jepa.sh env
-    [[ -d data/datasets/mix_bytes || ${BASE-} == *DATA_PATH=* ]] ||
-        die "data/datasets/mix_bytes is missing: bash $0 data TEXT, or BASE=DATA_PATH=..." 2
-    run_group "$@" ;;
+    corpus=data/datasets/mix_bytes
+    [[ $1 == horizon ]] && corpus=data/datasets/horizon_bytes
+    [[ -d $corpus || ${BASE-} == *DATA_PATH=* ]] ||
+        die "$corpus is missing: bash $0 data TEXT, or BASE=DATA_PATH=..." 2
+    run_group "$@"
+    if [[ $1 == horizon ]]; then
+        "$PY" tools/horizon.py score runs/experiments/horizon/*/
+    fi ;;
 esac

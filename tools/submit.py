@@ -169,7 +169,8 @@ def run_faults(run: RunRecord, track: str) -> Iterator[str]:
                "artifact; train again")
     yield from artifact_faults(run)
     yield from script_faults(run)
-    for name, what in (("train_seconds", "training"), ("eval_seconds", "evaluation")):
+    for name, what in (("data_seconds" if "data_seconds" in run.result else "train_seconds",
+                        "training"), ("eval_seconds", "evaluation")):
         seconds = run.number(name)
         if track == "10min" and (seconds is None or seconds > TRACK_SECONDS):
             took = "an unknown time" if seconds is None else f"{seconds:.2f} s"
@@ -438,7 +439,8 @@ def places(run: RunRecord) -> dict[str, str]:
 def training_command(run: RunRecord) -> str:
     """The run script with what differs from its defaults, in the preset that needs least."""
     script, config = run_script(run.config), run.config
-    names = {*configuration(config), *Config.tagged("eval"), "SLIDING_EVAL", "EVAL_STATE"}
+    names = {*configuration(config), *Config.tagged("eval"), "SLIDING_EVAL", "EVAL_STATE",
+             "EVAL_ADAPT"}
     given = dict(SEED=str(run.seed), RUN_ID=f"seed{run.seed}") | places(run)
     values = {name: config[name] for name in Config.knobs() if name in names and name in config
               and name not in ("DATA_PATH", "TOKENIZER_PATH")}

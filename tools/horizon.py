@@ -1,0 +1,145 @@
+"""Data and scores of the long runs: `bash tools/experiments.sh horizon` calls this file.
+
+    python tools/horizon.py data TEXT              data/datasets/horizon_bytes and horizon_docs
+    python tools/horizon.py score RUN_FOLDER ...   scores.jsonl beside the run folders
+
+data   TEXT (plain or .xz) holds pieces separated by a line with one form feed. Technical
+       documentation leaves the training text; about 200 kB of it are a text of a kind that no run
+       has seen. A piece is documentation if its first line is no title and code-like words make up
+       at least 1% of it; pieces in between (0.3% to 1%) are used for nothing.
+score  Checkpoints of MILESTONES and the artifact, on three texts: the corpus' validation, Alice,
+       the documentation. Of a checkpoint the masters are scored, and what its artifact would hold
+       (plain rounding). A checkpoint before the last step is scored in the middle of its schedule,
+       without a warmdown of its own. Scores that the file holds are not computed again.
+"""
+import dataclasses
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+import prepare_data  # noqa: E402
+import torch  # noqa: E402
+
+import train_jepa as jepa  # noqa: E402
+
+DATASETS = ROOT / "data/datasets"
+TEXTS = dict(val="horizon_bytes", alice="demo_bytes", docs="horizon_docs")
+MILESTONES = (200, 1000, 3000, 10_000)
+SCORED_BYTES, DOCS_BYTES, DOCS_PIECE, PIECE = 200_000, 200_000, (1_000, 16_000), 1024
+TECHNICAL = re.compile(
+    r"\b(?:PostgreSQL|Python|Rust|Debian|SQL|Cargo|crate|trait|struct|API|Linux|files?|server|"
+    r"default|module|functions?|table|object|returns?|value|type|code)\b|\w_\w|\w\(\)|::|\w\.\w+\(")
+
+
+def kind_of(piece: str) -> str:
+    """documentation, unclear or rest."""
+    first, _, rest = piece.strip().partition("\n")
+    titled = (len(first) <= 120 and first[-1] not in ".!?:;,\"”'’" and " : " not in first
+              and (not rest or not rest.split("\n", 1)[0].strip()))
+    density = len(TECHNICAL.findall(piece)) / len(piece.split())
+    if titled:
+        words = [word[:5] for word in re.findall(r"\w{3,}", first.lower())]
+        known = not rest or 2 * sum(word in rest[:400].lower() for word in words) >= len(words)
+        return "rest" if density < 0.003 or known else "unclear"
+    return "documentation" if density >= 0.01 else "unclear" if density >= 0.003 else "rest"
+
+
+def make_data(text: str) -> None:
+    """Byte shards of the training corpus without documentation, and of the documentation."""
+    pieces: dict[str, list[str]] = dict(documentation=[], unclear=[], rest=[])
+    for piece in prepare_data.read_text(Path(text)).split("\f\n"):
+        if piece.strip():
+            pieces[kind_of(piece)].append(piece)
+    low, high = DOCS_PIECE
+    documents = [p for p in pieces["documentation"] if low <= len(p.encode()) <= high]
+    random.Random(0).shuffle(documents)
+    docs, length = [], 0
+    while documents and length < DOCS_BYTES:
+        docs.append(documents.pop())
+        length += len(docs[-1].encode())
+    rest = pieces["rest"]
+    held_out = max(1, len(rest) // 50)
+    cut = lambda part: prepare_data.cut_and_shuffle(part, PIECE)
+    for name, part, texts in (("horizon_bytes", "train", cut(rest[held_out:])),
+                              ("horizon_bytes", "val", cut(rest[:held_out])),
+                              ("horizon_docs", "val", docs)):
+        if texts:
+            folder = DATASETS / name
+            folder.mkdir(parents=True, exist_ok=True)
+            tokens = prepare_data.np.concatenate([prepare_data.byte_document(t) for t in texts])
+            prepare_data.write_shard(folder / f"fineweb_{part}_000000.bin", tokens)
+            print(f"{name} {part}: {len(texts):,} documents, {len(tokens):,} values")
+
+
+@torch.no_grad()
+def models_of(path: Path, runtime: jepa.Runtime) -> tuple[jepa.Config, int | None, dict]:
+    """Configuration, step and {weights: model} of a checkpoint or an artifact."""
+    if path.suffix == ".jepa":
+        asked = jepa.Config.from_env({}, [f"ARTIFACT={path}", "DEVICE=cpu", "COMPILE_MODE=off"])
+        config, model, *_ = jepa.open_artifact(asked, runtime)
+        return config, None, dict(artifact=model)
+    meta, tensors = jepa.read_tensors(path, "checkpoint")
+    config = jepa.Config(**{name.lower(): v for name, v in meta["config"].items()})
+    prefix, models = "average/" if meta["averaged"] else "master/", {}
+    for weights in ("master", "stored"):
+        model = models[weights] = jepa.LanguageModel(config)
+        plan = jepa.storage_plan(model, config)
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[prefix + name].reshape(parameter.shape))
+            if weights == "stored":
+                jepa.snap_into(parameter[None], parameter.clone()[None], plan[name])
+    return config, meta["step"], models
+
+
+def score(evaluator: jepa.Evaluator, c: jepa.Config, way: str) -> jepa.Score:
+    """One of the ways of scoring a text."""
+    if way == "sliding":
+        return evaluator.sliding(256, 8)
+    if way == "adapted":
+        c = dataclasses.replace(c, eval_state="carry", adapt_chunk_tokens=8192)
+        return evaluator.adapted(c)
+    return evaluator.standard()[0] if way == "reset" else evaluator.carried([1.0], c.overlap)[0]
+
+
+def score_run(folder: Path, runtime: jepa.Runtime) -> None:
+    """Lines of scores.jsonl for one run."""
+    out = folder.parent / "scores.jsonl"
+    done = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    paths = [folder / f"checkpoints/step_{step:09d}.ckpt" for step in MILESTONES]
+    for path in filter(Path.exists, [*paths, folder / "model.jepa"]):
+        config, step, models = models_of(path, runtime)
+        for text, weights, way in ((t, w, way) for t in TEXTS for w in models
+                                   for way in ("reset", "carried", "sliding", "adapted")):
+            line = dict(run=folder.name, file=path.name, step=step, weights=weights, text=text,
+                        way=way)
+            shards = sorted((DATASETS / TEXTS[text]).glob("fineweb_val_*.bin"))
+            known = any(line.items() <= old.items() for old in done)
+            if known or not shards or way == "adapted" and weights != "artifact":
+                continue
+            stream, row = jepa.TokenStream(shards, config.vocab_size), config.train_seq_len
+            count = min(len(stream) - 1, SCORED_BYTES) // row * row
+            evaluator = jepa.Evaluator(
+                models[weights], torch.from_numpy(stream.read(0, count + 1)),
+                jepa.byte_vocabulary(), row, 8 * row, runtime)
+            started = jepa.now()
+            line["bpb"] = score(evaluator, config, way).bpb
+            line["seconds"] = round(jepa.now() - started, 2)
+            with open(out, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["data"] and len(sys.argv) == 3:
+        make_data(sys.argv[2])
+    elif sys.argv[1:2] == ["score"]:
+        with jepa.Runtime(jepa.Config(device="cpu")) as the_runtime:
+            for run_folder in sys.argv[2:]:
+                score_run(Path(run_folder), the_runtime)
+    else:
+        sys.exit(__doc__)
