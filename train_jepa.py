@@ -1361,52 +1361,68 @@ def soft_cap(logits: Tensor, cap: float, kind: str) -> Tensor:
 
 
 @jit
-def capped_logits(base, bias, col, live, V, cap, CAP: tl.constexpr):
-    """Logits of columns col after bias and soft_cap, and the cap's derivative."""
+def capped_logits(base, bias, col, live, V, cap, inverse, CAP: tl.constexpr):
+    """Logits of columns col after bias and soft_cap, and the cap's derivative; inverse = 1 / cap."""
     x = tl.load(base + col, mask=live & (col < V), other=0.0).to(tl.float32)
     x += tl.load(bias + col, mask=col < V, other=0.0)
     if CAP == "poly":  # |p| passes 1 before |u| passes 2: one mask serves both clamps
-        u = tl.minimum(tl.maximum(x / cap, -2.0), 2.0)
+        u = tl.minimum(tl.maximum(x * inverse, -2.0), 2.0)
         u2 = u * u
         p = u * (1.0 + u2 * (u2 * (1.0 / 15.0) - 1.0 / 3.0))
-        slope = tl.where(tl.abs(p) <= 1.0, 1.0 + u2 * (u2 / 3.0 - 1.0), 0.0)
+        slope = tl.where(tl.abs(p) <= 1.0, 1.0 + u2 * (u2 * (1.0 / 3.0) - 1.0), 0.0)
         return cap * tl.minimum(tl.maximum(p, -1.0), 1.0), slope
     elif CAP == "tanh":
-        th = 2.0 * tl.sigmoid(2.0 * x / cap) - 1.0
+        th = 2.0 * tl.sigmoid(2.0 * x * inverse) - 1.0
         return cap * th, 1.0 - th * th
     else:
         return x, tl.full(x.shape, 1.0, tl.float32)
 
 
 @jit
-def head_rows(logits, bias, targets, nll, lse, n, V, cap, z_loss,
-         CAP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """nll and logsumexp of ROWS rows of logits (n, V); their gradient overwrites the logits."""
+def head_rows(logits, bias, targets, nll, lse, n, V, cap, inverse, z_loss,
+              CAP: tl.constexpr, ONE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """nll and logsumexp of ROWS rows of logits (n, V); their gradient overwrites the logits.
+
+    ONE: V <= BLOCK, and a row stays in registers: read once, one exponential per logit."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live, lane = (row < n)[:, None], tl.arange(0, BLOCK)[None, :]
     base = logits + row.to(tl.int64)[:, None] * V
+    col = tl.arange(0, BLOCK)[None, :]
     target = tl.load(targets + row, mask=row < n, other=0).to(tl.int32)[:, None]
-    top = tl.full((ROWS, BLOCK), -1e38, tl.float32)  # finite: -inf - -inf is NaN
-    total, picked = tl.zeros_like(top), tl.zeros_like(top)
-    for v in range(0, V, BLOCK):
-        col = v + lane
-        y, _ = capped_logits(base, bias, col, live, V, cap, CAP)
+    if ONE:
+        y, slope = capped_logits(base, bias, col, live, V, cap, inverse, CAP)
+        picked = tl.sum(tl.where(col == target, y, 0.0), 1)
         y = tl.where(col < V, y, -float("inf"))
-        peak = tl.maximum(top, y)
-        total = total * tl.exp(top - peak) + tl.exp(y - peak)
-        top = peak
-        picked += tl.where(col == target, y, 0.0)
-    peak = tl.max(top, 1)
-    log_sum = peak + tl.log(tl.sum(total * tl.exp(top - peak[:, None]), 1))
+        peak = tl.max(y, 1)
+        e = tl.exp(y - peak[:, None])
+        total = tl.sum(e, 1)
+        log_sum = peak + tl.log(total)
+        # d(nll + z lse^2) / dlogit = softmax (1 + 2 z lse) - [target], times the cap's derivative
+        grad = e * ((1.0 + 2.0 * z_loss * log_sum) / total)[:, None]
+        grad = (grad - tl.where(col == target, 1.0, 0.0)) * slope
+        tl.store(base + col, grad.to(logits.dtype.element_ty), mask=live & (col < V))
+    else:
+        top = tl.full((ROWS, BLOCK), -1e38, tl.float32)  # finite: -inf - -inf is NaN
+        total = tl.zeros((ROWS, BLOCK), tl.float32)
+        here = tl.zeros((ROWS, BLOCK), tl.float32)
+        for v in range(0, V, BLOCK):
+            y, _ = capped_logits(base, bias, v + col, live, V, cap, inverse, CAP)
+            y = tl.where(v + col < V, y, -float("inf"))
+            peak = tl.maximum(top, y)
+            total = total * tl.exp(top - peak) + tl.exp(y - peak)
+            top = peak
+            here += tl.where(v + col == target, y, 0.0)
+        picked, peak = tl.sum(here, 1), tl.max(top, 1)
+        log_sum = peak + tl.log(tl.sum(total * tl.exp(top - peak[:, None]), 1))
+        weight = (1.0 + 2.0 * z_loss * log_sum)[:, None]
+        for v in range(0, V, BLOCK):
+            y, slope = capped_logits(base, bias, v + col, live, V, cap, inverse, CAP)
+            grad = tl.exp(y - log_sum[:, None]) * weight
+            grad = (grad - tl.where(v + col == target, 1.0, 0.0)) * slope
+            grad = grad.to(logits.dtype.element_ty)
+            tl.store(base + v + col, grad, mask=live & (v + col < V))
     tl.store(lse + row, log_sum, mask=row < n)
-    tl.store(nll + row, log_sum - tl.sum(picked, 1), mask=row < n)
-    # d(nll + z lse^2) / dlogit = softmax (1 + 2 z lse) - [target], times the cap's derivative
-    weight = (1.0 + 2.0 * z_loss * log_sum)[:, None]
-    for v in range(0, V, BLOCK):
-        col = v + lane
-        y, slope = capped_logits(base, bias, col, live, V, cap, CAP)
-        grad = tl.exp(y - log_sum[:, None]) * weight - tl.where(col == target, 1.0, 0.0)
-        tl.store(base + col, (grad * slope).to(logits.dtype.element_ty), mask=live & (col < V))
+    tl.store(nll + row, log_sum - picked, mask=row < n)
 
 
 def _head_chunk(logits, bias, targets, nll, lse, softcap, kind, z_loss):
@@ -1414,10 +1430,12 @@ def _head_chunk(logits, bias, targets, nll, lse, softcap, kind, z_loss):
     if not runs_triton(logits.device) or "head" in REPLACED:
         return _head_chunk_torch(logits, bias, targets, nll, lse, softcap, kind, z_loss)
     n, V = logits.shape
-    block = min(triton.next_power_of_2(V), 4096)
+    one = V <= 16384
+    block = triton.next_power_of_2(V) if one else 4096
     rows = max(1, 2048 // block)
-    head_rows[(triton.cdiv(n, rows),)](logits, bias, targets, nll, lse, n, V, softcap, z_loss,
-                                       CAP=kind, ROWS=rows, BLOCK=block, num_warps=8)
+    head_rows[(triton.cdiv(n, rows),)](
+        logits, bias, targets, nll, lse, n, V, softcap, 1 / (softcap or 1), z_loss,
+        CAP=kind, ONE=one, ROWS=rows, BLOCK=block, num_warps=16 if block > 4096 else 8)
 
 
 def _head_chunk_torch(logits, bias, targets, nll, lse, softcap, kind, z_loss):
@@ -1470,17 +1488,36 @@ def _launch_head(loss, mean, dh, dw, db, h, weight, bias, targets, softcap, kind
     nll, lse = torch.empty(2, n, device=h.device).unbind(0)
     # 64 MiB of bf16 logits on a GPU, 2 MiB of fp32 in a CPU's cache
     rows = min(n, rows or (max(256, (1 << 25) // V) if h.is_cuda else max(64, (1 << 19) // V)))
-    in_fp32 = dict(out_dtype=torch.float32) if h.is_cuda and h.dtype != torch.float32 else {}
+    # [h, 1]: the bias gradient is one more column of dW. 8 columns keep rows aligned.
+    ones = torch.cat((h, h.new_ones(n, 1), h.new_zeros(n, 7)), 1) if h.is_cuda else None
+    sums = dw.new_zeros(V, ones.size(1)) if h.is_cuda else dw.zero_()
+    db.zero_()
     buffer = h.new_empty(rows, V)
     for i in range(0, n, rows):
         part = slice(i, min(n, i + rows))
         logits = torch.mm(h[part], w.T, out=buffer[:part.stop - i])
         _head_chunk(logits, bias, targets[part], nll[part], lse[part], softcap, kind, z_loss)
         torch.mm(logits, w, out=dh[part])
-        dw += torch.mm(logits.T, h[part], **in_fp32)  # the GEMM's own sums, not rounded to bf16
+        if h.is_cuda:
+            _add_product(sums, logits.T, ones[part])
+            continue
+        dw += (logits.T @ h[part]).float()
         db += logits.sum(0, dtype=torch.float32)
+    if h.is_cuda:
+        dw.copy_(sums[:, :h.size(1)])
+        db.copy_(sums[:, h.size(1)])
     mean = nll.mean()
     return mean + z_loss * lse.square().mean(), mean, dh, dw, db
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in fp32 by the GEMM itself, without rounding the product to bf16."""
+    if a.dtype == torch.float32:
+        torch.addmm(total, a, b, out=total)
+    elif "head" in REPLACED:
+        total += a @ b
+    else:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
 def _head_backward(grad, _, h, weight, bias, dh, dw, db, *options):
@@ -1508,38 +1545,15 @@ def token_loss_fused(h: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
 
 
 # -- causal convolution --------------------------------------------------------
+
 @jit
 def conv_input(u, init, t, c, ok, T, C, row, K: tl.constexpr, INIT: tl.constexpr):
-    """Inputs at times t and channels c; before time 0 those of init (K-1 rows), else zeros."""
+    """Inputs at time t and channels c; before time 0 those of init (K-1 rows), else zeros."""
     v = tl.load(u + t * row + c, mask=ok & (t >= 0) & (t < T), other=0.0).to(tl.float32)
     if INIT:
         earlier = ok & (t < 0) & (t > -K)
         v += tl.load(init + (t + K - 1) * C + c, mask=earlier, other=0.0).to(tl.float32)
     return v
-
-
-@jit
-def conv_sum(u, w, bias, init, t, j, c, ok, T, C, row, K: tl.constexpr, INIT: tl.constexpr):
-    """The convolution at times t + j, before SiLU."""
-    total = tl.zeros((t.shape[0], c.shape[1]), tl.float32)
-    total += tl.load(bias + c, mask=ok, other=0.0).to(tl.float32)
-    for k in tl.static_range(K):
-        v = conv_input(u, init, t + (j + k - K + 1), c, ok, T, C, row, K, INIT)
-        total += v * tl.load(w + c * K + k, mask=ok, other=0.0).to(tl.float32)
-    return total
-
-
-@jit
-def conv_fwd(u, w, bias, init, out, T, C, batch, row,
-             K: tl.constexpr, INIT: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
-    c = (tl.program_id(0) * BC + tl.arange(0, BC))[None, :]
-    t = (tl.program_id(1) * BT + tl.arange(0, BT))[:, None]
-    b, ok = tl.program_id(2).to(tl.int64), c < C
-    if INIT:
-        init += b * (K - 1) * C
-    x = conv_sum(u + b * batch, w, bias, init, t, 0, c, ok, T, C, row, K, INIT)
-    y = (x * tl.sigmoid(x)).to(out.dtype.element_ty)
-    tl.store(out + b * T * C + t * C + c, y, mask=ok & (t < T))
 
 
 @jit
@@ -1549,6 +1563,31 @@ def conv_tap(w, c, ok, back: tl.constexpr, K: tl.constexpr):
         return tl.load(w + c * K + (K - 1 - back), mask=ok, other=0.0).to(tl.float32)
     else:
         return tl.zeros((c.shape[0],), tl.float32)
+
+
+@jit
+def conv_fwd(u, w, bias, init, out, T, C, batch, row,
+             K: tl.constexpr, INIT: tl.constexpr, S: tl.constexpr, BC: tl.constexpr):
+    """S times of BC channels; K <= 4. The three inputs before the current one are in registers."""
+    c, start = tl.program_id(0) * BC + tl.arange(0, BC), tl.program_id(1) * S
+    b, ok = tl.program_id(2).to(tl.int64), c < C
+    u, out = u + b * batch, out + b * T * C + c
+    if INIT:
+        init += b * (K - 1) * C
+    w0, w1 = conv_tap(w, c, ok, 0, K), conv_tap(w, c, ok, 1, K)
+    w2, w3 = conv_tap(w, c, ok, 2, K), conv_tap(w, c, ok, 3, K)
+    shift = tl.load(bias + c, mask=ok, other=0.0).to(tl.float32)
+    u1 = conv_input(u, init, start - 1, c, ok, T, C, row, K, INIT)
+    u2 = conv_input(u, init, start - 2, c, ok, T, C, row, K, INIT)
+    u3 = conv_input(u, init, start - 3, c, ok, T, C, row, K, INIT)
+    for i in range(0, S, 8):
+        for j in tl.static_range(8):
+            t = start + i + j
+            live = ok & (t < T)
+            u0 = tl.load(u + t * row + c, mask=live, other=0.0).to(tl.float32)
+            x = shift + w0 * u0 + w1 * u1 + w2 * u2 + w3 * u3
+            tl.store(out + t * C, (x * tl.sigmoid(x)).to(out.dtype.element_ty), mask=live)
+            u1, u2, u3 = u0, u1, u2
 
 
 @jit
@@ -1610,9 +1649,9 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 def _launch_conv(out, u, weight, bias, initial):
     (B, T, C), K = u.shape, weight.size(-1)
     u = u if u.stride(-1) == 1 else u.contiguous()
-    conv_fwd[triton.cdiv(C, 128), triton.cdiv(T, 32), B](
+    conv_fwd[triton.cdiv(C, 128), triton.cdiv(T, 64), B](
         u, *_contiguous(weight, bias, initial), out, T, C, u.stride(0), u.stride(1),
-        K=K, INIT=initial is not None, BT=32, BC=128, num_warps=4)
+        K=K, INIT=initial is not None, S=64, BC=128, num_warps=2)
 
 
 def _launch_conv_backward(du, dw, db, dinit, dout, u, weight, bias, initial):
@@ -2817,11 +2856,13 @@ def covariance_term(z: Tensor) -> Tensor:
 def rollout(jepa: JepaHead, z: Tensor, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(prediction, target) for each horizon k = 1..steps; z (B,T,L).
 
-    Prediction k starts from prediction k-1 (from z at first); its target is z shifted by k."""
+    Prediction k starts from prediction k-1 (from z at first); its target is z shifted by k. On
+    CUDA all rows are predicted: slices would have to be copied for the products."""
     prediction, targets = z, [z[:, k:] for k in range(1, steps + 1)]
     for target in targets:
-        prediction = jepa.predict(prediction[:, :target.size(1)])
-        yield prediction, target
+        length = target.size(1)
+        prediction = jepa.predict(prediction if z.is_cuda else prediction[:, :length])
+        yield prediction[:, :length], target
 
 
 def jepa_loss(jepa: JepaHead, z: Tensor, steps: int, detach: bool) -> Tensor:

@@ -164,7 +164,7 @@ def cuda_stubs(monkeypatch):
 
 
 @DTYPES
-@pytest.mark.parametrize("V, n, rows", ((300, 21, 8), (256, 9, 0), (4500, 3, 0)), ids=("ragged", "bytes", "two-blocks"))
+@pytest.mark.parametrize("V, n, rows", ((300, 21, 8), (256, 9, 0), (17000, 3, 0)), ids=("ragged", "bytes", "blocks"))
 @pytest.mark.parametrize("softcap, kind, z_loss", ((15.0, "poly", 1e-2), (30.0, "tanh", 0.0), (0.0, "poly", 1e-4)))
 def test_head(dtype, V, n, rows, softcap, kind, z_loss):
     inputs, targets = head_inputs(dtype, n, V, bias=kind == "poly")
