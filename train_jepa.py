@@ -1385,7 +1385,7 @@ def head_rows(logits, bias, targets, nll, lse, n, V, cap, inverse, z_loss,
 
     ONE: V <= BLOCK, and a row stays in registers: read once, one exponential per logit."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    live, lane = (row < n)[:, None], tl.arange(0, BLOCK)[None, :]
+    live = (row < n)[:, None]
     base = logits + row.to(tl.int64)[:, None] * V
     col = tl.arange(0, BLOCK)[None, :]
     target = tl.load(targets + row, mask=row < n, other=0).to(tl.int32)[:, None]
