@@ -66,6 +66,7 @@ COMPILE_MODE                  -                        off
 
 MATRIX_LR                     0.04
 TIED_EMBED_LR                 0.05
+EMBED_LR                      0.6
 SCALAR_LR                     0.04
 ROW_NORM                      0
 MUON_BACKEND_STEPS            5

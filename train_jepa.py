@@ -111,6 +111,7 @@ def knob(default, help: str, tags: str = "", *, choices: str = "", low: float = 
         grid    how tensors are stored
         rate    of the optimizers: RESUME_AFTER_DIVERGENCE=1 may change it
         eval    MODE=eval needs the run's value to repeat the run's scores
+        size    the need for memory grows with it
     `group` names the group that starts here and goes on to the next knob with a group."""
     return field(default=default, metadata=dict(help=help, tags=tags.split(), low=low, high=high,
                                                 choices=choices.split(), group=group))
@@ -143,13 +144,16 @@ def parse_knob(name: str, f: dataclasses.Field, text: str):
     if kind is bool:
         allowed, right = {"0": False, "1": True, "false": False, "true": True}, "0 or 1"
     elif kind is str and not allowed:
+        if name != "PROMPT" and re.search(r"[\0-\x1f]", text):
+            raise UserError(f"{name}={ascii(text[:60])[1:-1]}: must be one line")
         return text
     elif kind is not str:
-        right = "a whole number" if kind is int else "a finite number"
+        right, limit = ("a whole number", 2 ** 63) if kind is int else ("a finite number", math.inf)
         right += f", at least {low}" if high == math.inf else f" between {low} and {high}"
+        right += ", below 2^63" if kind is int and high == math.inf else ""
         with contextlib.suppress(ValueError):
             value = kind(text)
-            if low <= value <= high and abs(value) < math.inf:
+            if low <= value <= high and abs(value) < limit:
                 return value
     if text.lower() not in allowed:
         raise UserError(f"{name}={text}: must be {right}")
@@ -209,26 +213,26 @@ class Config:
     dtype: str = knob("auto", "compute type (auto: bf16 on CUDA, fp32 on CPU)", "eval",
                       choices="auto fp32 bf16")
     collective_timeout: int = knob(600, "seconds after which a missing rank ends the run",
-                                   "free", low=1)
+                                   "free", low=1, high=10**7)
 
     tokenizer: str = knob("byte", "kind of tokens", "model", choices="byte bpe", group="data")
     tokenizer_path: str = knob("", "SentencePiece model (TOKENIZER=bpe)", "free result")
-    vocab_size: int = knob(256, "number of token ids", "model", low=2, high=65536)
+    vocab_size: int = knob(256, "number of token ids", "model size", low=2, high=65536)
     data_path: str = knob("./data/datasets/fineweb10B_bytes",
                           "folder of fineweb_train_*.bin and fineweb_val_*.bin", "free result")
     val_max_tokens: int = knob(500_000, "validation tokens used (0 = all)", "free result eval")
     val_batch_size: int = knob(
         524_288, "validation tokens per batch of MICRO_BATCHES micro-batches: one forward pass "
-        "takes VAL_BATCH_SIZE / MICRO_BATCHES", "free eval", low=1)
+        "takes VAL_BATCH_SIZE / MICRO_BATCHES", "free eval size", low=1)
 
-    model_dim: int = knob(512, "width D", "model", low=1, group="model")
-    num_layers: int = knob(12, "blocks: the first half encodes, the rest decodes", "model",
-                           low=1, high=1000)
+    model_dim: int = knob(512, "width D", "model size", low=1, group="model")
+    num_layers: int = knob(12, "blocks: the first half encodes, the rest decodes",
+                           "model size", low=1, high=1000)
     mixer: str = knob("mamba2", "mamba2, attention, or a letter per block: m or a, as in "
                       "mmmmmmammm", "model")
-    d_state: int = knob(64, "state size N of the SSM", "model", low=1)
-    d_conv: int = knob(4, "kernel size of the causal convolution", "model", low=1)
-    expand: int = knob(2, "inner width of Mamba-2 / MODEL_DIM", "model", low=1)
+    d_state: int = knob(64, "state size N of the SSM", "model size", low=1)
+    d_conv: int = knob(4, "kernel size of the causal convolution", "model size", low=1)
+    expand: int = knob(2, "inner width of Mamba-2 / MODEL_DIM", "model size", low=1)
     ssd_chunk: int = knob(0, "chunk length Q of the scan, for speed only (0: 256 for mamba_ssm, "
                           "else 64)", "free result eval", high=1024)
     ssd_kernel: str = knob("auto", "form of the scan (auto: on CUDA the first of fused, mamba_ssm, "
@@ -240,14 +244,15 @@ class Config:
     num_heads: int = knob(8, "attention heads", "model", low=1)
     num_kv_heads: int = knob(4, "attention heads of keys and values", "model", low=1)
     rope_base: float = knob(10000.0, "base of the rotary angles", "model", low=1)
-    qk_gain_init: float = knob(1.5, "initial gain of the queries, per head")
-    embed_dim: int = knob(0, "width E of the embedding (0 = MODEL_DIM)", "model")
+    qk_gain_init: float = knob(1.5, "initial gain of the queries, per head", high=1e6)
+    embed_dim: int = knob(0, "width E of the embedding (0 = MODEL_DIM)", "model size")
     embed_style: str = knob(
         "projected", "projected: std 0.02, EMBED_LR, untied unembedding by Muon; tied: "
-        "TIED_EMBED_INIT_STD, TIED_EMBED_LR, untied unembedding by Adam at HEAD_LR",
+        "TIED_EMBED_INIT_STD, TIED_EMBED_LR; untied: std 1, EMBED_LR, zero unembedding by Adam at "
+        "HEAD_LR",
         choices="projected tied")
     tied_embed_init_std: float = knob(0.005, "std of the embedding with EMBED_STYLE=tied")
-    mlp_mult: int = knob(3, "hidden width of the MLP / MODEL_DIM (0 = no MLP)", "model")
+    mlp_mult: int = knob(3, "hidden width of the MLP / MODEL_DIM (0 = no MLP)", "model size")
     mlp_every: int = knob(1, "an MLP in every n-th block", "model", low=1)
     activation: str = knob("relu2", "activation of the MLP", "model",
                            choices="relu2 swiglu leaky_relu2")
@@ -261,14 +266,15 @@ class Config:
     softcap_type: str = knob("poly", "form of the cap", "model", choices="poly tanh")
     projector_type: str = knob("linear", "map from h to the latent z (none: z = h)",
                                choices="linear mlp none")
-    predictor_hidden_mult: int = knob(2, "hidden width of the predictor / latent width", low=1)
+    predictor_hidden_mult: int = knob(2, "hidden width of the predictor / latent width", "size",
+                                      low=1)
     predictor_norm: bool = knob(False, "1 = RMSNorm before the predictor, no biases (system B)")
 
     loss_schedule: str = knob("joint", "joint: constant weights; staged: pure JEPA, bridge, "
                               "pure CE", choices="joint staged", group="losses")
     jepa_weight: float = knob(1.0, "weight of the latent prediction")
-    jepa_steps: int = knob(1, "horizons of the latent rollout (0 = off)")
-    jepa_dim: int = knob(0, "width of the latent (0 = MODEL_DIM)")
+    jepa_steps: int = knob(1, "horizons of the latent rollout (0 = off)", "size")
+    jepa_dim: int = knob(0, "width of the latent (0 = MODEL_DIM)", "size")
     jepa_anneal: float = knob(
         0.0, "fraction of the run at which JEPA_WEIGHT has fallen to 0 (0 = never)", high=1)
     detach_targets: bool = knob(False, "1 = no gradient into the targets")
@@ -278,8 +284,8 @@ class Config:
                              choices="sigreg covariance")
     sigreg_lambda: float = knob(1.0, "weight of the anti-collapse term (LOSS_SCHEDULE=joint)")
     sigreg_weight: float = knob(0.05, "weight of the anti-collapse term (LOSS_SCHEDULE=staged)")
-    sigreg_knots: int = knob(17, "knots of the characteristic function", low=2)
-    sigreg_num_proj: int = knob(0, "directions of SIGReg (0 = 2 * embedding width)")
+    sigreg_knots: int = knob(17, "knots of the characteristic function", "size", low=2)
+    sigreg_num_proj: int = knob(0, "directions of SIGReg (0 = 2 * embedding width)", "size")
     sigreg_schedule: bool = knob(False, "1 = ramp the weight from 0 over the first 30%")
     sigreg_axis: str = knob("batch", "axis that one characteristic function pools",
                             choices="batch time both")
@@ -287,10 +293,10 @@ class Config:
     jepa_pure_frac: float = knob(0.10, "end of the pure JEPA stage (staged)", high=1)
     ce_pure_frac: float = knob(0.80, "start of the pure CE stage (staged)", high=1)
 
-    train_seq_len: int = knob(4096, "tokens per sequence", "model", low=1, group="training")
-    train_batch_tokens: int = knob(524_288, "tokens per optimizer step, all ranks", low=1)
+    train_seq_len: int = knob(4096, "tokens per sequence", "model size", low=1, group="training")
+    train_batch_tokens: int = knob(524_288, "tokens per optimizer step, all ranks", "size", low=1)
     micro_batches: int = knob(8, "micro-batches per step; the number of ranks must divide it",
-                              "eval", low=1)
+                              "eval size", low=1)
     iterations: int = knob(10_000, "maximum number of steps", "free result", low=1)
     max_wallclock_seconds: float = knob(
         0.0, "maximum time of training and of all else that reads training data (0 = no limit)",
@@ -357,14 +363,15 @@ class Config:
                                high=1)
     rounding: str = knob("nearest", "rounding of the final weights: nearest, or compensated "
                          "(GPTQ)", "free result", choices="nearest compensated")
-    rounding_tokens: int = knob(65_536, "training tokens for GPTQ's moments", "free result", low=1)
+    rounding_tokens: int = knob(65_536, "training tokens for GPTQ's moments", "free result size",
+                               low=1)
     fit: bool = knob(
         False, "1 = MODE=describe finds the largest MODEL_DIM and MLP_MULT that fit", "free")
 
     sliding_eval: bool = knob(False, "1 = score with sliding windows after training", "free",
                               group="evaluation")
     sliding_eval_stride: int = knob(16, "tokens scored per window", "free result", low=1)
-    sliding_batch_size: int = knob(64, "windows per forward pass", "free eval", low=1)
+    sliding_batch_size: int = knob(64, "windows per forward pass", "free eval size", low=1)
     temp_scaling: bool = knob(
         True, "1 = score at a temperature fitted to training tokens", "free result")
     temp_calib: float = knob(0.0, "temperature (0 = fit it)", "free result eval")
@@ -459,7 +466,8 @@ class Config:
                 faults.append(message)
 
         unit, cap = c.micro_batches * c.train_seq_len, c.max_wallclock_seconds
-        forbid(re.search(r"[/\\\0]|^\.", c.run_id), f"RUN_ID={c.run_id}: not a plain folder name")
+        forbid(re.search(r"[/\\\0]|^\.", c.run_id) or len(os.fsencode(c.run_id)) > 255,
+               f"RUN_ID={c.run_id[:60]}: not a plain folder name of at most 255 bytes")
         forbid(c.tokenizer == "byte" and c.vocab_size != 256,
                f"VOCAB_SIZE={c.vocab_size}: TOKENIZER=byte needs 256")
         forbid(c.train_batch_tokens % unit, f"TRAIN_BATCH_TOKENS={c.train_batch_tokens}: must be "
@@ -468,9 +476,7 @@ class Config:
                f"below MAX_WALLCLOCK_SECONDS={cap:g}")
         forbid(c.ce_weight == 0 and not (c.jepa_on and c.joint and c.jepa_anneal == 0),
                "CE_WEIGHT=0 with JEPA off, annealed or staged: no loss is left; raise it")
-        forbid(not c.joint and not c.jepa_on,
-               "LOSS_SCHEDULE=staged: its first stage needs JEPA_WEIGHT > 0 and JEPA_STEPS > 0")
-        forbid(not c.joint and c.jepa_pure_frac >= c.ce_pure_frac,
+        forbid(not c.joint and c.jepa_on and c.jepa_pure_frac >= c.ce_pure_frac,
                f"JEPA_PURE_FRAC={c.jepa_pure_frac}: must be below CE_PURE_FRAC={c.ce_pure_frac}")
         forbid(c.jepa_on and c.jepa_steps >= c.train_seq_len,
                f"JEPA_STEPS={c.jepa_steps}: must be below TRAIN_SEQ_LEN={c.train_seq_len}")
@@ -604,6 +610,19 @@ def busy_machine(factor: float = 1.5) -> str:
     """Load average and cores in words if other processes want more than the cores give, else ""."""
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     return f"load average {load:.1f} on {cores} cores" if load > factor * cores else ""
+
+
+def machine_memory(cuda: bool) -> float:
+    """Bytes of the GPU, or those that this machine or container still has; infinite if unknown."""
+    if cuda:
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    memory = math.inf
+    with contextlib.suppress(OSError):
+        if match := re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text()):
+            memory = 1024 * int(match[1])
+        limit = Path("/sys/fs/cgroup/memory.max").read_text()  # "max": none
+        memory = min(memory, int(limit)) if limit.strip().isdigit() else memory
+    return memory
 
 
 def package_version(name: str) -> str | None:
@@ -902,12 +921,16 @@ class RunFolder:
         self.path, self.main, self.files, self.track = path, main, {}, None
         if not main:
             return
-        path.mkdir(parents=True, exist_ok=True)
-        for name in ("log.txt", "metrics.jsonl"):
-            self.files[name] = open(path / name, "a", encoding="utf-8")
-            if name in (resume_bytes or {}):
-                size = (path / name).stat().st_size
-                os.truncate(path / name, min(resume_bytes[name], size))
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            for name in ("log.txt", "metrics.jsonl"):
+                self.files[name] = open(path / name, "a", encoding="utf-8")
+                if name in (resume_bytes or {}):
+                    size = (path / name).stat().st_size
+                    os.truncate(path / name, min(resume_bytes[name], size))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror}); mend its rights, "
+                            "or take another RUN_ID") from error
 
     def _append(self, name: str, text: str) -> None:
         try:
@@ -934,7 +957,10 @@ class RunFolder:
 
     def sizes(self) -> dict[str, int]:
         """Lengths of the journals in bytes, for the checkpoint."""
-        return {name: (self.path / name).stat().st_size for name in self.files}
+        try:
+            return {name: (self.path / name).stat().st_size for name in self.files}
+        except OSError as error:
+            raise UserError(f"{self.path}: the run's folder is gone ({error.strerror})") from error
 
     def write_json(self, name: str, value) -> None:
         """Replace one JSON file of the folder."""
@@ -951,12 +977,17 @@ BYTE_BOS = 0     # bos_id of byte shards: a byte that UTF-8 text never contains
 BYTES = "bytes"  # the tokenizer of byte shards in source.json, and Vocabulary.source
 
 
-def read_shard(path: Path) -> np.ndarray:
-    """Tokens (n,) as a read-only memory map; UserError unless magic, version and size fit."""
-    remedy = f"bash setup_jepa.sh {'demo' if 'demo' in path.parent.name else 'fineweb'} makes it anew"
+def shard_remedy(path: Path) -> str:
+    """The command that makes the shard anew."""
+    return f"bash setup_jepa.sh {'demo' if 'demo' in path.parent.name else 'fineweb'} makes it anew"
+
+
+def shard_length(path: Path) -> int:
+    """Number of tokens of a shard; UserError unless magic, version and size fit."""
+    remedy = shard_remedy(path)
     try:
-        size = os.path.getsize(path)
-        header = np.fromfile(path, dtype="<i4", count=256)
+        size, regular = os.path.getsize(path), path.is_file()
+        header = np.fromfile(path, dtype="<i4", count=256) if regular else []
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if len(header) < 256 or header[0] != SHARD_MAGIC:
@@ -967,9 +998,18 @@ def read_shard(path: Path) -> np.ndarray:
     if count < 0 or size != SHARD_HEADER + 2 * count:
         raise UserError(f"{path}: {size} bytes, but its header promises {count} tokens "
                         f"({SHARD_HEADER + 2 * count} bytes); {remedy}")
-    if count == 0:
-        return np.empty(0, dtype="<u2")
-    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER, shape=(count,))
+    return count
+
+
+def read_shard(path: Path, start: int, count: int) -> np.ndarray:
+    """`count` tokens from `start`. Not a memory map: if the file shrinks, that kills the process."""
+    try:
+        tokens = np.fromfile(path, dtype="<u2", count=count, offset=SHARD_HEADER + 2 * start)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if len(tokens) < count:
+        raise UserError(f"{path}: became shorter while in use; {shard_remedy(path)}")
+    return tokens
 
 
 def find_shards(data_path: str, part: str) -> list[Path]:
@@ -989,18 +1029,19 @@ class TokenStream:
 
     def __init__(self, paths: Sequence[Path], vocab_size: int):
         self.paths, self.vocab_size = list(paths), vocab_size
-        self.shards = [read_shard(path) for path in self.paths]
-        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.lengths = [shard_length(path) for path in self.paths]
+        self.ends = np.cumsum(self.lengths)
         if len(self) == 0:
             raise UserError(f"{self.paths[0].parent}: no tokens in these shards")
-        for index, shard in enumerate(self.shards):  # small shards wholly, the head of large ones
-            self._check(index, shard[:4_000_000])
+        for index, length in enumerate(self.lengths):  # small shards wholly, the head of large ones
+            self._read(index, 0, min(length, 4_000_000))
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def _check(self, index: int, tokens: np.ndarray) -> np.ndarray:
-        """The tokens, if all ids are in the vocabulary."""
+    def _read(self, index: int, start: int, count: int) -> np.ndarray:
+        """Tokens of one shard; UserError if an id is not in the vocabulary."""
+        tokens = read_shard(self.paths[index], start, count)
         largest = int(tokens.max(initial=0))
         if largest >= self.vocab_size:
             raise UserError(f"{self.paths[index]}: token id {largest}, but VOCAB_SIZE="
@@ -1013,9 +1054,8 @@ class TokenStream:
         while count > 0:
             position %= len(self)
             index = int(np.searchsorted(self.ends, position, side="right"))
-            shard = self.shards[index]
-            start = position - int(self.ends[index]) + len(shard)
-            piece = self._check(index, shard[start:start + count])
+            left = int(self.ends[index]) - position  # in this shard
+            piece = self._read(index, self.lengths[index] - left, min(left, count))
             pieces.append(piece.astype(np.int64))
             position, count = position + len(piece), count - len(piece)
         return np.concatenate(pieces)
@@ -1125,7 +1165,11 @@ def bpe_vocabulary(path: str, vocab_size: int) -> Vocabulary:
     if size != vocab_size:
         raise UserError(f"TOKENIZER_PATH={path}: has {size} pieces, but VOCAB_SIZE={vocab_size}")
     for token in range(size):
-        piece = model.id_to_piece(token)
+        try:
+            piece = model.id_to_piece(token)
+        except UnicodeDecodeError:
+            raise UserError(f"TOKENIZER_PATH={path}: piece {token} is no UTF-8; fetch the file "
+                            "again with setup_jepa.sh") from None
         if model.is_control(token) or model.is_unknown(token) or model.is_unused(token):
             rows.append((0, False, True))
         elif model.is_byte(token):
@@ -2676,7 +2720,8 @@ class LanguageModel(nn.Module):
         dim, embed, vocab, tie = c.model_dim, c.embed, c.vocab_size, c.tie_embeddings
         self.softcap, self.softcap_type, self.tie = c.logit_softcap, c.softcap_type, tie
         self.eps, self.encoders = c.norm_eps, c.num_layers // 2
-        std = 0.02 if c.embed_style == "projected" else c.tied_embed_init_std
+        untied = 0.02 if c.embed_style == "projected" else 1.0
+        std = c.tied_embed_init_std if c.embed_style == "tied" and tie else untied
         self.token_embed = nn.Parameter(torch.randn(vocab, embed) * std)
         self.embed_proj = Linear(embed, dim) if embed != dim else None
         self.blocks = nn.ModuleList()
@@ -2690,7 +2735,8 @@ class LanguageModel(nn.Module):
         self.vocab_bias = nn.Parameter(torch.zeros(vocab)) if c.vocab_bias else None
         self.embed_proj_rev = None
         if tie == 0:
-            self.lm_head = nn.Parameter(torch.empty(vocab, dim).uniform_(-dim ** -0.5, dim ** -0.5))
+            bound = dim ** -0.5 if c.embed_style == "projected" else 0.0
+            self.lm_head = nn.Parameter(torch.empty(vocab, dim).uniform_(-bound, bound))
         elif tie == 3:
             self.adapter = Linear(dim, embed)
         elif embed != dim:
@@ -2955,17 +3001,17 @@ class LossWeights(NamedTuple):
 
 def loss_weights(p: float, c: Config) -> LossWeights:
     """Joint: constant, with the optional ramp and anneal. Staged: pure JEPA, linear bridge, pure CE
-    (system B)."""
+    (system B); pure CE throughout without JEPA."""
     jepa = c.jepa_weight if c.jepa_on else 0.0
     if c.jepa_anneal:
         jepa *= max(0.0, 1 - p / c.jepa_anneal)
     if c.loss_schedule == "joint":
         ramp = min(p / 0.3, 1.0) if c.sigreg_schedule else 1.0
         return LossWeights(c.ce_weight, jepa, c.sigreg_lambda * ramp, c.jepa_cov, "joint")
+    if p >= c.ce_pure_frac or not c.jepa_on:
+        return LossWeights(c.ce_weight, 0.0, 0.0, 0.0, "ce")
     if p < c.jepa_pure_frac:
         return LossWeights(0.0, jepa, c.sigreg_weight, c.jepa_cov, "jepa")
-    if p >= c.ce_pure_frac:
-        return LossWeights(c.ce_weight, 0.0, 0.0, 0.0, "ce")
     bridge = (p - c.jepa_pure_frac) / (c.ce_pure_frac - c.jepa_pure_frac)
     latent = 1 - bridge
     return LossWeights(c.ce_weight * bridge, jepa * latent, c.sigreg_weight * latent,
@@ -3731,7 +3777,8 @@ def inflate(data, raw: int) -> bytes:
 
 def read_container(path, kind: str) -> tuple[dict, list[tuple[Section, memoryview]]]:
     """Meta and [(section, payload)] of a whole file; any fault is a UserError."""
-    with parsing(path), open(path, "rb") as file:
+    with parsing(path), open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)
+                             ) as file:  # a FIFO must not wait for its writer
         data = memoryview(file.read(os.fstat(file.fileno()).st_size))
         require(data[:8] == MAGIC, "it does not begin with JEPAFILE")
         require(hashlib.sha256(data[:-32]).digest() == data[-32:], "checksum differs")
@@ -4163,6 +4210,17 @@ class Checkpoints:
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be read ({error.strerror})") from error
         return [self.folder / name for name in names if re.fullmatch(r"step_\d+\.ckpt", name)]
+
+    def probe(self) -> None:
+        """Make the folder; UserError if no file can be made there."""
+        probe = self.folder / ".probe"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"CHECKPOINT_DIR: {self.folder} cannot be written ({error.strerror})"
+                            ) from error
 
     def save(self, step: int, meta: dict, tensors: dict[str, Tensor]) -> None:
         """Copy the tensors, then write in a background thread; raises an earlier write's error."""
@@ -4661,6 +4719,10 @@ def input_moments(model: nn.Module, batches: Iterable, forward: Callable) -> dic
 # training: build, warm up, one step, the loop, the end of a run
 # ------------------------------------------------------------------------------
 
+def count_parameters(module: nn.Module | None) -> int:
+    return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
+
+
 def build_models(c: Config, kernels: Kernels | None = None
                  ) -> tuple[LanguageModel, JepaHead | None]:
     """The stored model and the training-only head (None when every latent term is off), both
@@ -4668,6 +4730,55 @@ def build_models(c: Config, kernels: Kernels | None = None
     torch.manual_seed(c.seed)
     model = LanguageModel(c, kernels)
     return model, JepaHead(c) if c.latent_on else None
+
+
+def memory_need(c: Config, cuda: bool) -> float:
+    """Rough bytes of memory that MODE needs on one rank, rather too few than too many: weights and
+    what training keeps of each, activations of a micro-batch or of a batch of validation. Infinite
+    where a shape overflows."""
+    try:
+        with torch.device("meta"):  # shapes only
+            weights = sum(map(count_parameters, build_models(c)))
+    except (RuntimeError, OverflowError, TypeError, ValueError):
+        return math.inf
+    if c.mode == "describe":
+        return 12 * weights  # initial, synthetic, symbols
+    T, D, tokens = c.train_seq_len, c.model_dim, c.micro_tokens
+    value = 2 if c.dtype == "bf16" or cuda and c.dtype == "auto" else 4  # bytes
+    mixers = {"m": 6 * c.d_inner + 4 * c.d_state, "a": 4 * D}  # values per token that autograd keeps
+    layers = [4 * D + mixers[letter] + (2 * c.mlp_mult * D if index % c.mlp_every == 0 else 0)
+              for index, letter in enumerate(c.pattern)]
+    states = 4 * c.d_inner * c.d_state * c.pattern.count("m")  # bytes per sequence
+    latents = c.latent * (2 + c.predictor_hidden_mult) * c.jepa_steps if c.jepa_on else 0
+    training = tokens * (value * (sum(layers) + latents) + states / c.ssd_chunk)
+    if c.latent_on:
+        training += 4 * c.micro_sequences * min(T, 64) * c.num_proj * c.sigreg_knots
+    training *= 2 if c.compile_mode == "off" else 1  # eager: autograd keeps more of the steps between
+    if c.carry_state:
+        training += states * c.micro_sequences * c.micro_batches
+    need = 4 * c.num_proj * c.latent + 16 * c.train_batch_tokens + 100 * c.micro_batches
+    if c.mode == "bench":
+        return need + training + 16 * weights  # fp32 masters, compute weights, gradients, moments
+    limit = c.val_max_tokens or math.inf
+    batch = min(c.val_batch_size // c.micro_batches, limit)
+    if c.sliding_eval:
+        batch = max(batch, T * min(c.sliding_batch_size, limit / c.sliding_eval_stride))
+    validation = batch * value * (D * len(layers) + max(layers)) / 2  # skips, and half of a layer
+    need += 16 * c.rounding_tokens if c.rounding == "compensated" else 0
+    return need + max(training, validation) + 32 * weights  # two good states besides
+
+
+def check_memory(c: Config, cuda: bool) -> None:
+    """UserError if MODE needs more memory than this machine has, before anything large is made; the
+    size knob that is furthest above its default is named."""
+    need, memory = memory_need(c, cuda), machine_memory(cuda)
+    need *= 1 if cuda else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if need > memory:
+        excess = lambda name: getattr(c, name.lower()) / (Config.knobs()[name].default or c.model_dim)
+        name = max(Config.tagged("size"), key=excess)
+        amount = f"about {need / 1e9:,.1f} GB of memory" if need < 1e18 else "memory beyond measure"
+        raise UserError(f"{name}={getattr(c, name.lower())}: MODE={c.mode} needs {amount}, and "
+                        f"{memory / 1e9:,.1f} GB are here; lower it, or another of the sizes")
 
 
 def keyed_generator(*key: int) -> torch.Generator:
@@ -4712,6 +4823,7 @@ class Trainer:
         zeros = lambda: self.model.empty_states(c.micro_sequences, runtime.dtype, runtime.device)
         self.states = {micro: zeros() if c.carry_state else None for micro in self.micros}
         self.position = self.tokens = 0  # position in the stream; tokens trained on so far
+        self.ahead: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # of `read_ahead`
         self.losses = compiled(self._losses, c.compile_mode)
         self.forward = compiled(self.model, c.compile_mode) if runtime.cuda else self.model
 
@@ -4731,10 +4843,20 @@ class Trainer:
     def step_inputs(self, step: int, micro: int) -> tuple[Tensor, Tensor, Tensor]:
         """x, y (B,T) and SIGReg's positions of one micro-batch, on the device; randomness follows
         from (seed, step, micro-batch)."""
-        x, y = self.batches(self.position, micro)
+        x, y = self.ahead.pop((self.position, micro), None) or self.batches(self.position, micro)
         generator = keyed_generator(self.config.seed, 2, step, micro)
         positions = torch.randint(x.size(1), (min(64, x.size(1)),), generator=generator)
         return tuple(map(self.runtime.to_device, (x, y, positions)))
+
+    def read_ahead(self) -> str:
+        """Read this rank's batches of the next step. Returns the fault of a shard, or "": the step has
+        not begun then, and all ranks can save and end together."""
+        try:
+            self.ahead = {(self.position, micro): self.batches(self.position, micro)
+                          for micro in self.micros}
+        except UserError as fault:
+            return str(fault)
+        return ""
 
     def accumulate(self, step: int, weights: LossWeights, keep_states: bool = True) -> Tensor:
         """Gradients of this rank's micro-batches, summed over ranks; returns this rank's share of
@@ -4961,8 +5083,16 @@ def open_run(c: Config, runtime: Runtime) -> tuple[Path, Checkpoints, RunLock | 
                             "RUN_ID, or OVERWRITE=1")
         for left in path.glob(".*.tmp"):  # by a process that was killed
             left.unlink(missing_ok=True)
+        if c.checkpoint_dir:
+            checkpoints.probe()
 
-    runtime.main_first(clear)
+    def prepare() -> None:
+        try:
+            clear()
+        except OSError as error:
+            raise UserError(f"{error.filename}: cannot be changed ({error.strerror})") from error
+
+    runtime.main_first(prepare)
     return path, checkpoints, locks[0] if locks else None
 
 
@@ -4979,6 +5109,7 @@ class Run:
         """Read the data and build the trainer, so that faults of data and settings show before a
         file is made."""
         self.config, self.runtime = config, runtime
+        runtime.main_first(lambda: check_memory(config, runtime.cuda))
         HEARTBEAT.doing = "reading the shards"
         self.vocabulary = load_vocabulary(config)
         check_source(config, self.vocabulary)
@@ -5080,7 +5211,8 @@ class Run:
         clock.start()
         while True:
             seconds = clock.seconds() if runtime.main else -math.inf
-            elapsed, caught = runtime.agree(seconds, self.signals.caught)
+            fault = trainer.read_ahead()
+            elapsed, caught, bad = runtime.agree(seconds, self.signals.caught, bool(fault))
             progress = measure_progress(self.step, c.iterations, elapsed,
                                         max(c.max_wallclock_seconds - self.reserve, 0.0))
             finished = progress.fraction >= 1
@@ -5092,6 +5224,11 @@ class Run:
                 break
             if caught:
                 self.stop(int(caught))
+            if bad:
+                self.save(elapsed)
+                self.checkpoints.wait()
+                faults = [text for text in runtime.collect(fault) if text]
+                raise UserError(f"{faults[0]}; the state of step {self.step} is saved")
             stage = loss_weights(progress.fraction, c).stage
             if stage != self.stage and c.loss_schedule == "staged":
                 self.log(f"stage: {stage} begins at step {self.step} "
@@ -5321,12 +5458,21 @@ class Run:
             facts["last_val_bpb"] = self.evaluator.standard()[0].bpb
             self.log(f"last weights: val_bpb:{facts['last_val_bpb']:.6f}; "
                      f"averaged weights: val_bpb:{self.score.bpb:.6f}")
+        for name, weight in trainer.weights.tensors("average").items():
+            if not all_finite(weight):
+                raise RunStopped(f"the last steps diverged: {name} holds NaN or infinity and cannot "
+                                 "be stored; lower the learning rates", 1)
         trainer.weights.load("average")
         diagnostics = self.diagnose() if c.diagnostics else {}
         report = self.write_model()
         model_path = self.folder.path / "model.jepa"
         load_artifact_into(trainer.model, model_path)
-        calibration = None if self.unseen_position() is None else self.next_tokens(CALIBRATION)
+        calibration = None
+        if self.unseen_position() is not None and c.temp_scaling and not c.temp_calib:
+            try:
+                calibration = runtime.main_first(lambda: self.next_tokens(CALIBRATION))
+            except UserError as error:
+                self.log(f"no temperature search: {error}")
         scores = final_scores(self.evaluator, c, calibration, self.log)
         seconds = self.clock.seconds()
         data_seconds = seconds + self.moments_seconds + scores["temperature_seconds"]
@@ -5532,17 +5678,13 @@ def load_artifact_into(model: LanguageModel, path: Path) -> None:
         parameter.copy_(tensors[name])
 
 
-def count_parameters(module: nn.Module | None) -> int:
-    return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
-
-
 def read_metrics(path: Path) -> list[dict]:
     """Lines of metrics.jsonl; a last line that is still being written is left out."""
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, RecursionError):
             lines.append(json.loads(line))
-    return lines
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def plot_curves(folder: Path) -> None:
@@ -5556,7 +5698,7 @@ def plot_curves(folder: Path) -> None:
         return
     lines = read_metrics(folder / "metrics.jsonl")
     series = lambda kind, name: [(m["step"], m[name]) for m in lines
-                                 if m["kind"] == kind and m.get(name) is not None]
+                                 if m.get("kind") == kind and m.get(name) is not None]
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     colors = {"ce": "#0072B2", "jepa": "#E69F00", "anti": "#009E73", "cov": "#CC79A7"}  # Okabe-Ito
     for name, label in zip(TERMS, ("cross-entropy", "JEPA", "anti-collapse", "covariance")):
@@ -5860,6 +6002,7 @@ def largest_fit(c: Config, name: str, step: int, budget: int) -> int | None:
 
 def describe(c: Config) -> dict[str, Any]:
     """MODE=describe: knobs with their sources, parameters by component, expected bytes."""
+    check_memory(c, cuda=False)
     model, jepa = build_models(c)
     plan, by_grid, rows = storage_plan(model, c), {}, {}
     print((c.render() if c.all else c.render_changed()) + "\n")
@@ -5932,6 +6075,7 @@ def bench(c: Config, runtime: Runtime) -> dict[str, Any]:
     Whole steps are timed first; then again with a wait between the parts, which gives the shares.
     On CUDA a profile names the largest kernels. The share of one H100 in the published runs:
     TRAIN_BATCH_TOKENS=65536 MICRO_BATCHES=1."""
+    runtime.main_first(lambda: check_memory(c, runtime.cuda))
     trainer, clock = Trainer(c, runtime, SyntheticStream(c.vocab_size)), PartClock(runtime)
     trainer.run_phases()
     steps, warm = min(c.iterations, 50 if runtime.cuda else 5), 10 if runtime.cuda else 1

@@ -112,11 +112,17 @@ def test_a_value_may_contain_an_equals_sign():
     ("SLIDING_EVAL", "yes", "0 or 1"), ("TIE_EMBEDDINGS", "4", "between 0 and 3"),
     ("SOFTCAP_TYPE", "cubic", "poly, tanh"),
     ("FP_STORAGE", "fp4", "BF16, FP8"), ("MODE", "trian", "describe"), ("TOKENIZER", "bytes", "byte, bpe"),
-    ("SEED", "-1", "at least 0"), ("MICRO_BATCHES", "0", "at least 1")])
+    ("SEED", "-1", "at least 0"), ("SEED", str(2**63), "below 2^63"), ("MICRO_BATCHES", "0", "at least 1")])
 def test_a_bad_value_gives_one_line_with_knob_value_and_what_is_right(name, value, right):
     lines = refusal(Config.from_env, {name: value})
     assert len(lines) == 1 and f"{name}={value}" in lines[0] and right in lines[0]
     assert refusal(Config.from_env, {}, [f"{name}={value}"]) == lines
+
+
+def test_a_text_of_several_lines_is_refused_in_one_but_as_a_prompt():
+    for name in ("RUN_ID", "DATA_PATH", "MIXER"):
+        assert refusal(Config.from_env, {name: "a\nb"}) == [f"{name}=a\\nb: must be one line"]
+    assert Config.from_env({"PROMPT": "a\nb"}).prompt == "a\nb"
 
 
 def test_all_errors_come_at_once_each_on_its_line():
@@ -233,7 +239,7 @@ def test_choices_ignore_case_and_take_the_written_form():
     (dict(MAX_WALLCLOCK_SECONDS=60, RESERVE_SECONDS=60), "RESERVE_SECONDS"),
     (dict(EVAL_ADAPT=1, ADAPT_PARAMS="scalars,bias"), "ADAPT_PARAMS"),
     (dict(CARRY_STATE=1, MIXER="mma", NUM_LAYERS=3), "CARRY_STATE"),
-    (dict(LOSS_SCHEDULE="staged", JEPA_WEIGHT=0), "LOSS_SCHEDULE"),
+    (dict(CE_WEIGHT=0, LOSS_SCHEDULE="staged", JEPA_WEIGHT=0), "CE_WEIGHT"),
     (dict(LOSS_SCHEDULE="staged", JEPA_PURE_FRAC=0.9), "JEPA_PURE_FRAC"),
     (dict(LOSS_SCHEDULE="staged", JEPA_PURE_FRAC=0.8), "JEPA_PURE_FRAC"),
     (dict(JEPA_STEPS=4096), "JEPA_STEPS"),
@@ -249,6 +255,7 @@ def test_choices_ignore_case_and_take_the_written_form():
     (dict(RUN_ID="../other"), "RUN_ID"),
     (dict(RUN_ID="a/b"), "RUN_ID"),
     (dict(RUN_ID=".."), "RUN_ID"),
+    (dict(RUN_ID="ä" * 128), "RUN_ID"),
 ], ids=str)
 def test_combinations_that_make_no_sense_are_refused_by_name(knobs, named):
     lines = refusal(read(**knobs).validate)
@@ -266,6 +273,7 @@ def test_validate_reports_all_faults_at_once():
     dict(MIXER="mmmmmmammmmm"), dict(MLP_MULT=0), dict(JEPA_STEPS=0), dict(JEPA_WEIGHT=0, SIGREG_LAMBDA=0),
     dict(PROJ_GRID="int4s0.35", DT_GRID="int8a", EMBED_GRID="int6"), dict(CARRY_STATE=1), dict(EVAL_STATE="carry"),
     dict(EVAL_STATE="carry", MIXER="attention"), dict(EVAL_ADAPT=1, ADAPT_PARAMS="scalars, embedding"),
+    dict(RUN_ID="ä" * 127), dict(LOSS_SCHEDULE="staged", JEPA_WEIGHT=0, JEPA_PURE_FRAC=0.9),
     dict(CE_WEIGHT=0), dict(STORAGE="int8", QUANT_BITS=8), dict(SLIDING_EVAL_STRIDE=5000), BPE, BYTE, BYTEJEPA
 ], ids=str)
 def test_combinations_that_make_sense_pass(knobs):
@@ -314,7 +322,7 @@ def test_every_knob_has_a_group_and_help():
 
 def test_tags_are_the_known_words_and_go_together():
     tags = {name: set(f.metadata["tags"]) for name, f in Config.knobs().items()}
-    assert set().union(*tags.values()) == {"free", "result", "model", "grid", "eval", "rate"}
+    assert set().union(*tags.values()) == {"free", "result", "model", "grid", "eval", "rate", "size"}
     for name, words in tags.items():
         assert not words & {"model", "grid"} or "free" not in words, name  # a resumed run keeps model and storage
         assert "result" not in words or "free" in words, name
@@ -328,8 +336,8 @@ def test_the_tagged_knobs_are_those_that_artifacts_and_resumed_runs_rely_on():
     assert Config.tagged("grid") == ("STORAGE QUANT_BITS QUANT_STEP QUANT_K INT8_FLOOR FP_STORAGE MLP_GRID PROJ_GRID "
                                      "DT_GRID EMBED_GRID").split()
     assert set(Config.tagged("result")) == set(
-        "ITERATIONS MAX_WALLCLOCK_SECONDS RESERVE_SECONDS DATA_PATH TOKENIZER_PATH VAL_MAX_TOKENS SSD_KERNEL SSD_CHUNK COMPILE_MODE "
-        "SLIDING_EVAL_STRIDE TEMP_SCALING TEMP_CALIB ROUNDING ROUNDING_TOKENS "
+        "ITERATIONS MAX_WALLCLOCK_SECONDS RESERVE_SECONDS DATA_PATH TOKENIZER_PATH VAL_MAX_TOKENS SSD_KERNEL SSD_CHUNK "
+        "COMPILE_MODE SLIDING_EVAL_STRIDE TEMP_SCALING TEMP_CALIB ROUNDING ROUNDING_TOKENS "
         "ATTENTION_OVERLAP ADAPT_STEPS ADAPT_LR ADAPT_CHUNK_TOKENS ADAPT_PARAMS ADAPT_CLIP".split())
     assert set(Config.tagged("eval")) == set(
         "VAL_MAX_TOKENS VAL_BATCH_SIZE MICRO_BATCHES SLIDING_BATCH_SIZE EVAL_STATE TEMP_CALIB DTYPE SSD_KERNEL "

@@ -2,6 +2,7 @@
 import dataclasses
 import io
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,7 @@ import sentencepiece
 import torch
 
 import train_jepa as tj
-from train_jepa import Batches, TokenStream, UserError, Vocabulary, bpe_vocabulary, read_shard
+from train_jepa import Batches, TokenStream, UserError, Vocabulary, bpe_vocabulary, read_shard, shard_length
 
 DEMO = tj.Path(tj.__file__).with_name("data") / "demo"
 
@@ -34,14 +35,15 @@ def shard(tmp_path):
 
 # -- shards ------------------------------------------------------------------------------------------------------------
 
-def test_a_shard_reads_back_read_only(shard):
+def test_a_shard_reads_back(shard):
     tokens = np.arange(1000) * 7 % 8192
-    found = read_shard(shard(tokens))
-    assert np.array_equal(found, tokens) and not found.flags.writeable
+    path = shard(tokens)
+    assert shard_length(path) == 1000 and np.array_equal(read_shard(path, 0, 1000), tokens)
+    assert np.array_equal(read_shard(path, 990, 10), tokens[-10:])
 
 
 def test_an_empty_shard_reads_as_no_tokens(shard):
-    assert len(read_shard(shard([]))) == 0
+    assert shard_length(shard([])) == 0
 
 
 def test_shards_that_are_not_intact_are_refused_by_name(shard, tmp_path):
@@ -61,14 +63,16 @@ def test_shards_that_are_not_intact_are_refused_by_name(shard, tmp_path):
         path = tmp_path / f"{name}.bin"
         path.write_bytes(data)
         with pytest.raises(UserError, match=f"{name}.bin") as caught:
-            read_shard(path)
+            shard_length(path)
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="version 2"):
-        read_shard(tmp_path / "version.bin")
+        shard_length(tmp_path / "version.bin")
     with pytest.raises(UserError, match="missing.bin"):
-        read_shard(tmp_path / "missing.bin")
-    with pytest.raises(UserError):
-        read_shard(tmp_path)  # a folder
+        shard_length(tmp_path / "missing.bin")
+    os.mkfifo(tmp_path / "fifo.bin")  # nobody writes into it
+    for path in (tmp_path, tmp_path / "fifo.bin"):
+        with pytest.raises(UserError, match="not a token shard"):
+            shard_length(path)
 
 
 def test_missing_folder_and_missing_part_name_the_knob(tmp_path, shard):
@@ -113,6 +117,18 @@ def test_a_token_id_outside_the_vocabulary_behind_the_first_scan_is_refused_when
     stream.read(4_000_000, 50)
     with pytest.raises(UserError, match="token id 300"):
         stream.read(4_000_050, 100)
+
+
+def test_a_shard_that_shrinks_while_in_use_is_refused_when_read(shard):
+    path = shard(np.zeros(5000))
+    stream = TokenStream([path], 256)
+    os.truncate(path, 1024 + 2 * 1000)
+    assert len(stream.read(900, 100)) == 100
+    with pytest.raises(UserError, match=f"{path.name}: became shorter while in use"):
+        stream.read(900, 101)
+    path.unlink()
+    with pytest.raises(UserError, match=f"{path.name}: cannot be read"):
+        stream.read(0, 1)
 
 
 def test_a_stream_without_tokens_is_refused(shard):
@@ -339,6 +355,10 @@ def test_tokenizers_that_do_not_fit_are_refused_by_knob(tmp_path):
         with pytest.raises(UserError, match="TOKENIZER_PATH") as caught:
             bpe_vocabulary(str(foreign), 8192)
         assert "\n" not in str(caught.value)
+    name = "\u2581the".encode()  # the first piece of that name becomes invalid UTF-8
+    foreign.write_bytes((DEMO / "fineweb_8192_bpe.model").read_bytes().replace(name, b"\xff" * len(name), 1))
+    with pytest.raises(UserError, match="TOKENIZER_PATH=.*is no UTF-8"):
+        bpe_vocabulary(str(foreign), 8192)
     for path in ("", str(tmp_path / "missing.model"), str(tmp_path)):
         with pytest.raises(UserError, match="TOKENIZER_PATH"):
             bpe_vocabulary(path, 8192)

@@ -124,8 +124,10 @@ def test_the_embedding_is_normalized_and_starts_at_its_std():
     assert abs(model.token_embed.std() / 0.02 - 1) < 0.02  # 64,000 draws: 0.3% scatter
     x0 = model.embed(ids(2, 5), torch.float32)
     assert (x0.square().mean(-1) - 1).abs().max() < 4e-3  # eps 1.2e-7 beside rows of 1e-4 and more
-    tied = build(stir=False, VOCAB_SIZE=2000, EMBED_STYLE="tied", EMBED_DIM=64)
+    tied = build(stir=False, VOCAB_SIZE=2000, EMBED_STYLE="tied", EMBED_DIM=64, TIE_EMBEDDINGS=1)
     assert abs(tied.token_embed.std() / 0.005 - 1) < 0.02
+    untied = build(stir=False, VOCAB_SIZE=2000, EMBED_STYLE="tied", EMBED_DIM=64, TIE_EMBEDDINGS=0)  # system B's
+    assert abs(untied.token_embed.std() - 1) < 0.02 and not untied.lm_head.any()
 
 
 def test_hidden_states_are_normalized():

@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -331,3 +332,116 @@ def test_a_tracker_gets_every_metric_and_is_named_when_it_is_missing(tmp_path, n
     else:
         assert "init train_jepa r 7 allow" in text and text.rstrip().endswith("finish")
         assert "log 1 ['train/anti', 'train/ce'," in text and "log 2 ['validation/seconds'," in text
+
+
+# -- shards and folders that fail during a run -------------------------------------------------------------------------
+
+@pytest.fixture
+def shards(tmp_path, demo_data):
+    """A copy of the demo's byte shards; returns the training shard."""
+    shutil.copytree(demo_data.bytes, tmp_path / "shards")
+    return tmp_path / "shards/fineweb_train_000000.bin"
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_shard_that_shrinks_during_training_ends_the_run_in_one_line_after_a_save(tmp_path, shards, world):
+    knobs = dict(ITERATIONS=8, DATA_PATH=shards.parent, CHECKPOINT_EVERY=100)
+    # of two ranks the second one reads the last micro-batch of step 5, behind the new end
+    size = 1024 + 2 * (5 * 2 * 129 - 3)
+    patch = f"no_curves(); before_step(4, lambda trainer: os.truncate({str(shards)!r}, {size}))"
+    whole = shards.read_bytes()
+    children = ([harness.run(tmp_path, patch, **knobs)] if world == 1 else
+                harness.run_ranks(tmp_path, world, patch, **knobs))
+    for child in children:
+        assert child.code == 2 and len(child.errors()) == 1, child.text()[-2000:]
+        assert "became shorter while in use" in child.errors()[0] and "step 4 is saved" in child.errors()[0]
+    shards.write_bytes(whole)
+    child = harness.run(tmp_path, **knobs)
+    assert child.code == 0 and "resumed at step 4 " in child.text()
+
+
+def test_a_bad_token_deep_in_a_shard_ends_the_run_in_one_line_after_a_save(tmp_path, shards):
+    spoil = (f"tokens = np.fromfile({str(shards)!r}, '<u2'); tokens[512 + 2 * 129 * 3 + 5] = 300; "
+             f"before_step(3, lambda trainer: tokens.tofile({str(shards)!r}))")
+    child = harness.run(tmp_path, spoil, DATA_PATH=shards.parent)
+    assert child.code == 2 and len(child.errors()) == 1, child.text()[-2000:]
+    assert "token id 300" in child.errors()[0] and "step 3 is saved" in child.errors()[0]
+    assert (tmp_path / "r/checkpoints/step_000000003.ckpt").exists()
+
+
+def test_a_shard_that_fails_after_the_last_step_costs_the_temperature_alone(tmp_path, shards):
+    patch = f"before_step(2, lambda trainer: os.truncate({str(shards)!r}, 1024 + 2 * 3 * 2 * 129))"
+    child = harness.run(tmp_path, patch, DATA_PATH=shards.parent, ITERATIONS=3, TEMP_SCALING=1)
+    assert child.code == 0 and "no temperature search: " in child.text(), child.text()[-2000:]
+
+
+def test_a_run_folder_that_is_taken_away_ends_the_run_in_one_line(tmp_path):
+    patch = f"import shutil; before_step(3, lambda trainer: shutil.rmtree({str(tmp_path / 'r')!r}))"
+    child = harness.run(tmp_path, patch, CHECKPOINT_EVERY=3)
+    assert child.code == 2 and len(child.errors()) == 1 and "folder is gone" in child.errors()[0], child.text()[-2000:]
+
+
+@pytest.mark.parametrize("part", ["log.txt", ".lock", "config.json", ".tmp"])
+def test_a_run_folder_of_someone_else_is_refused_in_one_line(tmp_path, part):
+    """As for another user: opening, writing and removing files fail."""
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/.left.tmp").write_text("")
+    patch = f"""
+opened, unlink = open, Path.unlink
+def refuse(path, *a, **k):
+    if str(path).endswith({part!r}) or {part!r} in str(path): raise PermissionError(13, "Permission denied", str(path))
+    return opened(path, *a, **k)
+def keep(path, **k):
+    if str(path).endswith({part!r}): raise PermissionError(13, "Permission denied", str(path))
+    unlink(path, **k)
+tj.open, Path.unlink = refuse, keep
+"""
+    child = harness.run(tmp_path, patch)
+    assert child.code == 2 and len(child.errors()) == 1, child.text()[-2000:]
+    assert "Permission denied" in child.errors()[0] and str(tmp_path / "r") in child.errors()[0]
+    assert "step:1 " not in child.text()
+
+
+@pytest.mark.parametrize("place", ["/proc/nowhere", "file", "file/below"])
+def test_a_checkpoint_dir_that_cannot_be_made_is_refused_at_the_start(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    child = harness.run(tmp_path, CHECKPOINT_DIR=tmp_path / place)
+    assert child.code == 2 and len(child.errors()) == 1 and "CHECKPOINT_DIR" in child.errors()[0], child.text()
+    assert "step:1 " not in child.text()
+
+
+# -- sizes beyond memory -----------------------------------------------------------------------------------------------
+
+SIZES = dict(D_STATE=10**12, EXPAND=10**9, EMBED_DIM=10**9, MLP_MULT=10**10, PREDICTOR_HIDDEN_MULT=10**9,
+             JEPA_DIM=10**8, SIGREG_KNOTS=10**10, SIGREG_NUM_PROJ=10**10, MODEL_DIM=2**40,
+             TRAIN_BATCH_TOKENS=12800000000000, D_CONV=2**62, VAL_BATCH_SIZE=10**15)
+
+
+@pytest.mark.parametrize("mode", ["train", "describe", "bench"])
+def test_sizes_beyond_memory_are_refused_by_name_before_anything_is_made(mode, monkeypatch):
+    monkeypatch.setattr(tj, "machine_memory", lambda cuda: 4e9)
+    base = harness.TINY | dict(MODE=mode, VAL_MAX_TOKENS=0)
+    read = lambda **knobs: tj.Config.from_env({name: str(value) for name, value in (base | knobs).items()}).validate()
+    tj.check_memory(read(), cuda=False)
+    for name, value in SIZES.items():
+        if mode != "train" and name == "VAL_BATCH_SIZE" or mode == "describe" and name in (
+                "TRAIN_BATCH_TOKENS", "SIGREG_KNOTS", "SIGREG_NUM_PROJ"):
+            continue  # nothing of that size is made there
+        with pytest.raises(tj.UserError, match=f"^{name}={value}: MODE={mode} needs .*4.0 GB are here") as caught:
+            tj.check_memory(read(**{name: value}), cuda=False)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_estimate_of_memory_is_of_the_size_of_what_a_step_takes(tmp_path):
+    """Between a third of what a run takes beyond an almost empty one, and all of it: it must not refuse what fits."""
+    def run(**knobs) -> tuple[int, float]:
+        config = harness.TINY | dict(VAL_MAX_TOKENS=128, ITERATIONS=2, WARMUP_STEPS=0, MICRO_BATCHES=1,
+                                     OVERWRITE=1) | knobs
+        child = harness.run(tmp_path, base=config)
+        assert child.code == 0, child.text()[-1500:]
+        need = tj.memory_need(tj.Config.from_env({k: str(v) for k, v in config.items()}).validate(), cuda=False)
+        return json.loads((tmp_path / "r/result.json").read_text())["peak_memory_bytes"], need
+    empty, small = run()
+    for knobs in (dict(MODEL_DIM=512, MLP_MULT=16), dict(TRAIN_BATCH_TOKENS=16384, MODEL_DIM=128, TRAIN_SEQ_LEN=128)):
+        peak, need = run(**knobs)
+        assert (peak - empty) / 3 < need - small < peak - empty, (knobs, peak - empty, need - small)

@@ -141,6 +141,13 @@ def test_staged_weights_at_every_boundary(p, ce, others, stage):
     assert found[:4] == exactly((0.5 * ce, 2.0 * others, 0.05 * others, 4.0 * others)) and found.stage == stage
 
 
+@pytest.mark.parametrize("off", [dict(jepa_weight=0.0), dict(jepa_steps=0)], ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.05, 0.45, 1.0])
+def test_staged_without_jepa_is_cross_entropy_from_the_first_step(p, off):
+    config = Config(loss_schedule="staged", ce_weight=0.5, jepa_cov=4.0, **off)
+    assert loss_weights(p, config) == (0.5, 0.0, 0.0, 0.0, "ce") and not config.latent_on
+
+
 def test_staged_weights_of_terms_out_of_stage_are_exactly_zero():
     config = Config(loss_schedule="staged")
     assert loss_weights(0.05, config).ce == 0.0

@@ -439,8 +439,7 @@ def places(run: RunRecord) -> dict[str, str]:
 def training_command(run: RunRecord) -> str:
     """The run script with what differs from its defaults, in the preset that needs least."""
     script, config = run_script(run.config), run.config
-    names = {*configuration(config), *Config.tagged("eval"), "SLIDING_EVAL", "EVAL_STATE",
-             "EVAL_ADAPT"}
+    names = {*configuration(config), *Config.tagged("eval"), "SLIDING_EVAL", "EVAL_STATE"}
     given = dict(SEED=str(run.seed), RUN_ID=f"seed{run.seed}") | places(run)
     values = {name: config[name] for name in Config.knobs() if name in names and name in config
               and name not in ("DATA_PATH", "TOKENIZER_PATH")}
