@@ -5285,7 +5285,7 @@ class Run:
         shown = " ".join(f"{name}:{value:.4f}" for name, value, on
                          in zip(self.term_names(), values, active) if on)
         left = seconds * (1 - progress.fraction) / max(progress.fraction, 1e-9)
-        eta = f" eta:{int(left) // 60}:{int(left) % 60:02d}" if progress.fraction else ""
+        eta = f" eta:{int(left) // 60}:{int(left) % 60:02d}" if progress.fraction > 1e-4 else ""
         self.log(f"step:{self.step} {100 * progress.fraction:.0f}%{eta} {shown} grad_norm:{norm:.3f} "
                  f"lr_scale:{scale:.3f} time:{seconds:.1f}s "
                  f"step_avg:{1e3 * seconds / self.step:.1f}ms "

@@ -1,6 +1,5 @@
 """Hundreds of settings, made from what Config says about its knobs: each trains, or is refused in one line before
-anything
-is made. None ends in a traceback, is refused after training has begun, or takes the machine's memory."""
+anything is made. None ends in a traceback, is refused after training has begun, or takes the machine's memory."""
 import itertools
 import json
 import math
@@ -15,8 +14,7 @@ import train_jepa as tj
 MEMORY = 1 << 30
 BASE = harness.TINY | dict(
     ITERATIONS=3, WARMUP_STEPS=0, TRAIN_SEQ_LEN=16, TRAIN_BATCH_TOKENS=32, VAL_MAX_TOKENS=32, DIAGNOSTICS=1,
-    PROBE_STEPS=1,
-    TEMP_SCALING=1, TEMP_CALIB=1, OVERWRITE=1, RUN_ID="r", SLIDING_EVAL_STRIDE=8)
+    PROBE_STEPS=1, TEMP_SCALING=1, TEMP_CALIB=1, OVERWRITE=1, RUN_ID="r", SLIDING_EVAL_STRIDE=8)
 ENDLESS = "WARMUP_STEPS ITERATIONS PROBE_STEPS MICRO_BATCHES NUM_LAYERS".split()  # large is slow, not wrong
 ELSEWHERE = "RUNS_DIR OVERWRITE MODE PROFILE".split()  # what the sweep itself needs
 SAMPLE = 1 if os.environ.get("SLOW") == "1" else 4     # every fourth of those that Config accepts is run by default
