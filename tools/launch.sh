@@ -274,7 +274,7 @@ launch() {
     [[ -v OMP_WAIT_POLICY ]] || export GOMP_SPINCOUNT=${GOMP_SPINCOUNT-$SPIN_COUNT}
     asks_for_help && [[ -f KNOBS.md ]] && show_help && exit
     count_ranks
-    if [[ $ranks == 1 ]] && { [[ -z "${TORCHRUN_ARGS-}" ]] || only_describes || in_mode sample; }; then
+    if [[ $ranks == 1 && -z "${TORCHRUN_ARGS-}" ]] || only_describes || in_mode sample; then
         exec "$PY" "$TRAIN_SCRIPT" ${ARGS[@]+"${ARGS[@]}"}
     fi
     # shellcheck disable=SC2086  # words are arguments
