@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import atexit
 import base64
+import bz2
 import codecs
 import contextlib
 import ctypes
@@ -87,6 +88,7 @@ except ImportError:
 SIZE_LIMIT = 16_000_000  # bytes of artifact + this file
 EVAL_SECONDS = 600       # that the challenge allows for evaluation, apart from training
 HEADDIM = 64             # P: width of one Mamba-2 head, as in both published models
+GATE_EPS = 1e-5          # epsilon of the norm behind Mamba-2's gate, as in mamba_ssm
 
 
 class UserError(Exception):
@@ -229,8 +231,12 @@ class Config:
     expand: int = knob(2, "inner width of Mamba-2 / MODEL_DIM", "model", low=1)
     ssd_chunk: int = knob(0, "chunk length Q of the scan, for speed only (0: 256 for mamba_ssm, "
                           "else 64)", "free result eval", high=1024)
-    ssd_kernel: str = knob("auto", "form of the scan (auto: mamba_ssm on CUDA, torch on CPU)",
+    ssd_kernel: str = knob("auto", "form of the scan (auto: on CUDA the first of fused, mamba_ssm, "
+                           "torch that works; torch on CPU)",
                            "free result eval", choices="auto mamba_ssm fused torch")
+    kernel_check: str = knob("1", "1 = compare each Triton kernel with PyTorch once per GPU, and "
+                             "replace one that deviates; strict = end the run instead", "free",
+                             choices="1 0 strict")
     num_heads: int = knob(8, "attention heads", "model", low=1)
     num_kv_heads: int = knob(4, "attention heads of keys and values", "model", low=1)
     rope_base: float = knob(10000.0, "base of the rotary angles", "model", low=1)
@@ -794,8 +800,30 @@ def progress_bar(items, label: str, show: bool = True):
 
 @functools.cache
 def source_text() -> str:
-    """This file as it was at the first call: it may be edited during a run."""
-    return Path(__file__).read_text(encoding="utf-8")
+    """This file as it was at the first call: it may be edited during a run. The self-extracting
+    script of a submission keeps it in SOURCE."""
+    return globals().get("SOURCE") or Path(__file__).read_text(encoding="utf-8")
+
+
+SHIPPED_NAME = "train_gpt.py"  # what the challenge calls the script
+
+
+@functools.cache
+def shipped_script(source: str) -> bytes:
+    """The script as a submission ships it, and as its bytes count: a Python file that unpacks `source`
+    in memory and runs it as its own text. bz2 packs it 4% smaller than lzma; base85 survives editors."""
+    packed = base64.b85encode(bz2.compress(source.encode())).decode()
+    return f'''\
+#!/usr/bin/env python3
+# Self-extracting script. This prints its source:  python {SHIPPED_NAME} --source
+import base64, bz2, linecache, sys
+SOURCE = bz2.decompress(base64.b85decode("{packed}")).decode()
+if sys.argv[1:] == ["--source"]:
+    sys.stdout.buffer.write(SOURCE.encode())
+else:  # inspect, and thereby Triton, reads the lines of functions from linecache
+    linecache.cache[__file__] = len(SOURCE), None, SOURCE.splitlines(True), __file__
+    exec(compile(SOURCE, __file__, "exec"))
+'''.encode()
 
 
 @contextlib.contextmanager
@@ -944,7 +972,7 @@ def find_shards(data_path: str, part: str) -> list[Path]:
         others = sorted({str(path.parent) for path in
                          Path(data_path).parent.glob(f"*/fineweb_{part}_*.bin")})
         raise UserError(f"DATA_PATH={data_path}: holds no fineweb_{part}_*.bin; " + (
-            f"{', '.join(others)} would do" if others else "bash run_jepa_byte.sh makes its shards "
+            f"{', '.join(others[:3])} would do" if others else "bash run_jepa_byte.sh makes its shards "
             "itself; bash setup_jepa.sh demo makes data/datasets/demo_bytes"))
     return paths
 
@@ -1205,6 +1233,13 @@ def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
     return y.to(x.dtype), state
 
 
+def ssd_position(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *,
+                 chunk: int, initial_state: Tensor) -> tuple[Tensor, Tensor]:
+    """ssd_chunked for one position, T = 1, by ssd_step."""
+    y, state = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, initial_state)
+    return y.unsqueeze(1), state
+
+
 def causal_conv_silu(u: Tensor, weight: Tensor, bias: Tensor, *,
                      initial: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """SiLU of the depthwise causal convolution of u (B,T,C) by weight (C,1,K), plus bias (C,).
@@ -1218,6 +1253,30 @@ def causal_conv_silu(u: Tensor, weight: Tensor, bias: Tensor, *,
     for k in range(size):
         out = out + padded[:, k:k + length] * weight[:, 0, k].to(u.dtype)
     return F.silu(out), padded[:, length:].clone()  # a view would keep all inputs in memory
+
+
+def mamba_mix(wide: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor,
+              D: Tensor, norm_weight: Tensor, *, chunk: int = 64, state: tuple | None = None,
+              conv: Callable = causal_conv_silu, ssd: Callable = ssd_chunked
+              ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """What lies between Mamba-2's projections: convolution, scan, gate, RMSNorm with gain (fp32).
+
+    wide (B,T,W): z, x, B, C, dt, and perhaps padding, as in_proj makes them. state: the last K-1
+    inputs of the convolution (B,K-1,C) and the SSM state (B,H,P,N); None for zeros. Returns what
+    out_proj takes, (B,T,H*P) in wide's dtype, and the new state."""
+    inner, channels, heads = len(norm_weight), len(conv_bias), len(A)
+    sizes = inner, channels, heads
+    z, xBC, dt, _ = wide.split((*sizes, wide.size(-1) - sum(sizes)), dim=-1)
+    conv_state, ssm_state = state or (None, None)
+    xBC, conv_state = conv(xBC, conv_weight, conv_bias, initial=conv_state)
+    N = (channels - inner) // 2
+    x, B, C = xBC.split((inner, N, N), dim=-1)
+    dt = F.softplus(dt.float() + dt_bias)
+    y, ssm_state = ssd(x.unflatten(-1, (heads, -1)), dt, A, B, C, D, chunk=chunk,
+                       initial_state=ssm_state)
+    gated = y.flatten(2).float() * F.silu(z.float())
+    out = F.rms_norm(gated, (inner,), norm_weight, GATE_EPS).to(y.dtype)
+    return out, (conv_state, ssm_state)
 
 
 # ------------------------------------------------------------------------------
@@ -1237,9 +1296,17 @@ jit = triton.jit if triton else lambda function: function
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+REPLACED: set[str] = set()  # kernels that PyTorch replaces: the self-check found them wrong here
+
+
 def runs_triton(device: torch.device) -> bool:
     """Whether tensors of this device go to the kernels."""
     return triton is not None and (device.type == "cuda" or INTERPRETED)
+
+
+def error_text(error: Exception) -> str:
+    """Type and first line of an exception of Triton's compiler or of the driver."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"[:300]
 
 
 def custom_op(name: str, schema: str, outputs: Callable, launch: Callable,
@@ -1337,7 +1404,7 @@ def head_rows(logits, bias, targets, nll, lse, n, V, cap, z_loss,
 
 def _head_chunk(logits, bias, targets, nll, lse, softcap, kind, z_loss):
     """Launches head_rows for one chunk of tokens, or does the same in PyTorch."""
-    if not runs_triton(logits.device):
+    if not runs_triton(logits.device) or "head" in REPLACED:
         return _head_chunk_torch(logits, bias, targets, nll, lse, softcap, kind, z_loss)
     n, V = logits.shape
     block = min(triton.next_power_of_2(V), 4096)
@@ -1469,37 +1536,64 @@ def conv_fwd(u, w, bias, init, out, T, C, batch, row,
 
 
 @jit
-def conv_bwd(u, w, bias, init, dout, du, dinit, part, T, C, batch, row,
-             K: tl.constexpr, INIT: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
-    """du, dinit and, per tile of time, the K + 1 sums for weight and bias.
+def conv_tap(w, c, ok, back: tl.constexpr, K: tl.constexpr):
+    """Weights of the inputs `back` steps ago; 0 where the convolution does not reach so far."""
+    if back < K:
+        return tl.load(w + c * K + (K - 1 - back), mask=ok, other=0.0).to(tl.float32)
+    else:
+        return tl.zeros((c.shape[0],), tl.float32)
 
-    What follows the tile is recomputed, not exchanged. With INIT, tiles begin K-1 rows early."""
-    c = (tl.program_id(0) * BC + tl.arange(0, BC))[None, :]
-    t = (tl.program_id(1) * BT + tl.arange(0, BT))[:, None]
+
+@jit
+def conv_bwd(u, w, bias, init, dout, du, dinit, part, T, C, batch, row, out_row,
+             K: tl.constexpr, INIT: tl.constexpr, S: tl.constexpr, BC: tl.constexpr):
+    """du, dinit and, per strip of S times, the K + 1 sums for weight and bias; K <= 4.
+
+    A warp walks the strip: inputs u1, u2, u3 and gradients d1, d2, d3 of the three times before
+    stay in registers, so that each input is read once. It goes on for three times past the strip,
+    whose gradients reach back into it."""
+    c, strip = tl.program_id(0) * BC + tl.arange(0, BC), tl.program_id(1)
     b, ok = tl.program_id(2).to(tl.int64), c < C
-    u += b * batch
-    dout += b * T * C
+    u, dout, du = u + b * batch, dout + b * T * C + c, du + b * T * out_row + c
     if INIT:
-        t -= K - 1
-        init += b * (K - 1) * C
-    part += (b * tl.num_programs(1) + tl.program_id(1)) * (K + 1) * C
-    grad = tl.zeros((BT, BC), tl.float32)
-    for j in tl.static_range(K):  # rows t + j; j = 0 adds to the sums
-        x = conv_sum(u, w, bias, init, t, j, c, ok, T, C, row, K, INIT)
-        gate = tl.sigmoid(x)
-        d = tl.load(dout + (t + j) * C + c, mask=ok & (t + j >= 0) & (t + j < T), other=0.0)
-        d = d.to(tl.float32) * gate * (1.0 + x * (1.0 - gate))
-        grad += d * tl.load(w + c * K + (K - 1 - j), mask=ok, other=0.0).to(tl.float32)
-        if j == 0:
-            tl.store(part + K * C + c, tl.sum(d, 0)[None, :], mask=ok)
-            for k in tl.static_range(K):
-                v = conv_input(u, init, t + (k - K + 1), c, ok, T, C, row, K, INIT)
-                tl.store(part + k * C + c, tl.sum(d * v, 0)[None, :], mask=ok)
-    du += b * T * C + t * C + c
-    tl.store(du, grad.to(du.dtype.element_ty), mask=ok & (t >= 0) & (t < T))
-    if INIT:
-        dinit += b * (K - 1) * C + (t + K - 1) * C + c
-        tl.store(dinit, grad.to(dinit.dtype.element_ty), mask=ok & (t < 0))
+        init, dinit = init + b * (K - 1) * C, dinit + b * (K - 1) * C + c
+    w0, w1 = conv_tap(w, c, ok, 0, K), conv_tap(w, c, ok, 1, K)
+    w2, w3 = conv_tap(w, c, ok, 2, K), conv_tap(w, c, ok, 3, K)
+    shift = tl.load(bias + c, mask=ok, other=0.0).to(tl.float32)
+    start = strip * S
+    u1 = conv_input(u, init, start - 1, c, ok, T, C, row, K, INIT)
+    u2 = conv_input(u, init, start - 2, c, ok, T, C, row, K, INIT)
+    u3 = conv_input(u, init, start - 3, c, ok, T, C, row, K, INIT)
+    zero = tl.zeros((BC,), tl.float32)
+    d1, d2, d3, a0, a1, a2, a3, total = zero, zero, zero, zero, zero, zero, zero, zero
+    for i in range(0, S + 4, 4):
+        for j in tl.static_range(4):
+            t, r = start + i + j, i + j
+            live = ok & (t < T)
+            u0 = tl.load(u + t * row + c, mask=live, other=0.0).to(tl.float32)
+            g = tl.load(dout + t * C, mask=live, other=0.0).to(tl.float32)
+            x = shift + w0 * u0 + w1 * u1 + w2 * u2 + w3 * u3
+            gate = tl.sigmoid(x)
+            d0 = g * gate * (1.0 + x * (1.0 - gate))
+            if i < S:
+                a0, a1, a2, a3 = a0 + d0 * u0, a1 + d0 * u1, a2 + d0 * u2, a3 + d0 * u3
+                total += d0
+            grad = w0 * d3 + w1 * d2 + w2 * d1 + w3 * d0  # of the input three times before
+            inside = ok & (r >= 3) & (r < S + 3) & (t < T + 3)
+            tl.store(du + (t - 3) * out_row, grad.to(du.dtype.element_ty), mask=inside)
+            if INIT:
+                before = ok & (strip == 0) & (r < 3) & (r >= 4 - K)
+                tl.store(dinit + (r + K - 4) * C, grad.to(dinit.dtype.element_ty), mask=before)
+            u1, u2, u3, d1, d2, d3 = u0, u1, u2, d0, d1, d2
+    part += (b * tl.num_programs(1) + strip) * (K + 1) * C + c
+    tl.store(part + K * C, total, mask=ok)
+    tl.store(part + (K - 1) * C, a0, mask=ok)
+    if K > 1:
+        tl.store(part + (K - 2) * C, a1, mask=ok)
+    if K > 2:
+        tl.store(part + (K - 3) * C, a2, mask=ok)
+    if K > 3:
+        tl.store(part + (K - 4) * C, a3, mask=ok)
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -1516,12 +1610,11 @@ def _launch_conv(out, u, weight, bias, initial):
 
 def _launch_conv_backward(du, dw, db, dinit, dout, u, weight, bias, initial):
     (B, T, C), K = u.shape, weight.size(-1)
-    u = u if u.stride(-1) == 1 else u.contiguous()
-    tiles = triton.cdiv(T + (0 if initial is None else K - 1), 16)
-    part = torch.empty(B * tiles, K + 1, C, device=u.device)
-    conv_bwd[triton.cdiv(C, 128), tiles, B](
+    u, strips = u if u.stride(-1) == 1 else u.contiguous(), triton.cdiv(T, 64)
+    part = torch.empty(B * strips, K + 1, C, device=u.device)
+    conv_bwd[triton.cdiv(C, 128), strips, B](
         u, *_contiguous(weight, bias, initial, dout), du, dinit, part, T, C, u.stride(0),
-        u.stride(1), K=K, INIT=initial is not None, BT=16, BC=128, num_warps=4)
+        u.stride(1), du.stride(1), K=K, INIT=initial is not None, S=64, BC=128, num_warps=1)
     part = part.sum(0)
     dw.copy_(part[:K].T.unsqueeze(1))
     db.copy_(part[K])
@@ -1543,11 +1636,15 @@ _conv_silu = custom_op("conv_silu", f"({CONV}) -> Tensor", lambda u, *_: (u.new_
 def causal_conv_silu_triton(u: Tensor, weight: Tensor, bias: Tensor, *,
                             initial: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """causal_conv_silu by kernels; u may be a slice of a wider tensor (last stride 1)."""
-    reach, tail = weight.size(-1) - 1, u
+    return _conv_silu(u, weight, bias, initial), conv_tail(u, initial, weight.size(-1) - 1)
+
+
+def conv_tail(u: Tensor, initial: Tensor | None, reach: int) -> Tensor:
+    """The last `reach` inputs of a convolution, copied: a view would keep all of u in memory."""
     if u.size(1) < reach:
         before = u.new_zeros(len(u), reach, u.size(2)) if initial is None else initial
-        tail = torch.cat((before.to(u.dtype), u), 1)
-    return _conv_silu(u, weight, bias, initial), tail[:, tail.size(1) - reach:].clone()
+        u = torch.cat((before.to(u.dtype), u), 1)
+    return u[:, u.size(1) - reach:].clone()
 
 
 # -- rounding to the storage grid ----------------------------------------------
@@ -1676,7 +1773,7 @@ def dot_tiles(a, b, acc=None):
 def ssd_scan(x, left, right, dt, A, D, first, y, states, last, T, X: tl.constexpr,
              ROW: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
              Q: tl.constexpr, BACK: tl.constexpr, FIRST: tl.constexpr, SAVE: tl.constexpr,
-             LAST: tl.constexpr):
+             LAST: tl.constexpr, Y: tl.constexpr):
     """One program per (head, sequence) walks the chunks: y from x, with left = C, right = B.
 
     BACK: dx from dy is the same scan backwards in time, with left = B, right = C; its state is
@@ -1685,7 +1782,7 @@ def ssd_scan(x, left, right, dt, A, D, first, y, states, last, T, X: tl.constexp
     i, p, n = tl.arange(0, Q), tl.arange(0, P), tl.arange(0, N)
     dtype: tl.constexpr = x.dtype.element_ty
     x, left, right = x + b * T * X + h * P, left + b * T * ROW, right + b * T * ROW
-    dt, y = dt + b * T * H + h, y + b * T * H * P + h * P
+    dt, y = dt + b * T * H + h, y + b * T * Y + h * P
     chunks = tl.cdiv(T, Q)
     states += (b * H + h) * chunks * N * P
     cell = (b * H + h) * P * N + p[None, :] * N + n[:, None]  # (N, P) view of a (P, N) state
@@ -1713,7 +1810,7 @@ def ssd_scan(x, left, right, dt, A, D, first, y, states, last, T, X: tl.constexp
             mix *= step[None, :]
             mix *= exp2_where(i[:, None] >= i[None, :], cs[:, None] - cs[None, :])
         out = dot_tiles(mix.to(dtype), xs, out) + skip * xs
-        store_tile(y + c * Q * H * P, i, H * P, p, ok, out)
+        store_tile(y + c * Q * Y, i, Y, p, ok, out)
         Rs = (Rs * leave[:, None]).to(dtype)
         state = dot_tiles(tl.trans(Rs), xs, state * tl.exp2(total))
     if LAST:
@@ -1722,7 +1819,8 @@ def ssd_scan(x, left, right, dt, A, D, first, y, states, last, T, X: tl.constexp
 
 @jit
 def ssd_bwd_bc(x, B, C, dy, dt, A, states, dstates, ddt, dB, dC, part, T, ROW: tl.constexpr,
-               H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr):
+               H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
+               OUT: tl.constexpr):
     """One program per (chunk, sequence) sums dB and dC over the heads in registers.
 
     B and C serve all heads, so the gradient of C B^T is summed first and multiplied once; the
@@ -1767,18 +1865,25 @@ def ssd_bwd_bc(x, B, C, dy, dt, A, states, dstates, ddt, dB, dC, part, T, ROW: t
         tl.store(part + h, tl.sum(step * da, 0))
         tl.store(part + H + h, dD)
     acc = acc.to(dtype)
-    store_tile(dB + row * N, i, N, n, ok, dot_tiles(tl.trans(acc), Cs, sum_B))
-    store_tile(dC + row * N, i, N, n, ok, dot_tiles(acc, Bs, sum_C))
+    store_tile(dB + row * OUT, i, OUT, n, ok, dot_tiles(tl.trans(acc), Cs, sum_B))
+    store_tile(dC + row * OUT, i, OUT, n, ok, dot_tiles(acc, Bs, sum_C))
+
+
+def tile_fault(P: int, N: int, chunk: int) -> str:
+    """Why the fused scan cannot take these sizes, or ""."""
+    for name, size in (("headdim", P), ("D_STATE", N), ("SSD_CHUNK", chunk)):
+        if size not in (16, 32, 64, 128):
+            return (f"{name}={size}: the fused SSD kernel takes 16, 32, 64 or 128; "
+                    "else set SSD_KERNEL=torch")
+    return ""
 
 
 def _ssd_layout(x, B, C, chunk):
     """x, B and C as slices of one dense tensor, which they are behind the convolution, and the
     sizes that the kernels are compiled for. UserError if one is no tile size."""
     (_, T, H, P), N, row = x.shape, B.size(2), x.stride(1)
-    for name, size in (("headdim", P), ("D_STATE", N), ("SSD_CHUNK", chunk)):
-        if size not in (16, 32, 64, 128):
-            raise UserError(f"{name}={size}: the fused SSD kernel takes 16, 32, 64 or 128; "
-                            "else set SSD_KERNEL=torch")
+    if fault := tile_fault(P, N, chunk):
+        raise UserError(fault)
     strides = {(t.stride(0), t.stride(1), t.stride(-1)) for t in (x, B, C)}
     if strides != {(T * row, row, 1)} or x.stride(2) != P:
         row = H * P + 2 * N
@@ -1790,21 +1895,22 @@ def _launch_ssd_fused(y, final, states, x, dt, A, B, C, D, initial_state, chunk,
     (b, T, H, _), (dt, first) = x.shape, _contiguous(dt, initial_state)
     x, B, C, sizes = _ssd_layout(x, B, C, chunk)
     ssd_scan[H, b](x, C, B, dt, A, D.float(), first, y, states, final, T, X=sizes["ROW"],
-                   BACK=False, FIRST=first is not None, SAVE=save, LAST=True, **sizes,
-                   num_warps=4, num_stages=3)
+                   BACK=False, FIRST=first is not None, SAVE=save, LAST=True, Y=y.stride(1),
+                   **sizes, num_warps=4, num_stages=3)
 
 
 def _launch_ssd_fused_backward(dx, ddt, dA, dB, dC, dD, dinit, dy, dfinal, x, dt, A, B, C, D,
                                initial_state, states, chunk, save):
+    """dx, dB and dC may be slices of one wider tensor, dense but for their rows."""
     (b, T, H, P), chunks = x.shape, states.size(2)
-    dy, dfinal, dt = _contiguous(torch.zeros_like(dx) if dy is None else dy, dfinal, dt)
+    dy, dfinal, dt = _contiguous(torch.zeros_like(x) if dy is None else dy, dfinal, dt)
     x, B, C, sizes = _ssd_layout(x, B, C, chunk)
     dstates, part = torch.empty_like(states), dt.new_empty(b, chunks, 2, H)
     ssd_scan[H, b](dy, B, C, dt, A, D.float(), dfinal, dx, dstates, dinit, T, X=H * P,
                    BACK=True, FIRST=dfinal is not None, SAVE=True, LAST=initial_state is not None,
-                   **sizes, num_warps=4, num_stages=3)
+                   Y=dx.stride(1), **sizes, num_warps=4, num_stages=3)
     ssd_bwd_bc[chunks, b](x, B, C, dy, dt, A, states, dstates, ddt, dB, dC, part, T, **sizes,
-                          num_warps=8, num_stages=2)
+                          OUT=dB.stride(1), num_warps=8, num_stages=2)
     for gradient, total in zip((dA, dD), part.sum((0, 1))):
         gradient.copy_(total)
 
@@ -1830,10 +1936,9 @@ def mamba_ssm(launcher: str, *arguments, **options):
         raise
     except Exception as e:  # an incompatible Triton fails in many ways
         version = lambda package: package_version(package) or "(none)"
-        reason = f"{type(e).__name__}: {(str(e).splitlines() or ['no message'])[0]}"
         raise UserError(
             f"SSD_KERNEL=mamba_ssm: mamba_ssm {version('mamba_ssm')} does not work with triton "
-            f"{version('triton')} and torch {torch.__version__} ({reason}); install mamba-ssm=="
+            f"{version('triton')} and torch {torch.__version__} ({error_text(e)}); install mamba-ssm=="
             "2.3.2.post1 (setup_jepa.sh does), or set SSD_KERNEL=fused or SSD_KERNEL=torch") from e
 
 
@@ -1887,40 +1992,364 @@ def _ssd_form(name: str, launch: Callable, launch_backward: Callable, saves: boo
 ssd_triton = _ssd_form("ssd_fused", _launch_ssd_fused, _launch_ssd_fused_backward, saves=True)
 ssd_mamba_ssm = _ssd_form("ssd_mamba_ssm", _launch_mamba_ssm, _launch_mamba_ssm_backward,
                           saves=False)
+SCANS = {"torch": ssd_chunked, "mamba_ssm": ssd_mamba_ssm, "fused": ssd_triton}
 CHUNKS = {"mamba_ssm": 256}  # where SSD_CHUNK=0; it writes fp32 states: 2.5 GB a layer, 3.5 at 64
 
 
+# -- mixer: all between Mamba-2's projections as one op ------------------------
+# Apart, convolution, scan and gate hand the compiler slices of in_proj's output, and gradients to
+# be joined and padded: 1.6 GB a layer at 65,536 tokens. The op writes one gradient for all.
+
+@jit
+def softplus_rows(wide, bias, dt, rows, W, H: tl.constexpr, R: tl.constexpr, BH: tl.constexpr):
+    """dt = softplus(raw + bias); raw are the H columns from `wide` on, in rows of W."""
+    r, h = (tl.program_id(0) * R + tl.arange(0, R))[:, None], tl.arange(0, BH)[None, :]
+    ok = (r < rows) & (h < H)
+    x = tl.load(wide + r.to(tl.int64) * W + h, mask=ok, other=0.0).to(tl.float32)
+    x += tl.load(bias + h, mask=h < H, other=0.0)
+    e = tl.exp(tl.minimum(x, 20.0))
+    u = 1.0 + e  # log(1 + e) without the rounding of 1 + e
+    y = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+    tl.store(dt + r * H + h, tl.where(x > 20.0, x, y), mask=ok)
+
+
+@jit
+def softplus_rows_bwd(wide, bias, ddt, dwide, part, rows, W, H: tl.constexpr, PAD: tl.constexpr,
+                      R: tl.constexpr, BH: tl.constexpr):
+    """The gradient of raw, zeros in the PAD columns behind it, and its sums over R rows."""
+    r, h = (tl.program_id(0) * R + tl.arange(0, R))[:, None], tl.arange(0, BH)[None, :]
+    ok, at = (r < rows) & (h < H), r.to(tl.int64) * W + h
+    x = tl.load(wide + at, mask=ok, other=0.0).to(tl.float32)
+    x += tl.load(bias + h, mask=h < H, other=0.0)
+    grad = tl.load(ddt + r * H + h, mask=ok, other=0.0) * tl.sigmoid(x)
+    tl.store(dwide + at, grad.to(dwide.dtype.element_ty), mask=(r < rows) & (h < H + PAD))
+    tl.store(part + tl.program_id(0) * H + h, tl.sum(grad, 0)[None, :], mask=h < H)
+
+
+@jit
+def gate_norm(y, z, weight, out, rows, W, n, eps, R: tl.constexpr, BLOCK: tl.constexpr):
+    """out = RMSNorm(y silu(z)) weight: R rows of n columns; z in rows of W."""
+    col = tl.arange(0, BLOCK)
+    w = tl.load(weight + col, mask=col < n, other=0.0).to(tl.float32)
+    for i in range(R):
+        row = (tl.program_id(0) * R + i).to(tl.int64)
+        ok = (col < n) & (row < rows)
+        gate = tl.load(z + row * W + col, mask=ok, other=0.0).to(tl.float32)
+        g = tl.load(y + row * n + col, mask=ok, other=0.0).to(tl.float32) * gate
+        g *= tl.sigmoid(gate)
+        g *= tl.rsqrt(tl.sum(g * g, 0) / n + eps) * w
+        tl.store(out + row * n + col, g.to(out.dtype.element_ty), mask=ok)
+
+
+@jit
+def gate_norm_bwd(y, z, weight, dout, dy, dz, part, rows, W, n, eps,
+                  R: tl.constexpr, BLOCK: tl.constexpr):
+    """dy, dz (in rows of W like z), and the weight's gradient summed over R rows."""
+    col = tl.arange(0, BLOCK)
+    w = tl.load(weight + col, mask=col < n, other=0.0).to(tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for i in range(R):
+        row = (tl.program_id(0) * R + i).to(tl.int64)
+        ok = (col < n) & (row < rows)
+        gate = tl.load(z + row * W + col, mask=ok, other=0.0).to(tl.float32)
+        value = tl.load(y + row * n + col, mask=ok, other=0.0).to(tl.float32)
+        grad = tl.load(dout + row * n + col, mask=ok, other=0.0).to(tl.float32)
+        sig = tl.sigmoid(gate)
+        silu = gate * sig
+        scale = tl.rsqrt(tl.sum(value * value * silu * silu, 0) / n + eps)
+        normed = value * silu * scale
+        total += grad * normed
+        grad *= w
+        grad = (grad - normed * (tl.sum(grad * normed, 0) / n)) * scale
+        tl.store(dy + row * n + col, (grad * silu).to(dy.dtype.element_ty), mask=ok)
+        dgate = grad * value * sig * (1.0 + gate * (1.0 - sig))
+        tl.store(dz + row * W + col, dgate.to(dz.dtype.element_ty), mask=ok)
+    tl.store(part + tl.program_id(0) * n + col, total, mask=col < n)
+
+
+def _mix_parts(wide, v, A, norm_weight):
+    """z, xBC and dt of `wide` (B,T,W), each with the rest of the row behind it; and x, B and C of v,
+    the convolution's output."""
+    inner, channels, H = len(norm_weight), v.size(-1), len(A)
+    x, B, C = v.split((inner, (channels - inner) // 2, (channels - inner) // 2), dim=-1)
+    xBC = wide[..., inner:inner + channels]
+    return wide, xBC, wide[..., inner + channels:], x.unflatten(-1, (H, -1)), B, C
+
+
+def _mix_outputs(wide, conv_weight, conv_bias, dt_bias, A, D, norm_weight, conv_state, ssm_state,
+                 chunk, save):
+    """The result and the final state; for the backward pass the convolution's output, dt, the
+    scan's output and the states at chunk starts."""
+    (b, T, _), inner, channels, H = wide.shape, len(norm_weight), len(conv_bias), len(A)
+    P, N = inner // H, (channels - inner) // 2
+    states = wide.new_empty((b, H, (T + chunk - 1) // chunk, N, P) if save else 0)
+    f32 = functools.partial(wide.new_empty, dtype=torch.float32)
+    make = lambda width: wide.new_empty(b, T, width)
+    return make(inner), f32(b, H, P, N), make(channels), f32(b, T, H), make(inner), states
+
+
+def _launch_mix(out, final, v, dt, y, states, wide, conv_weight, conv_bias, dt_bias, A, D,
+                norm_weight, conv_state, ssm_state, chunk, save):
+    wide = wide.contiguous()
+    (b, T, W), inner, H = wide.shape, len(norm_weight), len(A)
+    z, xBC, raw, x, B, C = _mix_parts(wide, v, A, norm_weight)
+    _launch_conv(v, xBC, conv_weight, conv_bias, conv_state)
+    softplus_rows[(triton.cdiv(b * T, 64),)](
+        raw, dt_bias, dt, b * T, W, H=H, R=64, BH=triton.next_power_of_2(H), num_warps=4)
+    _launch_ssd_fused(y.view(x.shape), final, states, x, dt, A, B, C, D, ssm_state, chunk, save)
+    gate_norm[(triton.cdiv(b * T, 8),)](
+        y, z, norm_weight, out, b * T, W, inner, GATE_EPS, R=8,
+        BLOCK=triton.next_power_of_2(inner), num_warps=4)
+
+
+def _mix_grads(dout, dfinal, wide, conv_weight, conv_bias, dt_bias, A, D, norm_weight, conv_state,
+               ssm_state, *_):
+    states = (wide[:0] if t is None else t for t in (conv_state, ssm_state))
+    given = wide, conv_weight, conv_bias, dt_bias, A, D, norm_weight, *states
+    return tuple(t.new_empty(t.shape) for t in given)
+
+
+def _launch_mix_backward(dwide, dcw, dcb, dbias, dA, dD, dweight, dconv, dinit, dout, dfinal,
+                         wide, conv_weight, conv_bias, dt_bias, A, D, norm_weight, conv_state,
+                         ssm_state, v, dt, y, states, chunk, save):
+    wide, dout = _contiguous(wide, torch.zeros_like(y) if dout is None else dout)
+    (b, T, W), inner, H = wide.shape, len(norm_weight), len(A)
+    rows, dy, dv, ddt = b * T, torch.empty_like(y), torch.empty_like(v), torch.empty_like(dt)
+    z, xBC, raw, x, B, C = _mix_parts(wide, v, A, norm_weight)
+    dz, dxBC, draw, dx, dB, dC = _mix_parts(dwide, dv, A, norm_weight)
+    part = dt.new_empty(triton.cdiv(rows, 64), inner)
+    gate_norm_bwd[(len(part),)](
+        y, z, norm_weight, dout, dy, dz, part, rows, W, inner, GATE_EPS, R=64,
+        BLOCK=triton.next_power_of_2(inner), num_warps=4)
+    torch.sum(part, 0, out=dweight)
+    _launch_ssd_fused_backward(dx, ddt, dA, dB, dC, dD, dinit, dy.view(x.shape), dfinal, x, dt, A,
+                               B, C, D, ssm_state, states, chunk, save)
+    _launch_conv_backward(dxBC, dcw, dcb, dconv, dv, xBC, conv_weight, conv_bias, conv_state)
+    part, pad = dt.new_empty(triton.cdiv(rows, 64), H), raw.size(-1) - H
+    softplus_rows_bwd[(len(part),)](
+        raw, dt_bias, ddt, draw, part, rows, W, H=H, PAD=pad, R=64,
+        BH=triton.next_power_of_2(H + pad), num_warps=4)
+    torch.sum(part, 0, out=dbias)
+
+
+MIX = ("Tensor wide, Tensor conv_weight, Tensor conv_bias, Tensor dt_bias, Tensor A, Tensor D, "
+       "Tensor norm_weight, Tensor? conv_state, Tensor? ssm_state")
+_mix_backward = custom_op(
+    "mamba_mix_backward", f"(Tensor? dout, Tensor? dfinal, {MIX}, Tensor v, Tensor dt, Tensor y, "
+    f"Tensor states, int chunk, bool save) -> ({', '.join(['Tensor'] * 9)})", _mix_grads,
+    _launch_mix_backward)
+_mix = custom_op("mamba_mix", f"({MIX}, int chunk, bool save) -> ({', '.join(['Tensor'] * 6)})",
+                 _mix_outputs, _launch_mix, _mix_backward, count=9, grads=2)
+
+
+def mamba_mix_triton(wide: Tensor, *parameters: Tensor, chunk: int = 64,
+                     state: tuple | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """mamba_mix by kernels."""
+    conv_weight, conv_bias, *_, norm_weight = parameters
+    inner, channels, reach = len(norm_weight), len(conv_bias), conv_weight.size(-1) - 1
+    conv_state, ssm_state = state or (None, None)
+    inputs = wide, *parameters, conv_state, ssm_state
+    needed = any(t is not None and t.requires_grad for t in inputs)
+    out, final, *_ = _mix(*inputs, chunk, needed and torch.is_grad_enabled())
+    return out, (conv_tail(wide[..., inner:inner + channels], conv_state, reach), final)
+
+
 class Kernels(NamedTuple):
-    """The scan and the convolution that the mixers call, and the scan's name."""
-    ssd: Callable = ssd_chunked
-    conv: Callable = causal_conv_silu
-    name: str = "torch"
+    """What the mixers call: `mix` has the arguments and results of mamba_mix."""
+    name: str = "torch"  # of the scan
+    mix: Callable = mamba_mix
     chunk = property(lambda self: CHUNKS.get(self.name, 64))
 
 
-def choose_kernels(c: Config, runtime: Runtime) -> tuple[Kernels, str]:
-    """The forms for SSD_KERNEL on this device, and a line for the log if one was replaced.
+# -- self-check and choice -----------------------------------------------------
+# A user's GPU may be the first that ever runs a kernel. Each one meets its PyTorch twin there, on
+# small odd sizes, forward and backward.
+CHECK_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 3e-2}  # largest difference / largest entry
+COSTS = {  # modelled, per step of 65,536 tokens
+    "head": "about +10 ms", "mixer": "about +7 ms", "conv": "about +5 ms", "snap": "about +2 ms",
+    "scan": "about +5 ms by mamba-ssm, +20 ms by PyTorch"}
 
-    auto on CUDA takes mamba-ssm, as long as no GPU has timed our scan. UserError if a form that
-    SSD_KERNEL names cannot run."""
-    name, device = c.ssd_kernel, runtime.device
-    if not runs_triton(device):
-        if name not in ("auto", "torch"):
-            raise UserError(f"SSD_KERNEL={name} needs a CUDA device and the package triton; here "
-                            f"({device.type}) set SSD_KERNEL=torch or auto")
-        note = "triton is not installed: many more launches and more memory"
-        return Kernels(), note if device.type == "cuda" else ""
-    scans, note = {"torch": ssd_chunked, "fused": ssd_triton, "mamba_ssm": ssd_mamba_ssm}, ""
-    if name in ("auto", "mamba_ssm"):
+
+class KernelCheck(NamedTuple):
+    """One row of the self-check. The twin gets the kernel's inputs in fp32; inputs are leaves."""
+    kernel: Callable[..., tuple[Tensor, ...]]
+    twin: Callable[..., tuple[Tensor, ...]]
+    inputs: list[Tensor]
+
+
+def random_tensors(device: torch.device, dtype: torch.dtype, *shapes) -> list[Tensor]:
+    """Normal values, the same on every device: fp32 from one generator, then cast."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+
+
+def check_table(c: Config, device: torch.device, dtype: torch.dtype) -> dict[str, KernelCheck]:
+    """The kernels that this configuration uses. The interpreter gets the smallest tiles. conv and
+    scan are parts of the mixer, which stand in for it by themselves if it is wrong."""
+    real = device.type == "cuda"
+    P, N, V, H = (HEADDIM, c.d_state, c.vocab_size, 3) if real else (16, 16, 300, 2)
+    chunk, T, cap = c.ssd_chunk or 64 if real else 16, 101 if real else 19, c.logit_softcap
+    f32, make = torch.float32, functools.partial(random_tensors, device)
+    h, w = make(dtype, (37, 32), (V, 32))
+    bias, targets = make(f32, V)[0], torch.arange(37, device=device) % V
+    options = dict(softcap=cap, softcap_type=c.softcap_type, z_loss=1e-2)
+
+    def head_twin(h, w, bias):
+        logits = soft_cap(F.linear(h, w) + bias, cap, c.softcap_type)
+        nll = F.cross_entropy(logits, targets)
+        return nll + 1e-2 * logits.logsumexp(1).square().mean(), nll.detach()
+
+    table = {"head": KernelCheck(lambda *t: token_loss_fused(*t, targets, **options), head_twin,
+                                 [h, w, bias])}
+    if "m" not in c.pattern:
+        return table
+    channels, first = H * P + 2 * N, H * P
+    wide, tail = make(dtype, (2, T, channels + first + H + 5), (2, c.d_conv - 1, channels))
+    weight, shift, state = make(f32, (channels, 1, c.d_conv), channels, (2, H, P, N))
+    dt, A, D, dt_bias, gain = make(f32, (2, T, H), H, H, H, first)
+    part, A = lambda t: t[..., first:first + channels], -A.abs() - 0.1
+    own = c.ssd_kernel in ("auto", "fused") and not tile_fault(P, N, chunk)
+
+    def mix(form):
+        def run(wide, *rest):
+            out, state = form(wide, *rest[:6], chunk=chunk, state=rest[6:])
+            return out, *state
+        return run
+    if own and c.d_conv <= 4:
+        inputs = [wide, weight * 0.5, shift, dt_bias - 2, A, D, gain, tail, state]
+        table["mixer"] = KernelCheck(mix(mamba_mix_triton), mix(mamba_mix), inputs)
+    if c.d_conv <= 4:
+        conv = lambda form: lambda t, *rest: form(part(t), *rest[:2], initial=rest[2])
+        table["conv"] = KernelCheck(conv(causal_conv_silu_triton), conv(causal_conv_silu),
+                                    [wide, weight, shift, tail])
+
+    def scan(form):
+        def run(xBC, dt, A, D, state):
+            x, B, C = xBC.split((H * P, N, N), dim=-1)
+            return form(x.unflatten(-1, (H, P)), dt, A, B, C, D, chunk=chunk, initial_state=state)
+        return run
+    if own:
+        inputs = [part(wide) * 0.5, F.softplus(dt - 2), A, D, state]
+        table["scan"] = KernelCheck(scan(ssd_triton), scan(ssd_chunked), inputs)
+    return table
+
+
+def values_and_gradients(function: Callable, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Results of function(*inputs), and the gradients of a fixed linear form of them."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    results = [t for t in function(*leaves)]
+    weights = random_tensors(leaves[0].device, torch.float32, *(t.shape for t in results))
+    total = sum((t.float() * w).sum() for t, w in zip(results, weights) if t.requires_grad)
+    return [t.detach() for t in results] + list(torch.autograd.grad(total, leaves))
+
+
+def kernel_fault(row: KernelCheck) -> str:
+    """What is wrong with a kernel: an exception or too large a difference; "" if nothing."""
+    dtype = row.inputs[0].dtype
+    try:
+        found = values_and_gradients(row.kernel, row.inputs)
+        sums = [t.double().sum().item() for t in found]  # waits for the device
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return error_text(error)
+    exact = values_and_gradients(row.twin, [t.float() for t in row.inputs])
+    gaps = [(a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-6)
+            for a, b in zip(found, exact)]
+    worst, limit = float(torch.stack(gaps).max()), CHECK_LIMITS[dtype]  # NaN stays NaN
+    return "" if worst <= limit and all(map(math.isfinite, sums)) else (
+        f"off by {worst:.2g} of the largest value, limit {limit:g}")
+
+
+def replaced(name: str, fault: str, check: str) -> str:
+    """The log's line about a kernel that PyTorch replaces; UserError under KERNEL_CHECK=strict."""
+    if check == "strict":
+        raise UserError(f"KERNEL_CHECK=strict: kernel {name}: {fault}")
+    return (f"kernel {name}: {fault}; replaced ({COSTS[name]} per step of 65,536 tokens, modelled)")
+
+
+def check_kernels(c: Config, runtime: Runtime) -> dict[str, str]:
+    """Fault of each kernel, "" if it has none. The answer is stored beside Triton's own cache, by
+    device, versions, source and configuration."""
+    if c.kernel_check == "0" or not runs_triton(runtime.device):
+        return {}
+    dtype = torch.float32 if INTERPRETED else runtime.dtype  # its bf16 products are wrong
+    facts = [runtime.describe(), c.model_config(), c.ssd_kernel, c.ssd_chunk, source_text()]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton/cache")
+    path, faults = folder / f"train_jepa_check_{key}.json", {}
+    with contextlib.suppress(OSError, ValueError):
+        faults = dict(json.loads(path.read_text()))
+
+    for name, row in check_table(c, runtime.device, dtype).items():
+        if name in faults:
+            continue
+        part_of_good = name in ("conv", "scan") and faults.get("mixer") == ""
+        faults[name] = "" if part_of_good else kernel_fault(row)
+        with contextlib.suppress(OSError, UserError):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(faults).encode())
         try:
-            mamba_ssm("fwd")
-            mamba_ssm("bwd")
-            name = "mamba_ssm"
-        except UserError as e:
-            if name == "mamba_ssm":
-                raise
-            name, note = "fused", f"{e}; taking our own Triton scan, which no GPU has timed"
-    return Kernels(scans[name], causal_conv_silu_triton, name), note
+            runtime.synchronize()
+        except RuntimeError:  # an illegal access: nothing more runs in this process
+            raise UserError(f"kernel {name} broke the GPU's context ({faults[name]}); start again: "
+                            f"{path} now says so, and PyTorch replaces it") from None
+    return faults
+
+
+@functools.cache
+def mix_of(ssd: Callable, conv: Callable) -> Callable:
+    """mamba_mix with these forms."""
+    default = (ssd, conv) == (ssd_chunked, causal_conv_silu)
+    return mamba_mix if default else functools.partial(mamba_mix, ssd=ssd, conv=conv)
+
+
+def scan_obstacle(name: str, c: Config, device: torch.device) -> str:
+    """Why this form of the scan cannot run here, or ""."""
+    if name == "torch":
+        return ""
+    if device.type != "cuda" and not INTERPRETED:
+        return (f"SSD_KERNEL={name} needs a CUDA device; on {device.type} set SSD_KERNEL=torch or "
+                "auto")
+    if name == "fused" and triton is None:
+        return "SSD_KERNEL=fused needs the package triton: pip install triton"
+    if name == "fused":
+        return tile_fault(HEADDIM, c.d_state, c.ssd_chunk or 64)
+    try:
+        mamba_ssm("fwd"), mamba_ssm("bwd")
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def choose_kernels(c: Config, runtime: Runtime) -> tuple[Kernels, str]:
+    """The forms for this device and SSD_KERNEL, and lines for the log about what was replaced.
+
+    auto: the first of fused, mamba_ssm, torch that works on this GPU. UserError if a form asked
+    for by name cannot run, or under KERNEL_CHECK=strict if a kernel is at fault."""
+    notes, device = [], runtime.device
+    if c.ssd_kernel != "auto" and (reason := scan_obstacle(c.ssd_kernel, c, device)):
+        raise UserError(reason)
+    faults = runtime.main_first(lambda: check_kernels(c, runtime))
+    faults = {name: fault for name, fault in faults.items() if fault}
+    for name, fault in faults.items():
+        notes.append(replaced(name, fault, c.kernel_check))
+    REPLACED.clear()
+    REPLACED.update(faults)
+    forms = ["fused", "mamba_ssm", "torch"]
+    forms = forms[0 if c.ssd_kernel == "auto" else forms.index(c.ssd_kernel):]
+    on_gpu = device.type == "cuda" or INTERPRETED
+    for form in forms if on_gpu else ["torch"]:
+        if form == "fused" and "scan" in faults:
+            continue
+        if not (reason := scan_obstacle(form, c, device)):
+            break
+        notes.append(f"{reason}; taking another form")
+    plain = not runs_triton(device) or "conv" in faults or c.d_conv > 4
+    if form == "fused" and not plain and "mixer" not in faults:
+        return Kernels(form, mamba_mix_triton), "\n".join(notes)
+    conv = causal_conv_silu if plain else causal_conv_silu_triton
+    return Kernels(form, mix_of(SCANS[form], conv)), "\n".join(notes)
 
 
 # ------------------------------------------------------------------------------
@@ -1963,13 +2392,15 @@ class Linear(nn.Module):
             for parameter in self.parameters():
                 nn.init.uniform_(parameter, -bound, bound)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, padded: bool = False) -> Tensor:
+        """padded: on CUDA the outputs may be followed by zeros up to a multiple of 8."""
         weight = self.weight.to(x.dtype)
         if self.bias is not None:
             return F.linear(x, weight, self.bias.to(x.dtype))
         outputs = weight.size(0)
-        if x.is_cuda and outputs % 8:  # pad the outputs: the GPU's wide loads need aligned rows
-            return F.linear(x, F.pad(weight, (0, 0, 0, -outputs % 8)))[..., :outputs]
+        if x.is_cuda and outputs % 8:  # the GPU's wide loads need aligned rows
+            y = F.linear(x, F.pad(weight, (0, 0, 0, -outputs % 8)))
+            return y if padded else y[..., :outputs]
         return F.linear(x, weight)
 
 
@@ -2014,33 +2445,19 @@ class Mamba2(nn.Module):
         return (torch.zeros(batch, kernel_size - 1, channels, dtype=dtype, device=device),
                 torch.zeros(batch, self.heads, HEADDIM, self.d_state, device=device))
 
-    def _project(self, u: Tensor, conv: Callable, conv_state: Tensor | None) -> tuple:
-        """in_proj and convolution: z, the scan's (x, dt, A, B, C), the convolution's state."""
-        inner, N, H = self.d_inner, self.d_state, self.heads
-        z, xBC, dt = self.in_proj(u).split((inner, inner + 2 * N, H), dim=-1)
-        xBC, conv_state = conv(xBC, self.conv1d.weight, self.conv1d.bias, initial=conv_state)
-        x, B, C = xBC.split((inner, N, N), dim=-1)
-        dt = F.softplus(dt.float() + self.dt_bias)
-        return z, (x.unflatten(-1, (H, HEADDIM)), dt, -self.A_log.exp(), B, C), conv_state
-
-    def _output(self, y: Tensor, z: Tensor) -> Tensor:
-        """Gate, then RMSNorm with gain, in fp32; out_proj."""
-        gated = y.float() * F.silu(z.float())
-        return self.out_proj(rms_norm(gated, 1e-5, self.norm.weight).to(y.dtype))
+    def _mix(self, mix: Callable, u: Tensor, state: State | None) -> tuple[Tensor, State]:
+        out, state = mix(
+            self.in_proj(u, padded=True), self.conv1d.weight, self.conv1d.bias, self.dt_bias,
+            -self.A_log.exp(), self.D, self.norm.weight, chunk=self.chunk, state=state)
+        return self.out_proj(out), state
 
     def forward(self, u: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """u (B,T,D) and the state before it (None: zeros) -> (B,T,D) and the state after it."""
-        conv_state, ssm_state = state or (None, None)
-        z, inputs, conv_state = self._project(u, self.kernels.conv, conv_state)
-        y, ssm_state = self.kernels.ssd(*inputs, self.D, chunk=self.chunk, initial_state=ssm_state)
-        return self._output(y.flatten(2), z), (conv_state, ssm_state)
+        return self._mix(self.kernels.mix, u, state)
 
     def step(self, u: Tensor, state: State) -> tuple[Tensor, State]:
         """One position, u (B,1,D), by the recurrence itself, for generation."""
-        conv_state, ssm_state = state
-        z, (x, dt, A, B, C), conv_state = self._project(u, causal_conv_silu, conv_state)
-        y, ssm_state = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, ssm_state)
-        return self._output(y.flatten(1).unsqueeze(1), z), (conv_state, ssm_state)
+        return self._mix(functools.partial(mamba_mix, ssd=ssd_position), u, state)
 
     def trim(self, state: State, overlap: int) -> State:
         """The state as it is: its size is fixed."""
@@ -2947,6 +3364,7 @@ class Weights:
     def __init__(self, stored: nn.Module, extra: nn.Module | None, plan: dict[str, str],
                  config: Config, runtime: Runtime):
         self.runtime, self.last_micro = runtime, False
+        self.kernel_snap = runtime.cuda  # by the kernel, until it is found wrong
         self.fused_snap: list[FusedSnap] | None = None
         members: dict[tuple, dict[str, nn.Parameter]] = {}  # by what a group has in common
         everything = named_roles(stored) + (named_roles(extra, "jepa.") if extra else [])
@@ -3008,7 +3426,7 @@ class Weights:
     @torch.no_grad()
     def load(self, which: str = "master", qat: bool = False) -> None:
         """Write masters or averages into the compute weights, on the storage grid under `qat`."""
-        if which == "master" and qat and runs_triton(self.runtime.device) and self.snap_fused():
+        if which == "master" and qat and self.kernel_snap and self.snap_fused():
             return
         for group in self.groups:
             if qat and group.grid:
@@ -3034,6 +3452,25 @@ class Weights:
             if not group.grid:
                 group.compute.copy_(group.master)
         return True
+
+    @torch.no_grad()
+    def snap_fault(self) -> str:
+        """What is wrong with the kernel: it must equal `snap` on the weights bit for bit. "" if
+        nothing; else it is not used again."""
+        try:
+            if not self.snap_fused():
+                return ""
+            found = [group.compute.clone() for group in self.groups]
+            self.runtime.synchronize()
+            self.kernel_snap = False
+            self.load(qat=True)
+            self.kernel_snap = all(map(torch.equal, found, [g.compute for g in self.groups]))
+            return "" if self.kernel_snap else "differs from the grid of the artifact"
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            self.kernel_snap = False
+            return error_text(error)
 
     @torch.no_grad()
     def average(self, decay: float, ok: Tensor) -> None:
@@ -3779,8 +4216,15 @@ class Evaluator:
     def _zeros(self, count: int = 1) -> Tensor:
         return torch.zeros(count, dtype=torch.float64, device=self.runtime.device)
 
-    def _hidden(self, ids: Tensor, states: list | None = None) -> tuple[Tensor, list]:
-        return self.forward(self.runtime.to_device(ids), self.runtime.dtype, states)
+    def _hidden(self, ids: Tensor, shape: tuple[int, int], states: list | None = None
+                ) -> tuple[Tensor, list]:
+        """h (B,T,D) of ids (B,T) and the states after them. On CUDA ids are padded to `shape`, so
+        that torch.compile makes one graph per pass; states after a padded piece are not real."""
+        sequences, length = ids.shape
+        if self.runtime.cuda:
+            ids = F.pad(ids, (0, shape[1] - length, 0, shape[0] - sequences))
+        h, states = self.forward(self.runtime.to_device(ids), self.runtime.dtype, states)
+        return h[:sequences, :length], states
 
     def _nll(self, h: Tensor, targets: Tensor, temperatures: Sequence[float]) -> Tensor:
         """Sum of the NLL at each temperature (K,) fp64; h (...,D), targets (...). The V-wide
@@ -3856,7 +4300,7 @@ class Evaluator:
             batches = range(low + first, low + last, self.sequences)
             for start in progress_bar(batches, label, self.runtime.main):
                 span = self.tokens[start * T:min(start + self.sequences, low + last) * T + 1]
-                h, _ = self._hidden(span[:-1].view(-1, T))
+                h, _ = self._hidden(span[:-1].view(-1, T), (self.sequences, T))
                 total += self._nll(h, span[1:], temperatures)
             yield high * T
 
@@ -3868,7 +4312,7 @@ class Evaluator:
         targets = self.tokens[1:].unfold(0, T, stride)[:, T - stride:]        # (W,stride), a view
         rest, step = (n - T) % stride, -(-chunk // (batch * stride)) * batch
         if self.runtime.main:
-            h, _ = self._hidden(self.tokens[:T].view(1, T))
+            h, _ = self._hidden(self.tokens[:T].view(1, T), (batch, T))
             total += self._nll(h, self.tokens[1:T + 1], temperatures)
         for low in range(1, len(windows), step):  # without the first window
             high = min(low + step, len(windows))
@@ -3876,11 +4320,11 @@ class Evaluator:
             batches = range(low + first, low + last, batch)
             for index in progress_bar(batches, "sliding", self.runtime.main):
                 part = slice(index, min(index + batch, low + last))
-                h, _ = self._hidden(windows[part])
+                h, _ = self._hidden(windows[part], (batch, T))
                 total += self._nll(h[:, T - stride:], targets[part], temperatures)
             yield T + (high - 1) * stride
         if self.runtime.main and rest:
-            h, _ = self._hidden(self.tokens[n - T:n].view(1, T))
+            h, _ = self._hidden(self.tokens[n - T:n].view(1, T), (batch, T))
             total += self._nll(h[:, T - rest:], self.tokens[n + 1 - rest:], temperatures)
 
     @torch.no_grad()
@@ -3893,7 +4337,8 @@ class Evaluator:
         for start, stop in progress_bar(list(zip(starts, [*starts[1:], n])), "carried",
                                         self.runtime.main):
             if self.runtime.main:
-                h, states = self._hidden(self.tokens[start:stop].unsqueeze(0), states)
+                shape = 1, later if start else piece  # only the last piece is padded
+                h, states = self._hidden(self.tokens[start:stop].unsqueeze(0), shape, states)
                 states = states if overlap is None else self.model.trim_states(states, overlap)
                 total += self._nll(h, self.tokens[start + 1:stop + 1], temperatures)
             if stop - scored >= chunk or stop == n:
@@ -3956,7 +4401,7 @@ class Adaptation(contextlib.AbstractContextManager):
         inputs, targets = (t.view(-1, T).split(e.sequences) for t in (tokens[:-1], tokens[1:]))
         for x, y in zip(inputs, targets) if low < high else ():
             with torch.enable_grad():
-                h, _ = e._hidden(x)
+                h, _ = e._hidden(x, tuple(x.shape))
                 loss, _ = token_loss_fused(
                     e.model.features(h).flatten(0, 1), e.model.head(), e.model.vocab_bias,
                     e.runtime.to_device(y.flatten()), softcap=e.model.softcap,
@@ -4205,6 +4650,8 @@ class Trainer:
         if self.jepa is not None:
             self.jepa.to(runtime.device)
         self.weights = Weights(self.model, self.jepa, self.plan, c, runtime)
+        if runtime.cuda and c.kernel_check != "0" and (fault := self.weights.snap_fault()):
+            self.note = f"{self.note}\n{replaced('snap', fault, c.kernel_check)}".strip()
         self.optimizer = Optimizer(self.weights, c)
         self.batches = Batches(stream, c.micro_batches, c.micro_sequences, c.train_seq_len,
                                c.in_lanes)
@@ -4834,7 +5281,7 @@ class Run:
 
     def size_facts(self, report: dict[str, Any]) -> dict[str, Any]:
         """Artifact and code against SIZE_LIMIT, logged and returned."""
-        code = len(source_text().encode())
+        code = len(shipped_script(source_text()))
         total = report["bytes"] + code
         self.log(f"size: artifact {report['bytes']:,} ({report['codec']}) + code {code:,} = "
                  f"{total:,} bytes: {'FITS' if total <= SIZE_LIMIT else 'OVER'} {SIZE_LIMIT:,}")
@@ -5070,9 +5517,12 @@ def meta_model(c: Config, shapes: dict[str, tuple], runtime: Runtime) -> Languag
     fault = UserError(f"{c.artifact}: its tensors are not those of the model in its header")
     if c.num_layers > len(shapes):  # before so many blocks are made
         raise fault
+    kernels, note = choose_kernels(c, runtime)
+    if note and runtime.main:
+        say(note)
     try:
         with torch.device("meta"):
-            model = LanguageModel(c, choose_kernels(c, runtime)[0])
+            model = LanguageModel(c, kernels)
             parts = whole_tensors({name: torch.empty(shape) for name, shape in shapes.items()},
                                   c.artifact)
     except (RuntimeError, ValueError, OverflowError):
@@ -5332,7 +5782,7 @@ def describe(c: Config) -> dict[str, Any]:
         print(f"{label:<28}{grid:<14}{len(counts):>8}{sum(counts):>14,}")
         by_component[label] = by_component.get(label, 0) + sum(counts)
     stored, extra = count_parameters(model), count_parameters(jepa)
-    estimate, code = estimated_bytes(c, model), len(source_text().encode())
+    estimate, code = estimated_bytes(c, model), len(shipped_script(source_text()))
     fit = describe_fit(c, SIZE_LIMIT - code) if c.fit else None
     fits = estimate + code <= SIZE_LIMIT
     print(f"\nstored {stored:,} + training-only {extra:,} parameters; artifact about {estimate:,} "

@@ -4,7 +4,9 @@ own with TRITON_INTERPRET=1 and MAMBA_DETERMINISTIC=1, and borrows the reference
 fp32 and fp16 only: the interpreter's bf16 dot is wrong. Tolerances are relative to the largest entry: fp32 sums of
 some hundred terms; in fp16 the roundings of the products' inputs count, up to four in a row."""
 import contextlib
+import json
 import os
+import re
 import types
 
 import pytest
@@ -20,6 +22,7 @@ TOLERANCE = {torch.float32: bound(256), torch.float16: bound(4, torch.float16)}
 # A logit is a sum of 16 products and reaches 16 where no cap holds it; its error is the relative error of exp(logit).
 HEAD_TOLERANCE = TOLERANCE | {torch.float32: bound(16, scale=16)}
 OPS = torch.ops.jepa
+COST = re.compile(r"\(about \+\d+ ms .*modelled\)$")
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=("fp32", "fp16"))
 
 
@@ -59,6 +62,18 @@ def head_naive(h, weight, bias, targets, softcap, softcap_type):
         x = softcap * (x / softcap).tanh()
     lse = x.logsumexp(1)
     return lse - x.gather(1, targets[:, None]).squeeze(1), lse
+
+
+def mix_naive(wide, conv_weight, conv_bias, dt_bias, A, D, gain, conv_state=None, ssm_state=None):
+    """Convolution, scan, gate and norm in float64; wide is z, x, B, C, dt and padding."""
+    inner, channels, H = len(gain), len(conv_bias), len(A)
+    v, tail = conv_naive(wide[..., inner:inner + channels], conv_weight, conv_bias, conv_state)
+    N = (channels - inner) // 2
+    dt = F.softplus(wide[..., inner + channels:inner + channels + H].double() + dt_bias)
+    y, final = ssd_naive(v[..., :inner].unflatten(-1, (H, inner // H)), dt, A, v[..., inner:inner + N],
+                         v[..., inner + N:], D, ssm_state)
+    g = y.flatten(2) * F.silu(wide[..., :inner].double())
+    return g / (g.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gain, final, tail
 
 
 def ssd_case(dtype, b=2, T=50, H=3, P=16, N=16, initial=False, device="cpu", seed=0):
@@ -212,6 +227,44 @@ def test_ssd_fused_real_tile():
     compare(ssd_by(K.ssd_triton, 64), ssd_naive, inputs, TOLERANCE[torch.float32])
 
 
+def mix_case(dtype, b=2, T=35, H=3, P=16, N=16, pad=5, K_=4, initial=False, device="cpu"):
+    """Inputs of mamba_mix with `pad` columns behind dt."""
+    g, inner = torch.Generator().manual_seed(0), H * P
+    make = lambda *shape: torch.randn(shape, generator=g).to(device)
+    channels = inner + 2 * N
+    inputs = [make(b, T, inner + channels + H + pad).to(dtype), make(channels, 1, K_) * 0.5, make(channels),
+              make(H) - 1, -make(H).abs() - 0.1, make(H), make(inner)]
+    inputs += [make(b, K_ - 1, channels).to(dtype), make(b, H, P, N)] if initial else []
+    return [t.requires_grad_() for t in inputs]
+
+
+def mix_by(form, chunk=16):
+    def run(*inputs):
+        out, (tail, final) = form(*inputs[:7], chunk=chunk, state=inputs[7:] or None)
+        return out, final, tail
+    return run
+
+
+@DTYPES
+@pytest.mark.parametrize("T, initial, K_, pad",
+                         ((35, False, 4, 5), (70, True, 4, 6), (2, True, 3, 0), (17, True, 2, 1)))
+def test_mamba_mix(dtype, T, initial, K_, pad):
+    """The norm divides by the size of its row, so that the errors of y count relative to that."""
+    inputs = mix_case(dtype, T=T, initial=initial, K_=K_, pad=pad, N=32)
+    compare(mix_by(K.mamba_mix_triton), mix_naive, inputs, 2 * TOLERANCE[dtype])
+    if dtype == torch.float32:
+        compare(mix_by(K.mamba_mix), mix_naive, inputs, 2 * TOLERANCE[dtype])
+
+
+def test_mamba_mix_one_gradient_alone():
+    inputs = mix_case(torch.float32, b=1, T=20, H=1, initial=True)
+    for pick in (0, 1):
+        used = inputs if pick == 0 else [t for i, t in enumerate(inputs) if i not in (5, 6)]  # D, gain: not the state
+        got = torch.autograd.grad(mix_by(K.mamba_mix_triton)(*inputs)[pick].sum(), used)
+        expected = torch.autograd.grad(mix_naive(*inputs)[pick].sum(), used)
+        assert max(map(off, got, expected)) <= 2 * TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize("dtype, T, initial", ((torch.float16, 20, False), (torch.float32, 17, True)))
 def test_ssd_mamba_ssm(dtype, T, initial, cuda_stubs):
     compare(ssd_by(K.ssd_mamba_ssm, 16), ssd_naive, ssd_case(dtype, T=T, H=2, initial=initial), TOLERANCE[dtype])
@@ -236,6 +289,10 @@ def test_opcheck(cuda_stubs):
     inputs = ssd_case(torch.float32, b=1, T=6, H=1, initial=True)
     torch.library.opcheck(OPS.ssd_fused, (*inputs, 16, True))
     torch.library.opcheck(OPS.ssd_fused, (*inputs[:6], None, 16, True))
+    inputs = mix_case(torch.float32, b=1, T=6, H=1, initial=True)
+    torch.library.opcheck(OPS.mamba_mix, (*inputs, 16, True))
+    torch.library.opcheck(OPS.mamba_mix, (*inputs[:7], None, None, 16, True))
+    inputs = ssd_case(torch.float32, b=1, T=6, H=1, initial=True)
     few = ("test_schema", "test_autograd_registration", "test_faketensor")  # the interpreter takes seconds per run
     torch.library.opcheck(OPS.ssd_mamba_ssm, (*inputs, 16, False), test_utils=few)
     torch.library.opcheck(OPS.ssd_mamba_ssm, (*inputs[:6], None, 16, False), test_utils=few)
@@ -261,6 +318,10 @@ def test_fake_strides(cuda_stubs):
         y, final, states = OPS.ssd_fused(*inputs, h0, 16, True)
         check_fake_strides(OPS.ssd_fused, (*inputs, h0, 16, True))
         check_fake_strides(OPS.ssd_fused_backward, (y, final, *inputs, h0, states, 16, True))
+        mixed = mix_case(torch.float16, T=18, initial=True)
+        out, final2, *saved = OPS.mamba_mix(*mixed, 16, True)
+        check_fake_strides(OPS.mamba_mix, (*mixed, 16, True))
+        check_fake_strides(OPS.mamba_mix_backward, (out, final2, *mixed, *saved, 16, True))
         check_fake_strides(OPS.ssd_mamba_ssm, (*inputs, h0, 16, False))
         check_fake_strides(OPS.ssd_mamba_ssm_backward, (y, final, *inputs, h0, states[:0], 16, False))
 
@@ -293,3 +354,89 @@ def test_compiles_to_one_graph(name, cuda_stubs):
     assert off(compiled, plain) <= 1e-6
     for a, b in zip(torch.autograd.grad(compiled, inputs), torch.autograd.grad(plain, inputs)):
         assert off(a, b) <= 1e-5
+
+
+# -- self-check --------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def choose(tmp_path, monkeypatch):
+    """choose_kernels as on a GPU, with a cache of its own; afterwards no kernel stays replaced."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    runtime = K.Runtime(K.Config(device="cpu"))
+    yield lambda **knobs: K.choose_kernels(K.Config(vocab_size=300, **knobs), runtime)
+    K.REPLACED.clear()
+
+
+def test_check_passes_and_is_remembered(choose, tmp_path, monkeypatch):
+    kernels, note = choose()
+    assert (kernels.name, kernels.mix, note) == ("fused", K.mamba_mix_triton, "")
+    found = json.loads(next(tmp_path.glob("train_jepa_check_*.json")).read_text())
+    assert found == dict.fromkeys(K.check_table(K.Config(), torch.device("cpu"), torch.float32), "")
+    monkeypatch.setattr(K, "kernel_fault", None)  # not asked again
+    assert choose()[0] == kernels
+    with pytest.raises(TypeError):
+        choose(logit_softcap=0.0)  # another kernel
+    assert choose(kernel_check="0")[0] == kernels
+
+
+def raising(message):
+    def launch(*arguments, **options):
+        raise RuntimeError(message)
+    return launch
+
+
+class Broken:
+    """A kernel whose launch does `launch`."""
+    def __init__(self, launch):
+        self.launch = launch
+
+    def __getitem__(self, grid):
+        return self.launch
+
+
+# name of the check, kernel, and how it is broken
+BREAKS = {
+    "head-wrong": ("head", "head_rows", lambda *a, **k: None),
+    "head-compile": ("head", "head_rows", raising("no such type")),
+    "conv-launch": ("conv", "conv_bwd", raising("out of resources\nmore")),
+    "conv-wrong": ("conv", "conv_fwd", lambda u, w, b, i, out, *a, **k: out.fill_(1.0)),
+    "scan-compile": ("scan", "ssd_scan", raising("PassManager::run failed")),
+    "scan-nan": ("scan", "ssd_bwd_bc", lambda *a, **k: a[9].fill_(float("nan"))),
+    "gate-wrong": ("mixer", "gate_norm_bwd", lambda *a, **k: None),
+    "dt-launch": ("mixer", "softplus_rows", raising("too many resources requested for launch"))}
+
+
+@pytest.mark.parametrize("case", BREAKS)
+def test_broken_kernel_is_replaced(case, choose, monkeypatch, cuda_stubs):
+    check, kernel, launch = BREAKS[case]
+    monkeypatch.setattr(K, kernel, Broken(launch))
+    kernels, note = choose()
+    names = {"head": ["head"], "mixer": ["mixer"]}.get(check, ["mixer", check])
+    for line, name in zip(note.splitlines(), names, strict=True):
+        assert line.startswith(f"kernel {name}: ") and COST.search(line), note
+        assert ("RuntimeError" if "launch" in case or "compile" in case else "off by") in line
+    assert K.REPLACED == set(names)
+    assert kernels.name == ("mamba_ssm" if check == "scan" else "fused")
+    ssd = K.ssd_mamba_ssm if check == "scan" else K.ssd_triton
+    conv = K.causal_conv_silu if check == "conv" else K.causal_conv_silu_triton
+    assert kernels.mix is (K.mamba_mix_triton if check == "head" else K.mix_of(ssd, conv))
+    inputs, targets = head_inputs(torch.float32, 7, 40)
+    if check == "head":  # without the kernel the op does the same in PyTorch
+        check_head(inputs, targets, 15.0, "poly", 1e-4, HEAD_TOLERANCE[torch.float32])
+    with pytest.raises(K.UserError, match="KERNEL_CHECK=strict: kernel (head|mixer): "):
+        choose(kernel_check="strict")
+
+
+def test_broken_snap_is_replaced(choose, monkeypatch):
+    """Weights compares the kernel with the artifact's grid on the weights themselves."""
+    c = K.Config(model_dim=64, num_layers=2, device="cpu", vocab_size=300, tokenizer="bpe")
+    with K.Runtime(c) as runtime:
+        model, _ = K.build_models(c)
+        weights = K.Weights(model, None, K.storage_plan(model, c), c, runtime)
+        weights.kernel_snap = True
+        assert weights.snap_fault() == "" and weights.kernel_snap
+        for launch, text in ((lambda *a, **k: None, "differs"), (raising("no such type"), "RuntimeError: no such")):
+            monkeypatch.setattr(K, "snap_rows", Broken(launch))
+            weights.kernel_snap, weights.fused_snap = True, None
+            weights.load()
+            assert text in weights.snap_fault() and not weights.kernel_snap
+            weights.load(qat=True)  # by PyTorch, once a kernel has failed

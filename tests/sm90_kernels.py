@@ -99,6 +99,16 @@ def ssd(form, H, T, chunk, initials=(False, True)):
             form(x, dt, A, B, C, D, chunk=chunk, initial_state=initial)
 
 
+def mixer(H, width, T, initials=(False, True)):
+    """From in_proj's output of `width` columns to what out_proj takes."""
+    inner, channels = H * 64, H * 64 + 128
+    wide, cw, cb = leaf(2, T, width, dtype=BF16), leaf(channels, 1, 4), leaf(channels)
+    for carried in initials:
+        state = (leaf(2, 3, channels, dtype=BF16), leaf(2, H, 64, 64)) if carried else None
+        out, (_, final) = K.mamba_mix_triton(wide, cw, cb, leaf(H), leaf(H), leaf(H), leaf(inner), state=state)
+        (out.sum() + (final.sum() if carried else 0)).backward()
+
+
 def snap():
     for dtype in (BF16, torch.float32):
         K.FusedSnap([(torch.zeros(8, 640), torch.zeros(8, 640, dtype=dtype), "int", 7)])()
@@ -113,6 +123,8 @@ CASES = {
     "BPE conv rows of 1424": lambda: conv(1424, 640, 1024),
     "byte conv rows of 1676": lambda: conv(1676, 768, 8192),
     "snap": snap,
+    "BPE mixer": lambda: mixer(10, 1424, 1024),
+    "byte mixer": lambda: mixer(12, 1680, 8192, initials=(True,)),
     "BPE fused SSD": lambda: ssd(K.ssd_triton, 10, 1024, 64),
     "byte fused SSD": lambda: ssd(K.ssd_triton, 12, 8192, 64, initials=(True,)),
     **{f"BPE mamba-ssm chunk {c}": lambda c=c: ssd(K.ssd_mamba_ssm, 10, 1024, c) for c in (64, 128, 256)},

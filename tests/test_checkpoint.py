@@ -545,6 +545,38 @@ def test_checkpoints_hold_the_weights_of_their_step_though_written_later(tmp_pat
     assert torch.equal(tj.read_tensors(checkpoints.paths()[0], "checkpoint")[1]["w"], torch.arange(1000.0))
 
 
+@pytest.mark.parametrize("fault", [TypeError("a bug"), tj.UserError("a line"), KeyboardInterrupt(), MemoryError()],
+                         ids=lambda fault: type(fault).__name__)
+def test_any_error_of_the_writing_thread_is_raised_at_the_next_wait(tmp_path, monkeypatch, fault):
+    def fail(*arguments):
+        raise fault
+    checkpoints = tj.Checkpoints(tmp_path, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(tj, "write_tensors", fail)
+        checkpoints.save(1, {"step": 1}, {"w": torch.ones(3)})
+        with pytest.raises(type(fault)) as caught:
+            checkpoints.wait()
+    assert caught.value is fault
+    checkpoints.save(2, {"step": 2}, {"w": torch.ones(3)})  # it goes on
+    checkpoints.wait()
+    assert names(tmp_path) == ["step_000000002.ckpt"]
+
+
+def test_a_score_that_is_not_finite_does_not_stop_the_writer(tmp_path):
+    """JSON has no NaN: the thread died of it, and the run said that it was saved."""
+    checkpoints = tj.Checkpoints(tmp_path, 2)
+    checkpoints.save(1, {"step": 1, "score": tj.Score(math.nan, math.inf)}, {"w": torch.ones(3)})
+    checkpoints.wait()
+    assert checkpoints.newest(pytest.fail)[0] == {"step": 1, "score": [None, None]}
+
+
+def test_a_run_resumes_from_a_checkpoint_whose_score_is_null(again):
+    for path in (again / "r/checkpoints").glob("*.ckpt"):
+        reseal_checkpoint(path, lambda meta, tensors: meta.update(score=[None, None], validated=9))
+    child = run(again, CHECKPOINT_EVERY=50)
+    assert child.code == 0 and "resumed at step 9" in child.text(), child.text()[-1500:]
+
+
 def test_loading_a_checkpoint_executes_no_pickle(tmp_path, monkeypatch):
     import pickle
     monkeypatch.setattr(pickle, "Unpickler", None)

@@ -2,6 +2,7 @@
 import csv
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def make_run(folder, seed, bpb=None, validations=((0, 7.9), (100, 1.9), (200, 1.
     if bpb is not None:
         result = dict(roundtrip_val_bpb=bpb + 0.015, sliding_val_bpb=bpb,
                       total_bytes=15_500_000 + seed, ms_per_step=98.0 + seed / 10, steps=200,
-                      device="cpu", world_size=1, script_sha256="x")
+                      train_seconds=20.0, device="cpu", world_size=1, script_sha256="x")
         (folder / "result.json").write_text(json.dumps(result))
     return folder
 
@@ -167,6 +168,7 @@ def test_running_failed_and_broken_runs_are_told(six, capsys):
     (six / "runs/a48").mkdir()
     report = compared("runs/a* runs/b*")
     assert [(g["n"], g["unfinished"]) for g in report["groups"]] == [(3, 2), (3, 1)]
+    assert report["damage"] == ["runs/a47/result.json: holds no JSON object"]
     states = report["unfinished"]
     assert set(states) == {"runs/a46", "runs/a47", "runs/a48", "runs/b45"}
     assert states["runs/b45"]["val_bpb"] == 1.8 and states["runs/b45"]["val_step"] == 100
@@ -180,7 +182,95 @@ def test_names_say_what_differs_from_the_baseline(six, no_figure):
     make_run(six / "runs/c1", 42, 1.2, jepa_weight=1.0, jepa_steps=3)
     names = [group["name"] for group in compared("runs/*")["groups"]]
     assert [sorted(name.split(", ")) for name in names] == [
-        ["JEPA_STEPS=1", "JEPA_WEIGHT=0"], ["JEPA_WEIGHT=1"], ["JEPA_STEPS=3", "JEPA_WEIGHT=1"]]
+        ["JEPA_STEPS=1", "JEPA_WEIGHT=0"], ["JEPA_WEIGHT=1"], ["c1"]]
+    make_run(six / "runs/c2", 43, 1.2, jepa_weight=1.0, jepa_steps=3)
+    assert compared("runs/*")["groups"][2]["name"] in (
+        "JEPA_STEPS=3, JEPA_WEIGHT=1", "JEPA_WEIGHT=1, JEPA_STEPS=3")
+
+
+def test_single_runs_are_named_by_their_id(six, no_figure):
+    """Also where two folders have the same name."""
+    (six / "more").mkdir()
+    make_run(six / "more/a42", 42, 1.2, jepa_weight=2.0)
+    report = compared("runs/a42 runs/b43 more/a42")
+    assert [group["name"] for group in report["groups"]] == ["a42", "b43", "3: a42"]
+    text = (six / "compare/compare.md").read_text()
+    assert "| knob | a42 | b43 | 3: a42 |" in text and "| JEPA_WEIGHT | 0.0 | 1.0 | 2.0 |" in text
+
+
+def test_steps_and_seconds_are_shown(six, no_figure):
+    compared("runs/a*")
+    text = (six / "compare/compare.md").read_text().splitlines()
+    head = next(line for line in text if line.startswith("| configuration"))
+    assert "| bytes | steps | seconds | ms/step |" in head
+    assert any("| 200 ± 0 | 20 ± 0 |" in line for line in text)
+    rows = list(csv.DictReader(open(six / "compare/compare.csv")))
+    assert float(rows[0]["steps_mean"]) == 200 and float(rows[0]["train_seconds_mean"]) == 20
+
+
+@pytest.mark.parametrize("knobs, unlike, words", [
+    (dict(data_path="data/other_bytes"), ["data"], "DATA_PATH=other_bytes"),
+    (dict(tokenizer="bpe", vocab_size=8192, tokenizer_path="t/a.model"), ["tokenizer"],
+     "TOKENIZER=bpe, TOKENIZER_PATH=a.model, VOCAB_SIZE=8192"),
+    (dict(val_max_tokens=1000), ["validation cap"], "VAL_MAX_TOKENS=1000"),
+    (dict(iterations=5, max_wallclock_seconds=60.0), ["step cap", "time cap"],
+     "ITERATIONS=5, MAX_WALLCLOCK_SECONDS=60"),
+    (dict(model_dim=64), [], "")])
+def test_other_data_tokenizers_and_caps_are_said(six, no_figure, capsys, knobs, unlike, words):
+    """A warning and a column, in text, CSV and JSON; not where only the recipe differs."""
+    for seed in BASE:
+        make_run(six / f"runs/c{seed}", seed, OTHER[seed], jepa_weight=0.0, **knobs)
+    report = compared("runs/a* runs/c*")
+    text = (six / "compare/compare.md").read_text()
+    name = report["groups"][1]["name"]
+    assert report["groups"][1]["unlike"] == report["paired"][0]["unlike"] == unlike
+    assert list(csv.DictReader(open(six / "compare/compare.csv")))[1]["also_differs"] == ", ".join(
+        unlike)
+    row = next(line for line in text.splitlines() if line.startswith(f"| {name} | round trip BPB"))
+    assert row.endswith(f"| {', '.join(unlike) or '–'} |")
+    if unlike:
+        warning, = report["warnings"]
+        assert warning.startswith(f"{name} differs from the baseline ") and f"({words})" in warning
+        assert f" in {' and '.join(unlike)} (" in warning
+        assert f"**Warning:** {warning}." in text and warning in capsys.readouterr().out
+    else:
+        assert report["warnings"] == [] and "Warning" not in text
+
+
+def test_byte_models_have_no_tokenizer(six, no_figure):
+    make_run(six / "runs/a50", 50, 1.2, jepa_weight=0.0, tokenizer_path="data/x.model")
+    assert len(compared("runs/a*")["groups"]) == 1
+
+
+@pytest.mark.parametrize("content, lines, why", [
+    (bytes(range(256)) * 40, 0, "metrics.jsonl: 40 of 40 lines are no JSON objects (the first is "
+     "line 1); left out"),
+    (b'{"kind": "validation", "step": 5, "val_bpb": 2.0}\n\xff\xfe{}\n[1]\n'
+     + b"[" * 10 ** 5 + b"\n" + b'{"kind": "validation", "val_bpb": 1.0}\n{"kind": "val', 2,
+     "metrics.jsonl: 3 of 5 lines are no JSON objects (the first is line 2); left out"),
+    (b"", 0, ""), (None, 0, "metrics.jsonl: is no file")])
+def test_a_damaged_journal_is_one_line(six, content, lines, why):
+    path = six / "runs/a42/metrics.jsonl"
+    path.unlink()
+    if content is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(content)
+    report = compared("runs/*")
+    assert len(compare.read_run(six / "runs/a42").metrics) == lines
+    assert report["damage"] == ([f"runs/a42/{why}"] if why else [])
+    text = (six / "compare/compare.md").read_text()
+    assert (f"- runs/a42/{why}" in text.splitlines()) == bool(why)
+    assert [group["n"] for group in report["groups"]] == [3, 3]
+
+
+def test_damaged_config_and_result_are_told(six, no_figure):
+    (six / "runs/a42/config.json").write_bytes(b"\x80" * 50)
+    (six / "runs/b42/result.json").write_text("[1, 2]")
+    report = compared("runs/*")
+    assert report["damage"] == ["runs/a42/config.json: holds no JSON object",
+                                "runs/b42/result.json: holds no JSON object"]
+    assert set(report["unfinished"]) == {"runs/a42", "runs/b42"}
 
 
 def test_many_knobs_repeated_seeds_and_one_run(six, no_figure):
@@ -194,7 +284,7 @@ def test_many_knobs_repeated_seeds_and_one_run(six, no_figure):
     assert test["difference"] == pytest.approx(1.25 - BASE[42])
     assert "more than once" in (six / "compare/compare.md").read_text()
     alone = compared("runs/a42 runs/a42", out="alone")
-    assert alone["groups"][0]["name"] == "all runs" and alone["groups"][0]["n"] == 1
+    assert alone["groups"][0]["name"] == "a42" and alone["groups"][0]["n"] == 1
     assert not alone["paired"]
 
 

@@ -155,7 +155,7 @@ def test_micro_batches_and_steps_read_disjoint_spans_without_gaps():
 
 
 RANK_0 = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), dtype=torch.float32, cuda=False,
-                         to_device=lambda t: t, average=None)
+                         to_device=lambda t: t, main_first=lambda work: work())
 
 
 @pytest.mark.parametrize("lanes", [0, 1])

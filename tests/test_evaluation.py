@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import train_jepa as tj
 
-ALONE = type("Alone", (), dict(rank=0, world=1, main=True, dtype=torch.float32, device=torch.device("cpu"),
+ALONE = type("Alone", (), dict(rank=0, world=1, main=True, cuda=False, dtype=torch.float32, device=torch.device("cpu"),
                                to_device=staticmethod(lambda t: t), sum_host=staticmethod(lambda t: t),
                                sum_=staticmethod(lambda t: t)))()
 
@@ -106,6 +106,22 @@ def test_sliding_uses_no_more_forward_passes_than_batches_of_windows():
     e = fake(96, 16)
     e.sliding(4, 5)
     assert e.model.calls == 1 + math.ceil(20 / 5)
+
+
+def test_on_a_gpu_each_pass_has_one_shape_and_the_same_scores():
+    """torch.compile makes a graph per shape; padding must not reach the scores."""
+    gpu = type("GPU", (type(ALONE),), dict(cuda=True))()
+    for run, shape in ((lambda e: e.standard(), (2, 24)), (lambda e: [e.sliding(5, 3)], (3, 24)),
+                       (lambda e: e.carried(), (1, 48))):
+        plain, padded = fake(173, 24), fake(173, 24, runtime=gpu)
+        call, shapes = padded.forward, set()
+
+        def forward(ids, dtype, states=None, call=call, shapes=shapes):
+            shapes.add(tuple(ids.shape))
+            return call(ids, dtype, states)
+        padded.forward = forward
+        assert run(padded) == run(plain) and shapes == {shape}
+        assert padded.model.scored == plain.model.scored
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])

@@ -149,8 +149,9 @@ def test_without_triton_and_mamba_ssm():
     assert text.startswith("USER SSD_KERNEL=mamba_ssm") and "not installed" in text and text.count("\n") == 1, text
 
 
-def choose(kernel, device):
-    return K.choose_kernels(SimpleNamespace(ssd_kernel=kernel), SimpleNamespace(device=torch.device(device)))
+def choose(kernel, device, **knobs):
+    runtime = SimpleNamespace(device=torch.device(device), main_first=lambda work: work())
+    return K.choose_kernels(K.Config(ssd_kernel=kernel, kernel_check="0", **knobs), runtime)
 
 
 def test_bad_input(monkeypatch):
@@ -159,9 +160,11 @@ def test_bad_input(monkeypatch):
         choose("fused", "cpu")
     assert choose("auto", "cpu") == (K.Kernels(), "")
     kernels, note = choose("torch", "cuda")
-    assert (kernels.ssd, kernels.name, note) == (K.ssd_chunked, "torch", "")
+    assert (kernels.mix, kernels.name, note) == (K.mix_of(K.ssd_chunked, K.causal_conv_silu_triton), "torch", "")
     with pytest.raises(K.UserError, match="D_STATE=24"):
         K._ssd_layout(inputs[0], *2 * [torch.zeros(2, 4, 24)], 64)
+    with pytest.raises(K.UserError, match="D_STATE=24"):
+        choose("fused", "cuda", d_state=24)
 
     def missing(launcher):
         raise K.UserError("mamba_ssm is not what we know")
@@ -169,11 +172,13 @@ def test_bad_input(monkeypatch):
     with pytest.raises(K.UserError, match="not what we know"):
         choose("mamba_ssm", "cuda")
     monkeypatch.setattr(K, "triton", SimpleNamespace())
-    assert choose("auto", "cuda")[0].name == "fused" and "no GPU has timed" in choose("auto", "cuda")[1]
+    assert choose("auto", "cuda")[0].name == "fused" and choose("auto", "cuda")[1] == ""
+    kernels, note = choose("auto", "cuda", d_state=24)
+    assert kernels.name == "torch" and "D_STATE=24" in note and "not what we know" in note
     monkeypatch.setattr(K, "triton", None)
     kernels, note = choose("auto", "cuda")
-    assert kernels == K.Kernels() and "triton is not installed" in note and "\n" not in note
-    with pytest.raises(K.UserError, match="SSD_KERNEL=fused needs a CUDA device and the package triton"):
+    assert kernels == K.Kernels() and "not what we know" in note and note.count("\n") == 1
+    with pytest.raises(K.UserError, match="SSD_KERNEL=fused needs the package triton"):
         choose("fused", "cuda")
 
 
@@ -206,9 +211,10 @@ def test_compiles_for_sm90(side_runs):
     lines = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
     kernels = [line for line in lines if "kernel" in line]
     assert {k["kernel"] for k in kernels} >= {
-        "head_rows", "conv_fwd", "conv_bwd", "snap_rows", "ssd_scan", "ssd_bwd_bc", "_chunk_scan_fwd_kernel",
+        "head_rows", "conv_fwd", "conv_bwd", "snap_rows", "ssd_scan", "ssd_bwd_bc", "gate_norm",
+        "gate_norm_bwd", "softplus_rows", "softplus_rows_bwd", "_chunk_scan_fwd_kernel",
         "_chunk_state_fwd_kernel", "_chunk_scan_chunk_state_bwd_dx_kernel", "_chunk_cumsum_bwd_kernel"}
-    assert len([line for line in lines if "launched" in line]) == 15
+    assert len([line for line in lines if "launched" in line]) == 17
     bad = [k for k in kernels if k["stack"] > 32 or k["shared"] > 227 * 1024]
     assert not bad, bad
 

@@ -306,14 +306,116 @@ def test_a_text_is_cut_before_paragraphs_and_the_held_out_part_stays_apart(copy,
     assert "TEXT_PIECE=a few" in copy.prepare("text", TEXT_PATH=str(source), TEXT_PIECE="a few", code=2)
 
 
-@pytest.mark.parametrize("content, why", [(None, "names a UTF-8 text file"), (b"one piece", "one piece cannot"),
-                                          (b"\xff\xfe", "cannot be read")])
+def text_shards(copy, name):
+    """{split: documents} of the byte shards of a text."""
+    shards = {split: copy.datasets / f"{name}_bytes/fineweb_{split}_000000.bin" for split in ("train", "val")}
+    return {split: bytes(read_shard(path).astype(np.uint8)).decode().split("\0")[1:] for split, path in shards.items()}
+
+
+def test_a_plain_text_is_cut_at_a_paragraph(copy, tmp_path):
+    """Without form feeds: the last 2%, at least 64,000 bytes; one line says so, another what to do next."""
+    text = "".join(f"Paragraph {i}, with “quotes”.\nIts second line.\n\n" for i in range(6000))
+    source = tmp_path / "plain book.txt"
+    source.write_text("\ufeff" + text)
+    line, *_, last = (copy.prepare("text", TEXT_PATH=str(source))).splitlines()
+    (train,), (val,) = text_shards(copy, "plain-book").values()
+    held_out = len(val.encode())
+    assert train + val == text and val.startswith("Paragraph ") and 64_000 <= held_out < 64_100
+    assert line == (f"prepare_data.py: {source}: no form feeds between pieces, so the last {held_out:,} of "
+                    f"{len(text.encode()):,} bytes ({held_out / len(text.encode()):.1%}), from the beginning of a "
+                    "paragraph, are held out for validation")
+    assert "DATA_PATH=data/datasets/plain-book_sp8192 bash run_jepa_bpe.sh" in last
+    copy.prepare("text", TEXT_PATH=str(source), TEXT_PIECE="5000")
+    cut = text_shards(copy, "plain-book")
+    assert len(cut["train"]) > 20 and len(cut["val"]) > 10
+    assert sorted(p for d in cut["val"] for p in d.split("\n\n") if p) == sorted(p for p in val.split("\n\n") if p)
+
+
+@pytest.mark.parametrize("text, start, what", [
+    (b"a b\n\n" * 10 ** 6, 4_900_000, "paragraph"),              # 2%
+    (b"a b\r\n\r\n" * 30_000, 210_000 - 64_001, "paragraph"),    # 64,000 bytes
+    (b"a b\n\nc d.\n" + b"e f\n" * 25_000, 50_002, "line"),
+    (b"title\n\n" + b"word " * 1000, 2502, "word"),              # half of a short text
+    ("é".encode() * 101, 102, "character"), (b"", 0, "character")])
+def test_where_the_held_out_end_begins(text, start, what):
+    """Never more than twice the share, so that a lone paragraph at the top does not take all."""
+    assert prepare_data.held_out_start(text) == (start, what)
+    text[start:].decode()
+
+
+@pytest.mark.parametrize("content, why", [
+    (None, "names a UTF-8 text file"), (b"", "0 bytes of text cannot give training and validation"),
+    (b"\f\n \n", "cannot give training and validation"),
+    ("caf\u00e9 in latin1".encode("latin1"), "is no UTF-8: byte 3 is 0xe9; convert it, such as: iconv -f latin1"),
+    ("UTF-16 text".encode("utf-16"), "is no UTF-8: byte 0 is 0xff; convert it, such as: iconv -f utf-16 -t utf-8")])
 def test_a_text_that_will_not_do_is_one_line(copy, tmp_path, content, why):
     source = tmp_path / "t.txt"
     if content is not None:
         source.write_bytes(content)
     text = copy.prepare("text", TEXT_PATH=str(source), code=2)
     assert why in text and f"TEXT_PATH={source}" in text and not list(copy.datasets.glob("t_*"))
+    assert len(text.splitlines()) == 1
+
+
+def test_compressed_texts_that_will_not_do(copy, tmp_path):
+    source = tmp_path / "t.txt.xz"
+    source.write_bytes(lzma.compress(b"x" * 1500 + b"\xe4"))
+    assert "decompressed, is no UTF-8: byte 1,500 is 0xe4" in copy.prepare("text", TEXT_PATH=str(source), code=2)
+    source.write_bytes(lzma.compress(b"text")[:-9])
+    assert "t.txt.xz: cannot be read (Compressed" in copy.prepare("text", TEXT_PATH=str(source), code=2)
+
+
+@pytest.mark.parametrize("name", ["demo", "fineweb10B_sp8192", "a/b", "..", ".hidden"])
+def test_a_text_cannot_take_the_place_of_other_data(copy, tmp_path, name):
+    (tmp_path / "t.txt").write_text("some text\n\n" * 9)
+    text = copy.prepare("text", TEXT_PATH=str(tmp_path / "t.txt"), TEXT_NAME=name, code=2)
+    assert text.startswith(f"prepare_data.py: TEXT_NAME={name}: ") and len(text.splitlines()) == 1
+
+
+# ---- source.json
+
+BYTES = {"tokenizer": "bytes", "vocab_size": 256}
+SP8192 = {"tokenizer": hashlib.sha256(MODEL.read_bytes()).hexdigest(), "vocab_size": 8192}
+
+
+def sidecar(folder):
+    """The fields of source.json for readers of the shards."""
+    record = json.loads((folder / "source.json").read_text())
+    return {name: record[name] for name in ("tokenizer", "vocab_size")}
+
+
+def test_shards_say_what_their_tokens_are(copy, demo, tmp_path):
+    """Demo and text; folders of before, without these fields, get them and keep their shards."""
+    assert sidecar(demo.datasets / "demo_bytes") == BYTES and sidecar(demo.datasets / "demo_sp8192") == SP8192
+    with_demo(copy, demo)
+    path = copy.datasets / "demo_sp8192/source.json"
+    record, state = json.loads(path.read_text()), copy.state()
+    path.write_text(json.dumps({name: value for name, value in record.items() if name not in SP8192}))
+    copy.prepare("demo")
+    assert json.loads(path.read_text()) == record and copy.state() == state
+    (tmp_path / "t.txt").write_text("some text\n\n" * 9)
+    copy.prepare("text", TEXT_PATH=str(tmp_path / "t.txt"))
+    assert sidecar(copy.datasets / "t_bytes") == BYTES and sidecar(copy.datasets / "t_sp8192") == SP8192
+
+
+def test_downloads_say_what_their_tokens_are(copy):
+    fill_hub(copy.hub)
+    copy.prepare("fineweb")
+    for name, facts in (("fineweb10B_bytes", BYTES), ("fineweb10B_sp8192", SP8192)):
+        path = copy.datasets / name / "source.json"
+        record = json.loads(path.read_text())
+        assert sidecar(path.parent) == facts
+        path.write_text(json.dumps({key: value for key, value in record.items() if key not in facts}))    # of before
+        copy.prepare("fineweb", FAKE_OFFLINE="1")
+        assert json.loads(path.read_text()) == record
+
+
+def test_long_work_says_how_far_it_is(monkeypatch, capsys):
+    """Lines where there is no terminal for a bar."""
+    monkeypatch.setattr(prepare_data, "PROGRESS_SECONDS", 0)
+    with prepare_data.progress_bar(2000, desc="own_bytes", unit="token") as bar:
+        bar.update(1500)
+    assert capsys.readouterr().out == "prepare_data.py: own_bytes: 1,500 of 2,000, 75%\n"
 
 
 # ---- fineweb
@@ -487,7 +589,12 @@ def test_bytes_restart_and_refusals(copy, small_model):
     assert changed == {"fineweb_train_000001.bin", "fineweb_val_000000.bin"}
     assert documents_of(read_shard(out / "fineweb_train_000001.bin")) == [b"some text some text"]
     copy.prepare("bytes", **env)
-    assert copy.state() == after and not (out / ".partial").exists()
+    assert copy.state() == after and not (out / ".partial").exists() and sidecar(out) == BYTES
+    record = json.loads((out / "source.json").read_text())
+    record |= {"tokenizer": record.pop("source_tokenizer")}            # as it was written before
+    (out / "source.json").write_text(json.dumps({k: v for k, v in record.items() if k != "vocab_size"}))
+    copy.prepare("bytes", **env)
+    assert copy.state() == after and sidecar(out) == BYTES
     assert "SOURCE_TOKENIZER" in copy.prepare("bytes", code=2, SOURCE_PATH=str(source))
     assert "no SentencePiece model" in copy.prepare("bytes", code=1, SOURCE_PATH=str(source), SOURCE_TOKENIZER="/nil")
     assert "not made by this conversion" in copy.prepare("bytes", code=2, BYTES_PATH=str(source), **env | {

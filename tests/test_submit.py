@@ -26,8 +26,6 @@ KNOBS = dict(
 PEOPLE = dict(author="A. Author", github_id="aauthor")
 CHECKED = ("roundtrip_val_bpb", "tempered_val_bpb", "sliding_val_bpb", "temperature")
 # train_jepa.py must say its source when it runs inside the self-extracting script.
-FILE_ONLY = 'return Path(__file__).read_text(encoding="utf-8")'
-HOOKED = FILE_ONLY.replace("return", 'return globals().get("SOURCE") or')
 
 
 def edit(path, **values):
@@ -142,12 +140,6 @@ if __name__ == "__main__":
 '''
 
 
-def hooked_source() -> str:
-    """The source of train_jepa.py with the line that finds it inside the self-extracting script."""
-    source = tj.source_text()
-    return source if 'globals().get("SOURCE")' in source else source.replace(FILE_ONLY, HOOKED)
-
-
 def test_shipped_script_runs_as_its_source_would(tmp_path):
     """Same name, file, arguments, docstring; inspect shows the source, tracebacks its lines."""
     path = tmp_path / "train_gpt.py"
@@ -167,7 +159,7 @@ def test_shipped_script_of_the_trainer():
     source = tj.source_text()
     shipped = tool.shipped_script(source)
     assert shipped.isascii() and len(shipped) < 0.36 * len(source.encode())
-    assert shipped == tool.shipped_script.__wrapped__(source) and b"\r" not in shipped
+    assert shipped == tj.shipped_script.__wrapped__(source) and b"\r" not in shipped
     done = subprocess.run([sys.executable, "-", "--source"], input=shipped, capture_output=True)
     assert done.stdout.decode() == source and not done.stderr
 
@@ -177,7 +169,7 @@ def test_shipped_script_of_the_trainer():
 def test_trainer_trains_the_same_when_it_is_shipped(tmp_path, ranks):
     """python and torchrun: the artifact of the plain file bit for bit, log and hash of the source,
     and no file but the run's."""
-    source, folder, knobs = hooked_source(), tmp_path / "shipped", TINY | dict(ITERATIONS=2)
+    source, folder, knobs = tj.source_text(), tmp_path / "shipped", TINY | dict(ITERATIONS=2)
     folder.mkdir()
     (folder / "train_gpt.py").write_bytes(tool.shipped_script(source))
     places = dict(RUNS_DIR="runs", RUN_ID="r")

@@ -5,8 +5,9 @@
 
 Writes compare.md, compare.csv and compare.png into OUT and prints the tables; the last line of
 stdout is JSON. The configuration of the first run is the baseline. Runs without a result are listed
-and drawn, but not averaged. Settings are NAME=value arguments or environment variables (arguments
-win).
+and drawn, but not averaged. Where data, tokenizer or a cap differs from the baseline's, a warning
+and a column say so, for then the differences have other causes, too. Settings are NAME=value
+arguments or environment variables (arguments win).
 """
 from __future__ import annotations
 
@@ -36,7 +37,6 @@ from train_jepa import (  # noqa: E402
     format_knob,
     knob,
     parse_knob,
-    read_metrics,
     write_atomically,
 )
 
@@ -58,7 +58,7 @@ def configuration(config: Mapping[str, Any]) -> dict[str, Any]:
     """The knobs of config.json that make a run's experiment: not its seed, folder or logging.
 
     A knob that the run's script did not have yet counts as its default. Data and tokenizer count by
-    name, wherever they lie."""
+    name, wherever they lie; a byte model has no tokenizer."""
     knobs, free, result = Config.knobs(), Config.tagged("free"), Config.tagged("result")
     values = {name: config.get(name, f.default) for name, f in knobs.items()
               if name != "SEED" and (name not in free or name in result)}
@@ -66,7 +66,9 @@ def configuration(config: Mapping[str, Any]) -> dict[str, Any]:
         default = name in FORMER_DEFAULTS and value == FORMER_DEFAULTS[name]
         if name not in knobs and name not in FORMER_FREE_KNOBS and not default:
             values[name] = value
-    return values | {name: Path(values[name]).name for name in ("DATA_PATH", "TOKENIZER_PATH")}
+    if values["TOKENIZER"] == "byte":
+        values["TOKENIZER_PATH"] = ""
+    return values | {name: Path(str(values[name])).name for name in ("DATA_PATH", "TOKENIZER_PATH")}
 
 
 # -----------------------------------------------------------------------------------------------
@@ -84,6 +86,7 @@ class RunRecord(NamedTuple):
     config: dict[str, Any]
     result: dict[str, Any]
     metrics: list[dict]
+    damage: list[str] = []  # what cannot be read of these files, a line each
 
     seed = property(lambda self: self.config.get("SEED"))
 
@@ -107,17 +110,57 @@ class RunRecord(NamedTuple):
         return self.score("roundtrip") is not None
 
 
-def read_run(path: Path) -> RunRecord:
-    """Read a run folder in any state: empty, running, failed, finished."""
-    def read_object(name: str) -> dict:
-        try:
-            value = json.loads((path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return value if isinstance(value, dict) else {}
+def read_file(path: Path) -> tuple[bytes, str]:
+    """Content of a file, empty if it is missing; and what kept it from being read, else empty."""
+    try:
+        if path.exists() and not path.is_file():  # reading a FIFO would never end
+            return b"", f"{path}: is no file"
+        return path.read_bytes(), ""
+    except FileNotFoundError:
+        return b"", ""
+    except OSError as error:
+        return b"", f"{path}: cannot be read ({error.strerror})"
 
-    metrics = [line for line in read_metrics(path / "metrics.jsonl") if isinstance(line, dict)]
-    return RunRecord(path, read_object("config.json"), read_object("result.json"), metrics)
+
+def read_object(path: Path) -> tuple[dict, str]:
+    """A JSON object and what is wrong with its file; {} if there is none."""
+    data, fault = read_file(path)
+    try:
+        value = json.loads(data) if data else {}
+    except (ValueError, RecursionError):  # ValueError: no UTF-8, too
+        value = None
+    if isinstance(value, dict):
+        return value, fault
+    return {}, f"{path}: holds no JSON object"
+
+
+def read_journal(path: Path) -> tuple[list[dict], str]:
+    """The lines of metrics.jsonl that are JSON objects and, in a line, what the others are.
+
+    A last line without its end is still being written."""
+    data, fault = read_file(path)
+    lines, damaged = [], []
+    for number, line in enumerate(data.split(b"\n")[:-1], 1):
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            value = None
+        if isinstance(value, dict):
+            lines.append(value)
+        else:
+            damaged.append(number)
+    if damaged:
+        fault = (f"{path}: {len(damaged)} of {len(damaged) + len(lines)} lines are no JSON objects "
+                 f"(the first is line {damaged[0]}); left out")
+    return lines, fault
+
+
+def read_run(path: Path) -> RunRecord:
+    """Read a run folder in any state: empty, running, failed, finished, damaged."""
+    config, result = read_object(path / "config.json"), read_object(path / "result.json")
+    metrics = read_journal(path / "metrics.jsonl")
+    faults = [fault for _, fault in (config, result, metrics) if fault]
+    return RunRecord(path, config[0], result[0], metrics[0], faults)
 
 
 def find_runs(patterns: str, knob_name: str) -> list[RunRecord]:
@@ -248,16 +291,25 @@ COLUMNS = dict(
     sliding_val_bpb=Column("sliding BPB", ".5f", paired=True),
     carried_val_bpb=Column("carried BPB", ".5f", paired=True),
     total_bytes=Column("bytes", ",.0f"),
+    steps=Column("steps", ",.0f"),
+    train_seconds=Column("seconds", ",.0f"),
     ms_per_step=Column("ms/step", ".1f"))
 PAIRED = [name for name, column in COLUMNS.items() if column.paired]
+# Knobs that make runs unlike in more than the recipe, by what the tables call them.
+UNLIKE_KNOBS = dict(
+    DATA_PATH="data", TOKENIZER="tokenizer", TOKENIZER_PATH="tokenizer", VOCAB_SIZE="tokenizer",
+    VAL_MAX_TOKENS="validation cap", ITERATIONS="step cap", MAX_WALLCLOCK_SECONDS="time cap")
 
 
 class RunGroup(NamedTuple):
     """Runs of one configuration."""
-    name: str    # the knobs that tell it from the baseline; the first run where these are many
-    knobs: str   # the same, but empty where these are many
+    name: str    # the run if it is one; else the knobs that tell it from the baseline if they are
+    #              few, else the first run
+    knobs: str   # the knobs that tell it from the baseline; empty where these are many
     finished: list[RunRecord]
     unfinished: list[RunRecord]
+    unlike: Mapping[str, list[str]] = {}  # words of UNLIKE_KNOBS that differ from the baseline:
+    #                                       NAME=value of each
 
     runs = property(lambda self: self.finished + self.unfinished)
 
@@ -277,6 +329,7 @@ class RunGroup(NamedTuple):
         """Counts, seeds, folders; mean, deviation and number of values for each of COLUMNS."""
         facts: dict[str, Any] = dict(
             name=self.name, n=len(self.finished), unfinished=len(self.unfinished),
+            unlike=list(self.unlike),
             seeds=[run.seed for run in self.runs], runs=[str(run.path) for run in self.runs])
         for column in COLUMNS:
             values = [value for _, value in self.values(column)]
@@ -309,17 +362,28 @@ def group_runs(runs: Sequence[RunRecord]) -> tuple[list[RunGroup], dict[str, lis
         by_configuration.setdefault(key, []).append(run)
     members = list(by_configuration.values())
     varied = differing([configuration(group[0].config) for group in members])
-    groups = []
+    groups: list[RunGroup] = []
     for i, group in enumerate(members):
-        words = [knob_word(name, values[i]) for name, values in varied.items()
-                 if i == 0 or values[i] != values[0]]
-        knobs = ", ".join(words) if len(words) <= 3 else ""
-        name = knobs or "all runs"
-        if len(words) > 3:
-            name = f"{i + 1}: {group[0].path.name}{' etc.' if len(group) > 1 else ''}"
+        other = {name: knob_word(name, values[i]) for name, values in varied.items()
+                 if i == 0 or values[i] != values[0]}
+        knobs = ", ".join(other.values()) if len(other) <= 3 else ""
+        name = group_name(group, knobs)
+        if name in [earlier.name for earlier in groups] or (len(group) > 1 and len(other) > 3):
+            name = f"{i + 1}: {name}"
+        unlike: dict[str, list[str]] = {}
+        for knob_name, word in other.items():
+            if i and knob_name in UNLIKE_KNOBS:
+                unlike.setdefault(UNLIKE_KNOBS[knob_name], []).append(word)
         groups.append(RunGroup(name, knobs, [run for run in group if run.finished],
-                               [run for run in group if not run.finished]))
+                               [run for run in group if not run.finished], unlike))
     return groups, varied
+
+
+def group_name(runs: Sequence[RunRecord], knobs: str) -> str:
+    """What the tables call the runs of one configuration."""
+    if len(runs) == 1:
+        return runs[0].path.name
+    return knobs or f"{runs[0].path.name} etc."
 
 
 def pair_groups(groups: Sequence[RunGroup]) -> list[dict[str, Any]]:
@@ -330,7 +394,8 @@ def pair_groups(groups: Sequence[RunGroup]) -> list[dict[str, Any]]:
             values, base = group.by_seed(column), baseline.by_seed(column)
             seeds = sorted(set(values) & set(base), key=str)
             if seeds:
-                facts = dict(name=group.name, baseline=baseline.name, column=column, seeds=seeds)
+                facts = dict(name=group.name, baseline=baseline.name, column=column, seeds=seeds,
+                             unlike=list(group.unlike))
                 tests.append(facts | paired_test([values[seed] - base[seed] for seed in seeds]))
     return tests
 
@@ -338,8 +403,8 @@ def pair_groups(groups: Sequence[RunGroup]) -> list[dict[str, Any]]:
 def validations(run: RunRecord) -> list[tuple[int, float]]:
     """(step, bits per byte) of the validations during training, the finite ones."""
     return [(line["step"], line["val_bpb"]) for line in run.metrics
-            if line.get("kind") == "validation" and isinstance(line.get("val_bpb"), (int, float))
-            and math.isfinite(line["val_bpb"])]
+            if line.get("kind") == "validation" and isinstance(line.get("step"), int)
+            and isinstance(line.get("val_bpb"), (int, float)) and math.isfinite(line["val_bpb"])]
 
 
 def run_state(run: RunRecord) -> dict[str, Any]:
@@ -349,7 +414,8 @@ def run_state(run: RunRecord) -> dict[str, Any]:
     val_step, val_bpb = (validations(run) or [(None, None)])[-1]
     parts = ["finished without a finite round-trip BPB" if run.result else "no result"]
     if not run.result:
-        limit = f" of at most {run.config['ITERATIONS']:,}" if "ITERATIONS" in run.config else ""
+        steps = run.config.get("ITERATIONS")
+        limit = f" of at most {steps:,}" if isinstance(steps, int) else ""
         parts.append(f"step {step:,}{limit}")
     parts.append("never validated" if val_step is None else
                  f"last validation {val_bpb:.4f} BPB at step {val_step:,}")
@@ -405,14 +471,26 @@ def varied_table(groups: Sequence[RunGroup], varied: dict[str, list]) -> str:
 
 def paired_table(tests: Sequence[dict]) -> str:
     """A row per configuration and score: difference to the baseline, interval and p."""
-    rows = [["configuration", "score", "pairs", "difference", "95% interval", "p"]]
+    rows = [["configuration", "score", "pairs", "difference", "95% interval", "p", "also differs"]]
     for test in tests:
         interval = "–"
         if test["low"] is not None:
             interval = f"{number_text(test['low'])} to {number_text(test['high'])}"
         rows.append([test["name"], COLUMNS[test["column"]].label, str(test["n"]),
-                     number_text(test["difference"]), interval, number_text(test["p"], ".2g")])
+                     number_text(test["difference"]), interval, number_text(test["p"], ".2g"),
+                     ", ".join(test["unlike"]) or "–"])
     return markdown_table(rows)
+
+
+def unlike_warnings(groups: Sequence[RunGroup]) -> list[str]:
+    """A line per configuration whose differences to the baseline have causes beside the recipe."""
+    warnings = []
+    for group in groups[1:]:
+        if group.unlike:
+            words = ", ".join(word for words in group.unlike.values() for word in words)
+            warnings.append(f"{group.name} differs from the baseline {groups[0].name} in "
+                            f"{' and '.join(group.unlike)} ({words}), not only in the recipe")
+    return warnings
 
 
 def comparison_notes(groups: Sequence[RunGroup], tests: Sequence[dict]) -> list[str]:
@@ -435,10 +513,11 @@ def comparison_notes(groups: Sequence[RunGroup], tests: Sequence[dict]) -> list[
 
 
 def comparison_text(groups: Sequence[RunGroup], summaries: Sequence[dict], varied: dict[str, list],
-                    tests: Sequence[dict], states: dict[str, dict]) -> str:
+                    tests: Sequence[dict], states: dict[str, dict], damage: Sequence[str]) -> str:
     """The comparison as Markdown."""
     baseline = "; the first row is the baseline" if len(groups) > 1 else ""
     parts = [f"# Comparison\n\nMean ± standard deviation over finished runs{baseline}.\n",
+             *(f"**Warning:** {warning}.\n" for warning in unlike_warnings(groups)),
              summary_table(summaries)]
     if varied:
         parts += ["\n## Knobs that differ\n", varied_table(groups, varied)]
@@ -450,7 +529,7 @@ def comparison_text(groups: Sequence[RunGroup], summaries: Sequence[dict], varie
     if states:
         parts += ["\n## Runs without a result\n"]
         parts += [f"- {path}: {state['text']}" for path, state in states.items()]
-    notes = comparison_notes(groups, tests)
+    notes = [*damage, *comparison_notes(groups, tests)]
     if notes:
         parts += ["\n## Notes\n", *(f"- {note}" for note in notes)]
     return "\n".join(parts) + "\n"
@@ -460,7 +539,8 @@ def write_csv(path: Path, summaries: Sequence[dict], tests: Sequence[dict]) -> N
     """A row per configuration: mean, std and n per column, then its paired difference."""
     rows = []
     for facts in summaries:
-        row = dict(configuration=facts["name"], n=facts["n"], unfinished=facts["unfinished"])
+        row = dict(configuration=facts["name"], n=facts["n"], unfinished=facts["unfinished"],
+                   also_differs=", ".join(facts["unlike"]))
         for column in COLUMNS:
             row |= {f"{column}_{part}": facts[column][part] for part in ("mean", "std", "n")}
         by_column = {test["column"]: test for test in tests if test["name"] == facts["name"]}
@@ -609,10 +689,12 @@ def compare(settings: Settings) -> dict[str, Any]:
     if not with_config:
         raise UserError(f"RUNS={settings.runs}: no run there has begun (no config.json in any of "
                         f"the {len(runs)} folders)")
+    damage = [line for run in runs for line in run.damage]
     groups, varied = group_runs(with_config)
     summaries, tests = [group.summary() for group in groups], pair_groups(groups)
     states = {str(run.path): run_state(run) for run in runs if not (run.config and run.finished)}
-    text, out = comparison_text(groups, summaries, varied, tests, states), Path(settings.out)
+    text = comparison_text(groups, summaries, varied, tests, states, damage)
+    out = Path(settings.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_csv(out / "compare.csv", summaries, tests)
@@ -621,7 +703,8 @@ def compare(settings: Settings) -> dict[str, Any]:
         raise UserError(f"OUT={out}: cannot be written ({error.strerror})") from error
     write_atomically(out / "compare.md", text.encode())
     print(text)
-    return dict(out=str(out), groups=summaries, knobs=varied, paired=tests, unfinished=states)
+    return dict(out=str(out), groups=summaries, knobs=varied, paired=tests, unfinished=states,
+                warnings=unlike_warnings(groups), damage=damage)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,7 +12,11 @@ there and sound; a file gets its name when it is complete. Exit codes: 0 done, 1
 input, 3 no network; the reason is one line on stderr.
 
 A shard is 256 little-endian int32 (magic, version, number of tokens, zeros), then uint16 tokens:
-the format of https://github.com/openai/parameter-golf.
+the format of https://github.com/openai/parameter-golf. Beside the shards lies source.json. Its
+fields for readers of the shards:
+    tokenizer    "bytes", or the sha256 of the SentencePiece model file (64 hexadecimal digits)
+    vocab_size   number of token ids: 256, or the number of pieces
+Its other fields tell this file what the shards were made from.
 """
 import contextlib
 import hashlib
@@ -23,9 +27,9 @@ import random
 import re
 import shutil
 import sys
+import time
 from itertools import accumulate
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -33,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DATASETS, TOKENIZERS, DEMO = Path("data/datasets"), Path("data/tokenizers"), Path("data/demo")
 STAGING = Path("data/.download")
 DEMO_MODEL = DEMO / "fineweb_8192_bpe.model"
+PROGRESS_SECONDS = 10    # between lines about long work, where no bar can be shown
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 BOS = 1     # SentencePiece shards: begins each document
@@ -69,25 +74,37 @@ def note(text):
     print(f"prepare_data.py: {text}", flush=True)
 
 
-def progress_bar(total, **options):
-    """A context whose value has update(n): a tqdm bar on a terminal, nothing elsewhere."""
-    try:
+class ProgressLines:
+    """Stands for a tqdm bar in a pipe: a line every PROGRESS_SECONDS."""
+
+    def __init__(self, total, desc):
+        self.total, self.desc, self.count, self.last = total, desc, 0, time.monotonic()
+
+    def update(self, count):
+        self.count += count
+        if time.monotonic() - self.last >= PROGRESS_SECONDS:
+            self.last = time.monotonic()
+            note(f"{self.desc}: {self.count:,} of {self.total:,}, {self.count / max(self.total, 1):.0%}")
+
+
+def progress_bar(total, desc, **options):
+    """A context whose value has update(n): a tqdm bar on a terminal, lines elsewhere."""
+    with contextlib.suppress(ImportError):
         from tqdm import tqdm
-    except ImportError:
-        tqdm = None
-    if tqdm is None or not sys.stderr.isatty():
-        return contextlib.nullcontext(SimpleNamespace(update=lambda count: None))
-    return tqdm(total=total, leave=False, **options)
+        if sys.stderr.isatty():
+            return tqdm(total=total, desc=desc, leave=False, **options)
+    return contextlib.nullcontext(ProgressLines(total, desc))
 
 
 # ---- files
 
 def read_json(path):
-    """The value in a JSON file; {} if it is missing or damaged."""
+    """The object in a JSON file; {} if it is missing or damaged."""
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
+    return value if isinstance(value, dict) else {}
 
 
 def write_json(path, value):
@@ -194,6 +211,30 @@ def train_limit(default=None):
     return int(text)
 
 
+# ---- source.json: what the tokens of a folder of shards are
+
+def token_facts(tokenizer=None):
+    """The fields of source.json for readers: of a SentencePiece model file, else of bytes."""
+    if tokenizer is None:
+        return {"tokenizer": "bytes", "vocab_size": 256}
+    return {"tokenizer": sha256(tokenizer),
+            "vocab_size": sentencepiece_model(tokenizer).vocab_size()}
+
+
+def write_source(folder, source, tokenizer=None):
+    """Write source.json, unless it says the same already: what the shards were made from, and
+    the fields for readers."""
+    record = source | token_facts(tokenizer)
+    if read_json(folder / "source.json") != record:
+        write_json(folder / "source.json", record)
+
+
+def made_from(folder):
+    """source.json without the fields for readers, which older ones lack."""
+    return {key: value for key, value in read_json(folder / "source.json").items()
+            if key not in ("tokenizer", "vocab_size")}
+
+
 # ---- documents to shards: demo and text
 
 BATCH = 256         # documents that are encoded together
@@ -221,13 +262,21 @@ def single_shards(folder):
     return {split: folder / f"fineweb_{split}_000000.bin" for split in ("train", "val")}
 
 
+TOKENIZER_OF = {"sp8192": DEMO_MODEL, "bytes": None}
+
+
 def stale_folders(name, source):
     """{kind: folder} of the data sets NAME_sp8192 and NAME_bytes that are missing, damaged or were
-    made from another `source`."""
-    folders = {kind: DATASETS / f"{name}_{kind}" for kind in ("sp8192", "bytes")}
-    return {kind: folder for kind, folder in folders.items()
-            if read_json(folder / "source.json") != source
-            or not all(map(is_sound, single_shards(folder).values()))}
+    made from another `source`. The others get the fields for readers if those are missing."""
+    stale = {}
+    for kind, tokenizer in TOKENIZER_OF.items():
+        folder = DATASETS / f"{name}_{kind}"
+        sound = all(map(is_sound, single_shards(folder).values()))
+        if sound and made_from(folder) == source:
+            write_source(folder, source, tokenizer)
+        else:
+            stale[kind] = folder
+    return stale
 
 
 def write_folders(folders, documents, source):
@@ -239,13 +288,23 @@ def write_folders(folders, documents, source):
             with progress_bar(len(texts), desc=folder.name) as bar:
                 count = write_shard(path, encoded(texts, kind, model, bar))
             note(f"{path}: {len(texts)} document(s), {count:,} tokens")
-        write_json(folder / "source.json", source)
+        write_source(folder, source, TOKENIZER_OF[kind])
 
 
 def read_text(path):
-    """Text of a UTF-8 file, plain or .xz."""
-    data = path.read_bytes()
-    return (lzma.decompress(data) if path.suffix == ".xz" else data).decode()
+    """Text of a UTF-8 file, plain or .xz, without a byte order mark; UserError for others."""
+    try:
+        data = path.read_bytes()
+        data = lzma.decompress(data) if path.suffix == ".xz" else data
+        return data.decode().removeprefix("\ufeff")
+    except (OSError, lzma.LZMAError) as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
+    except UnicodeDecodeError as error:
+        encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
+        decompressed = ", decompressed," if path.suffix == ".xz" else ""
+        raise UserError(f"{path}:{decompressed} is no UTF-8: byte {error.start:,} is "
+                        f"0x{data[error.start]:02x}; convert it, such as: iconv -f {encoding} "
+                        "-t utf-8 OLD >NEW") from None
 
 
 def cut_and_shuffle(documents, size):
@@ -321,33 +380,80 @@ def prepare_demo():
 
 # ---- text: a text of the user's
 
+HELD_OUT, HELD_OUT_BYTES = 0.02, 64_000    # of a text without pieces: the larger, at most half
+
+
+def held_out_start(data):
+    """Where the held-out end of a text begins: data (UTF-8) -> (index, what begins there).
+
+    The last place before a paragraph, else a line, else a word, that holds out the wanted share
+    but at most twice as much and half of the rest; any character where there is none."""
+    share = min(max(int(HELD_OUT * len(data)), HELD_OUT_BYTES), len(data) // 2)
+    latest = len(data) - share
+    for mark, name in ((b"\n\n", "paragraph"), (b"\r\n\r\n", "paragraph"), (b"\n", "line"),
+                       (b" ", "word")):
+        start = data.rfind(mark, max(latest - share, latest // 2), latest)
+        if start >= 0:
+            return start + len(mark), name
+    while latest < len(data) and data[latest] & 0xC0 == 0x80:    # inside a character
+        latest += 1
+    return latest, "character"
+
+
+def split_text(path, text):
+    """{split: documents} of a text: the first 2% of its pieces are held out for validation, or the
+    end of a text without pieces. A line says which."""
+    pieces = [piece for piece in re.split(r"\f\r?\n", text) if piece.strip()]
+    if len(pieces) > 1:
+        count = max(1, len(pieces) // 50)
+        note(f"{path}: {len(pieces):,} pieces, of which the first {count} are held out for "
+             "validation")
+        return {"train": pieces[count:], "val": pieces[:count]}
+    data = (pieces or [""])[0].encode()
+    start, name = held_out_start(data)
+    documents = {"train": [data[:start].decode()], "val": [data[start:].decode()]}
+    if not all(texts[0].strip() for texts in documents.values()):
+        raise UserError(f"TEXT_PATH={path}: {len(data):,} bytes of text cannot give training and "
+                        "validation")
+    rest = len(data) - start
+    note(f"{path}: no form feeds between pieces, so the last {rest:,} of {len(data):,} bytes "
+         f"({rest / len(data):.1%}), from the beginning of a {name}, are held out for validation")
+    return documents
+
+
+def text_name(path):
+    """TEXT_NAME or the file's name; UserError if it would make another's folder."""
+    name = os.environ.get("TEXT_NAME") or re.sub(r"[^\w-]+", "-", path.name.split(".")[0])
+    if not re.fullmatch(r"\w[\w.-]*", name) or re.match(r"demo$|fineweb10B", name):
+        raise UserError(f"TEXT_NAME={name}: it is the beginning of a folder's name, other than "
+                        "demo and fineweb10B...; give one: TEXT_NAME=mine")
+    return name
+
+
 def prepare_text():
-    """data/datasets/NAME_sp8192 and NAME_bytes from the pieces of TEXT_PATH, the first 2% of them
-    for validation."""
+    """data/datasets/NAME_sp8192 and NAME_bytes from the text TEXT_PATH."""
     path = Path(os.environ.get("TEXT_PATH", ""))
-    if not path.is_file():
+    if not (path.is_file() and os.access(path, os.R_OK)):
         raise UserError(f"TEXT_PATH={path}: it names a UTF-8 text file, plain or .xz")
-    name = os.environ.get("TEXT_NAME") or path.name.split(".")[0]
-    size = os.environ.get("TEXT_PIECE") or "0"
+    name, size = text_name(path), os.environ.get("TEXT_PIECE") or "0"
     if not size.isdecimal():
         raise UserError(f"TEXT_PIECE={size}: it is a number of characters, or 0")
     source = {"text": sha256(path), "piece": int(size)}
     folders = stale_folders(name, source)
-    if not folders:
+    if folders:
+        try:
+            text = read_text(path)
+        except UserError as error:
+            raise UserError(f"TEXT_PATH={error}") from None
+        documents = split_text(path, text)
+        if int(size):
+            documents = {split: cut_and_shuffle(texts, int(size))
+                         for split, texts in documents.items()}
+        write_folders(folders, documents, source)
+    else:
         note(f"{DATASETS / name}_sp8192 and {DATASETS / name}_bytes: complete")
-        return
-    try:
-        pieces = [piece for piece in read_text(path).split("\f\n") if piece.strip()]
-    except (UnicodeDecodeError, lzma.LZMAError) as error:
-        raise UserError(f"TEXT_PATH={path}: cannot be read ({error})") from None
-    if len(pieces) < 2:
-        raise UserError(f"TEXT_PATH={path}: one piece cannot give training and validation; a line "
-                        "with one form feed separates pieces")
-    held_out = max(1, len(pieces) // 50)
-    documents = {"train": pieces[held_out:], "val": pieces[:held_out]}
-    if int(size):
-        documents = {split: cut_and_shuffle(texts, int(size)) for split, texts in documents.items()}
-    write_folders(folders, documents, source)
+    note(f"train on them: DATA_PATH={DATASETS / name}_sp8192 bash run_jepa_bpe.sh, or "
+         f"DATA_PATH={DATASETS / name}_bytes bash run_jepa_byte.sh")
 
 
 # ---- fineweb: download from the Hugging Face hub
@@ -397,8 +503,7 @@ def manifest_counts(repo, files, folder):
     entry = {}
     if manifest:
         download(repo, manifest, DATASETS / folder / "manifest.json", force=True)
-        content = read_json(DATASETS / folder / "manifest.json")
-        entries = content.get("datasets", []) if isinstance(content, dict) else []
+        entries = read_json(DATASETS / folder / "manifest.json").get("datasets", [])
         entry = next((e for e in entries if isinstance(e, dict) and e.get("name") == folder), {})
     stats = entry.get("stats") or {}
     counts = {split: stats.get(f"files_{split}") for split in ("train", "val")}
@@ -458,7 +563,9 @@ def fetch(kind):
     """The shards of one kind and their tokenizer in data/; asks nobody when they are complete."""
     repo, name, tokenizer = HUB[kind]
     folder, limit = DATASETS / name, train_limit(DEFAULT_SHARDS)
+    model = TOKENIZERS / tokenizer if tokenizer else None
     if is_complete(folder, repo, tokenizer, limit):
+        write_source(folder, made_from(folder), model)
         note(f"{folder}: complete")
         return
     files = remote_files(repo)
@@ -469,8 +576,8 @@ def fetch(kind):
         remote = shortest_named(files, tokenizer)
         if remote is None:
             raise Failure(f"{repo} holds no {tokenizer}")
-        download(repo, remote, TOKENIZERS / tokenizer)
-        sentencepiece_model(TOKENIZERS / tokenizer)
+        download(repo, remote, model)
+        sentencepiece_model(model)
     shards = plan["val"] + plan["train"][:limit]
     left = len(plan["train"][len(shards) - len(plan["val"]):])
     more = f"; TRAIN_SHARDS=all takes {left} more" if left else ""
@@ -480,7 +587,7 @@ def fetch(kind):
             fetch_shard(repo, remote, folder / Path(remote).name)
             bar.update(1)
     record = {split: [Path(f).name for f in paths] for split, paths in plan.items()}
-    write_json(folder / "source.json", {"repo": repo, **record})
+    write_source(folder, {"repo": repo, **record}, model)
     (folder / ".partial").unlink()
     note(f"{folder}: complete, {len(shards)} shards")
 
@@ -567,8 +674,10 @@ def decode_source():
 def begin_conversion(output, folder, tokenizer):
     """The record of the conversion into `output`, empty if that holds nothing or other shards."""
     record = read_json(output / "source.json")
-    origin = {"tokenizer": sha256(tokenizer), "folder": str(folder.resolve())}
-    if shards_in(output) and "tokenizer" not in record:
+    origin = {"source_tokenizer": sha256(tokenizer), "folder": str(folder.resolve())}
+    if "source_tokenizer" not in record and "tokenizer" in record:    # an older form
+        record |= {"source_tokenizer": record["tokenizer"]}
+    if shards_in(output) and "shards" not in record:
         raise UserError(f"{output} holds shards that were not made by this conversion; "
                         "name another folder: BYTES_PATH=")
     output.mkdir(parents=True, exist_ok=True)
@@ -577,8 +686,8 @@ def begin_conversion(output, folder, tokenizer):
         for path in shards_in(output):     # decoded from other shards or with another tokenizer
             path.unlink()
         record = origin | {"mark": MARK, "shards": {}}
-        write_json(output / "source.json", record)
-    return record
+    write_source(output, record)
+    return record | token_facts()
 
 
 def prepare_bytes():

@@ -12,8 +12,6 @@ Settings are NAME=value arguments or environment variables (arguments win).
 """
 from __future__ import annotations
 
-import base64
-import bz2
 import functools
 import hashlib
 import json
@@ -50,6 +48,7 @@ from compare import (  # noqa: E402
 from prepare_data import HUB  # noqa: E402
 
 from train_jepa import (  # noqa: E402
+    SHIPPED_NAME,
     SIZE_LIMIT,
     Config,
     UserError,
@@ -61,12 +60,12 @@ from train_jepa import (  # noqa: E402
     knob,
     load_vocabulary,
     parse_knob,
+    shipped_script,
     source_text,
     write_atomically,
 )
 
 TRACK_SECONDS = 600  # of the 10-minute track: for training, and again for evaluation
-SCRIPT = "train_gpt.py"  # the challenge's name of the training script
 TRACK_FOLDERS = {"10min": "track_10min_16mb", "unlimited": "track_non_record_16mb"}
 # What the run script and set-up need beside them, by paths relative to their own folder.
 SHIPPED_BESIDE = ("requirements.txt", "setup_jepa.sh", "tools/launch.sh", "tools/prepare_data.py")
@@ -90,28 +89,6 @@ class Settings:
     blurb: str = knob("", "a sentence about the submission (empty: made from the configuration)")
     data_path: str = knob("", "folder of shards for the check (empty: that of the run)")
     overwrite: bool = knob(False, "1 = replace an earlier submission in OUT")
-
-
-@functools.cache
-def shipped_script(source: str) -> bytes:
-    """The training script as a submission ships it: a Python file that unpacks `source` in memory
-    and runs it as its own text. `python train_gpt.py --source` prints the source.
-
-    bz2 packs such a text 4% smaller than lzma, always to the same bytes, with a checksum. base85
-    (https://docs.python.org/3/library/base64.html) adds a quarter, but plain ASCII survives
-    editors, git and viewers; it has no quotes and no backslashes."""
-    packed = base64.b85encode(bz2.compress(source.encode())).decode()
-    return f'''\
-#!/usr/bin/env python3
-# Self-extracting script. This prints its source:  python {SCRIPT} --source
-import base64, bz2, linecache, sys
-SOURCE = bz2.decompress(base64.b85decode("{packed}")).decode()
-if sys.argv[1:] == ["--source"]:
-    sys.stdout.buffer.write(SOURCE.encode())
-else:  # inspect, and thereby Triton, reads the lines of functions from linecache
-    linecache.cache[__file__] = len(SOURCE), None, SOURCE.splitlines(True), __file__
-    exec(compile(SOURCE, __file__, "exec"))
-'''.encode()
 
 
 def code_bytes() -> int:
@@ -440,7 +417,7 @@ def script_arguments(script: str, given: dict[str, str], values: dict[str, Any])
 
 
 def command_text(script: str, arguments: dict[str, str]) -> str:
-    """bash SCRIPT NAME=value ..., a few to a line."""
+    """bash SHIPPED_NAME NAME=value ..., a few to a line."""
     words = [f"{name}={shlex.quote(value) if value else ''}" for name, value in arguments.items()]
     lines = [" ".join(words[i:i + 5]) for i in range(0, len(words), 5)]
     return " \\\n    ".join([f"bash {script}", *lines])
@@ -554,7 +531,7 @@ def configuration_fields(run: RunRecord, runs: Sequence[RunRecord],
         setup_command=command[0], data_sentence=command[1],
         training_command=training_command(run), evaluation_command=evaluation_command(run),
         other_seeds=", ".join(f"`{words}`" for words in others) or "other values of SEED, RUN_ID",
-        run_script=run_script(config), script=SCRIPT, script_sha256=result["script_sha256"],
+        run_script=run_script(config), script=SHIPPED_NAME, script_sha256=result["script_sha256"],
         best_seed=run.seed, shipped_beside=", ".join(f"`{name}`" for name in beside),
         check_steps=min(CHECK_STEPS, config["ITERATIONS"]), temperature=temperature_sentence(run))
 
@@ -697,7 +674,7 @@ def fill_folder(folder: Path, facts: dict[str, Any], runs: Sequence[RunRecord],
     default = "TRAIN_SCRIPT:=train_jepa.py"
     if launcher.count(default) != 1:
         raise UserError(f"tools/launch.sh: one line with {default} was expected")
-    launcher = launcher.replace(default, f"TRAIN_SCRIPT:={SCRIPT}")
+    launcher = launcher.replace(default, f"TRAIN_SCRIPT:={SHIPPED_NAME}")
     write_atomically(folder / "tools/launch.sh", launcher.encode())
     if tokenizer := shipped_tokenizer(best.config):
         (folder / "data/tokenizers").mkdir(parents=True)
@@ -705,7 +682,7 @@ def fill_folder(folder: Path, facts: dict[str, Any], runs: Sequence[RunRecord],
     for run in runs:
         shutil.copyfile(run.path / "log.txt", folder / f"train_seed{run.seed}.log")
     shutil.copyfile(best.path / "model.jepa", folder / "model.jepa")
-    write_atomically(folder / SCRIPT, shipped_script(source_text()))
+    write_atomically(folder / SHIPPED_NAME, shipped_script(source_text()))
     write_atomically(folder / "submission.json", (json.dumps(facts, indent=2) + "\n").encode())
     readme = submission_readme(facts, runs, best, data_path)
     write_atomically(folder / "README.md", readme.encode())
