@@ -85,13 +85,31 @@ make_venv() {
         die "$python -m venv failed (Debian and Ubuntu: install python3-venv); or set PYTHON"
 }
 
+# with_clock WHAT COMMAND...: runs a command that may be silent for minutes. Outside a terminal, where
+# it shows no bar, a line every ten seconds says how long it has run.
+with_clock() {
+    local what=$1 started=$SECONDS clock code=0
+    shift
+    if [[ -t 1 ]]; then
+        "$@"
+        return
+    fi
+    while sleep 10 9>&- >/dev/null 2>&1; do note "$what, $((SECONDS - started)) s so far"; done &
+    clock=$!
+    "$@" || code=$?
+    kill $clock
+    wait $clock 2>/dev/null || true
+    return $code
+}
+
 # No nvcc needed: its SSD kernels are Triton. Its requirements are for parts that are not used here.
 install_mamba() {
     local other="from importlib.metadata import version; exit(version('mamba_ssm') != '$MAMBA_SSM')"
     "$PY" -c "$other" 2>/dev/null && return
     note "installing mamba-ssm $MAMBA_SSM without its CUDA build"
-    MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE "$PY" -m pip install -q \
-        --disable-pip-version-check --no-deps --no-build-isolation "mamba-ssm==$MAMBA_SSM" ||
+    MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE with_clock "installing mamba-ssm" \
+        "$PY" -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation \
+        "mamba-ssm==$MAMBA_SSM" ||
         note "warning: mamba-ssm could not be installed; trainer and tests run without it"
 }
 
@@ -115,17 +133,22 @@ install_cpu_torch() {
     pin=$(grep -o '^torch==[^ ]*' requirements.txt)
     installed=$("$PY" -c 'from importlib.metadata import version; print(version("torch"))' \
         2>/dev/null) && [[ "torch==$installed" == "$pin"* ]] && return
-    note "no NVIDIA GPU: installing $pin for CPUs"
-    { "$PY" -m pip install -q --disable-pip-version-check "uv==$UV" &&
-        "$PY" -m uv pip install -q --python "$PY" --torch-backend cpu "$pin"; } >/dev/null 2>&1 ||
+    note "no NVIDIA GPU: installing $pin for CPUs, 0.2 GB"
+    with_clock "installing torch" fetch_cpu_torch "$pin" ||
         note "its CPU build cannot be fetched here; another build, up to 2.7 GB, does as well"
 }
 
+fetch_cpu_torch() {
+    { "$PY" -m pip install -q --disable-pip-version-check "uv==$UV" &&
+        "$PY" -m uv pip install -q --python "$PY" --torch-backend cpu "$1"; } >/dev/null 2>&1
+}
+
 install_requirements() {    # file
-    local quiet=-q
+    local quiet=-q size="0.3 GB, or 2.8 GB with CUDA"
     [[ -t 1 ]] && quiet=
-    note "installing $1 into $VENV"
-    "$PY" -m pip install $quiet --disable-pip-version-check -r "$1" ||
+    [[ $1 == *dev* ]] && size="0.25 GB"
+    note "installing $1 into $VENV: a download of $size"
+    with_clock "installing $1" "$PY" -m pip install $quiet --disable-pip-version-check -r "$1" ||
         die "pip could not install $1 (see above); repeat this command"
 }
 

@@ -261,8 +261,7 @@ start_run() {
 # Xeon and stops a run beside other processes; without any, an idle machine waits for wake-ups.
 SPIN_COUNT=5000
 
-# Sets `ranks`. A number of GPUs that does not divide MICRO_BATCHES is rounded down to one that
-# does.
+# Sets `ranks`. A number of GPUs that does not divide MICRO_BATCHES is rounded down to one that does.
 count_ranks() {
     local micro=${MICRO_BATCHES:-8} fits
     ranks=${NPROC_PER_NODE:-$GPUS}
@@ -286,8 +285,7 @@ launch() {
     [[ -v OMP_WAIT_POLICY ]] || export GOMP_SPINCOUNT=${GOMP_SPINCOUNT-$SPIN_COUNT}
     asks_for_help && [[ -f KNOBS.md ]] && show_help && exit
     count_ranks
-    if [[ $ranks == 1 ]] &&
-        { [[ -z "${TORCHRUN_ARGS-}" ]] || only_describes || in_mode sample; }; then
+    if [[ $ranks == 1 && -z "${TORCHRUN_ARGS-}" ]] || only_describes || in_mode sample; then
         exec "$PY" "$TRAIN_SCRIPT" ${ARGS[@]+"${ARGS[@]}"}
     fi
     # shellcheck disable=SC2086  # words are arguments
