@@ -175,10 +175,10 @@ def test_trainer_trains_the_same_when_it_is_shipped(tmp_path, ranks):
     places = dict(RUNS_DIR="runs", RUN_ID="r")
     arguments = [f"{name}={value}" for name, value in (knobs | places).items()]
     if ranks == 1:
-        children = [run_child(tmp_path, base=knobs),
+        children = [run_child(tmp_path, base=knobs, timeout=400),
                     script(folder, folder / "train_gpt.py", *arguments)]
     else:
-        children = run_ranks(tmp_path, ranks, base=knobs)
+        children = run_ranks(tmp_path, ranks, base=knobs, timeout=400)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                    f"--nproc_per_node={ranks}", "train_gpt.py", *arguments]
         done = subprocess.run(command, cwd=folder, env=plain_environment(), capture_output=True)
@@ -330,8 +330,9 @@ def test_the_check_runs_the_commands_of_readme(runs, checked):
         assert not folder.exists() and Path(report["out"]).resolve() not in folder.parents
         assert {*report["files"], "data/datasets/data/fineweb_val_000000.bin"} <= {*files}
     assert "MODE=eval ARTIFACT=model.jepa" in evaluation and "SLIDING_EVAL=1" in evaluation
-    assert all(command.startswith("bash run_jepa_byte.sh \\\n") for command in (training, evaluation))
-    assert all("DATA_PATH=data/datasets/data" in command for command in (training, evaluation))
+    for command in (training, evaluation):
+        assert command.startswith("bash run_jepa_byte.sh \\\n")
+        assert "DATA_PATH=data/datasets/data" in command
 
 
 def test_the_training_of_the_check_is_cut_by_iterations_only():
@@ -392,16 +393,14 @@ def test_data_in_the_folder(runs, checked, data, tokenizer, command, files):
 def test_arguments_give_the_values_of_the_run(name, preset):
     """What differs from the run script's defaults, and no more; defaults that depend on arguments
     are followed."""
-    given = dict(PROFILE="cpu", DATA_PATH="x")
-    settings = tool.script_settings(ROOT / name, (*map("=".join, given.items()), f"PRESET={preset}"))
+    given = dict(PROFILE="cpu", DATA_PATH="x", PRESET=preset)
+    settings = tool.script_settings(ROOT / name, tuple(map("=".join, given.items())))
     values = {knob: tj.parse_knob(knob, tj.Config.knobs()[knob], text)
               for knob, text in settings.items() if knob not in ("DATA_PATH", "TOKENIZER_PATH")}
-    assert tool.script_arguments(name, given | dict(PRESET=preset), values) == given | dict(
-        PRESET=preset)
+    assert tool.script_arguments(name, given, values) == given
     other = values | dict(MODEL_DIM=96, JEPA_ANNEAL=0.5, CE_PURE_FRAC=0.7, SWA_START=0.8)
-    arguments = tool.script_arguments(name, given | dict(PRESET=preset), other)
-    assert arguments == given | dict(PRESET=preset, MODEL_DIM="96", JEPA_ANNEAL="0.5",
-                                     CE_PURE_FRAC="0.7", SWA_START="0.8")
+    assert tool.script_arguments(name, given, other) == given | dict(
+        MODEL_DIM="96", JEPA_ANNEAL="0.5", CE_PURE_FRAC="0.7", SWA_START="0.8")
 
 
 def test_files_beside_the_script(runs, checked, tmp_path, monkeypatch):
@@ -549,7 +548,7 @@ def trained(tmp_path_factory, demo_data) -> Path:
     children = [launch(folder, "no_curves()", TINY, SEED=seed, RUN_ID=f"s{seed}", **knobs)
                 for seed in TRAINED_SEEDS]
     for child in children:
-        assert child.wait() == 0, child.text()
+        assert child.wait(400) == 0, child.text()
     return folder
 
 
@@ -570,7 +569,7 @@ def script(folder: Path, path: Path, *arguments: str) -> Child:
     """Run a Python file as `python path arguments...` in `folder`, in a child that has torch."""
     patch = (f"import runpy; os.chdir({str(folder)!r}); sys.argv = {[str(path), *arguments]!r}; "
              f"runpy.run_path({str(path)!r}, run_name='__main__')")
-    return run_child(folder.parent, patch, base={})
+    return run_child(folder.parent, patch, base={}, timeout=400)
 
 
 @pytest.mark.slow
