@@ -4750,7 +4750,7 @@ def memory_need(c: Config, cuda: bool) -> float:
               for index, letter in enumerate(c.pattern)]
     states = 4 * c.d_inner * c.d_state * c.pattern.count("m")  # bytes per sequence
     latents = c.latent * (2 + c.predictor_hidden_mult) * c.jepa_steps if c.jepa_on else 0
-    training = tokens * (value * (sum(layers) + latents) + states / c.ssd_chunk)
+    training = tokens * (value * (sum(layers) + latents) + states / (c.ssd_chunk or 64))
     if c.latent_on:
         training += 4 * c.micro_sequences * min(T, 64) * c.num_proj * c.sigreg_knots
     training *= 2 if c.compile_mode == "off" else 1  # eager: autograd keeps more of the steps between
