@@ -30,7 +30,8 @@ def clone(tmp_path_factory, demo_data):
             (folder / name).write_bytes((ROOT / name).read_bytes())
     subprocess.run("git init -q && git add -A && git -c user.name=t -c user.email=t@t commit -qm t", shell=True,
                    check=True, cwd=folder)
-    (folder / ".venv").symlink_to(sys.prefix)
+    (folder / ".venv").symlink_to(sys.prefix)  # .gitignore names a folder, not a link
+    (folder / ".git/info/exclude").write_text("/.venv\n")
     return folder
 
 
