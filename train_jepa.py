@@ -4849,8 +4849,8 @@ class Trainer:
         return tuple(map(self.runtime.to_device, (x, y, positions)))
 
     def read_ahead(self) -> str:
-        """Read this rank's batches of the next step. Returns the fault of a shard, or "": the step has
-        not begun then, and all ranks can save and end together."""
+        """Read this rank's batches of the next step. Returns the fault of a shard, or "": the step
+        has not begun then, and all ranks can save and end together."""
         try:
             self.ahead = {(self.position, micro): self.batches(self.position, micro)
                           for micro in self.micros}
