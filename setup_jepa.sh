@@ -85,8 +85,8 @@ make_venv() {
         die "$python -m venv failed (Debian and Ubuntu: install python3-venv); or set PYTHON"
 }
 
-# with_clock WHAT COMMAND...: runs a command that may be silent for minutes. Outside a terminal, where
-# it shows no bar, a line every ten seconds says how long it has run.
+# with_clock WHAT COMMAND...: runs a command that may be silent for minutes. Outside a terminal,
+# where it shows no bar, a line every ten seconds says how long it has run.
 with_clock() {
     local what=$1 started=$SECONDS clock code=0
     shift

@@ -261,7 +261,7 @@ start_run() {
 # Xeon and stops a run beside other processes; without any, an idle machine waits for wake-ups.
 SPIN_COUNT=5000
 
-# Sets `ranks`. A number of GPUs that does not divide MICRO_BATCHES is rounded down to one that does.
+# Sets `ranks`: the number of GPUs, rounded down to one that divides MICRO_BATCHES.
 count_ranks() {
     local micro=${MICRO_BATCHES:-8} fits
     ranks=${NPROC_PER_NODE:-$GPUS}
