@@ -227,7 +227,7 @@ class Config:
 
     model_dim: int = knob(512, "width D", "model size", low=1, group="model")
     num_layers: int = knob(12, "blocks: the first half encodes, the rest decodes",
-                           "model size", low=1, high=1000)
+                           "model size", low=1, high=256)
     mixer: str = knob("mamba2", "mamba2, attention, or a letter per block: m or a, as in "
                       "mmmmmmammm", "model")
     d_state: int = knob(64, "state size N of the SSM", "model size", low=1)
@@ -3244,7 +3244,7 @@ def storage_plan(model: nn.Module, c: Config) -> dict[str, str]:
 
 @functools.cache
 def row_grids(plan: str, rows: int) -> tuple[tuple[slice, Grid], ...]:
-    """(rows, grid) pairs of an entry of the plan: "int4+10xint8a" has int8a for its last 10 rows."""
+    """(rows, grid) pairs of an entry of the plan: "int4+10xint8a" has int8a for the last 10 rows."""
     head, _, tail = plan.partition("+")
     if not tail:
         return ((slice(0, rows), Grid.parse(head)),)
@@ -3283,7 +3283,7 @@ def whole_tensors(parts: dict[str, Tensor], path) -> dict[str, Tensor]:
 
 
 def grid_pairs(compute: Tensor, master: Tensor, plan: str) -> list[tuple[Tensor, Tensor, Grid]]:
-    """Views (compute, master, grid) of stacks (k, *shape): all rows at once if they share a grid."""
+    """Views (compute, master, grid) of stacks (k, *shape): all rows at once if of the same grid."""
     pieces = row_grids(plan, master.size(1) if master.ndim > 1 else 1)
     if len(pieces) > 1:
         return [(c[part], m[part], grid) for c, m in zip(compute, master) for part, grid in pieces]
@@ -3714,7 +3714,7 @@ class Optimizer:
 # header {"kind", "meta", "sections": [Section as a dict]}; payloads; sha256 of all before.
 MAGIC, VERSION, PREFIX = b"JEPAFILE", 2, struct.Struct("<8sIII")
 Section = namedtuple("Section", "name codec stored raw dtype shape")  # bytes in the file, decoded
-MAX_ENTRIES = dict(artifact=1 << 12, checkpoint=1 << 14)  # full-size models need 230 and 1,200
+MAX_ENTRIES = dict(artifact=1 << 12, checkpoint=1 << 15)  # full-size models need 230 and 1,200
 MAX_HEADER = {kind: 256 * entries for kind, entries in MAX_ENTRIES.items()}  # bytes of JSON
 MAX_DEPTH = 8            # of its nesting
 MAX_ELEMENTS = 1 << 27   # stored weights of one artifact
@@ -4190,7 +4190,7 @@ def read_artifact(path) -> tuple[dict, dict[str, Tensor], dict[str, Grid]]:
 
 
 # ------------------------------------------------------------------------------
-# checkpoint: everything an uninterrupted run would have at that step, in the artifact's container (no pickle)
+# checkpoint: everything an uninterrupted run would have at that step, in the artifact's container
 # ------------------------------------------------------------------------------
 
 class Checkpoints:
