@@ -2,7 +2,7 @@
 
 What differs from a reader's machine comes by the environment: the Python that runs the tests in place of an own .venv,
 the CPU profile, trainings of one step, scores of 2,048 tokens, and a pytest that lists the suite but does not run it.
-A block behind `<!-- not run by the tests: reason -->` is left out."""
+SLOW=1 shortens the trainings alone. A block behind `<!-- not run by the tests: reason -->` is left out."""
 import os
 import re
 import subprocess
@@ -14,9 +14,10 @@ from conftest import ROOT
 
 BLOCKS = re.findall(r"^(?:<!-- not run by the tests: ([^\n]+) -->\n)?```bash\n(.*?)^```",
                     (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
-SHORT = dict(ITERATIONS=1, MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=0, VAL_MAX_TOKENS=2048, PROBE_STEPS=0, SLIDING_EVAL=0,
-             TEMP_SCALING=0, VAL_LOSS_EVERY=0, PROFILE="cpu", SKIP_VENV=1, PYTHON=sys.executable,
-             PYTEST_ADDOPTS="--collect-only -qq")
+SHORT = dict(ITERATIONS=1, PROFILE="cpu", SKIP_VENV=1, PYTHON=sys.executable, PYTEST_ADDOPTS="--collect-only -qq")
+if os.environ.get("SLOW") != "1":
+    SHORT |= dict(MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=0, VAL_MAX_TOKENS=2048, PROBE_STEPS=0, SLIDING_EVAL=0,
+                  TEMP_SCALING=0, VAL_LOSS_EVERY=0)
 
 
 @pytest.fixture(scope="module")
