@@ -780,14 +780,15 @@ SIZES = [dict(), dict(QUANT_BITS=5), dict(QUANT_BITS=6, MLP_MULT=3), dict(QUANT_
          dict(TIE_EMBEDDINGS=0), dict(EXPAND=2), dict(ACTIVATION="leaky_relu2", MLP_EVERY=1),
          dict(TOKENIZER="bpe", VOCAB_SIZE=8192, EMBED_DIM=64)]
 # Hybrids as PRESET=best at full size: step in σ, compensated rounding, an MLP in every block
-HYBRID = dict(NUM_HEADS=4, NUM_KV_HEADS=2, QUANT_STEP="sigma", DT_GRID="int8a", EMBED_GRID="int7", MLP_EVERY=1, MLP_MULT=2,
-              ACTIVATION="leaky_relu2", QAT_FRACTION=0, ROUNDING="compensated", ROUNDING_TOKENS=8192, MIN_LR=0.1)
+HYBRID = dict(NUM_HEADS=4, NUM_KV_HEADS=2, QUANT_STEP="sigma", DT_GRID="int8a", EMBED_GRID="int7", MLP_EVERY=1,
+              MLP_MULT=2, ACTIVATION="leaky_relu2", QAT_FRACTION=0, ROUNDING="compensated", ROUNDING_TOKENS=8192,
+              MIN_LR=0.1)
 SIZES += [HYBRID | dict(MIXER="mmam", QUANT_K=0.385), HYBRID | dict(MIXER="maam", QUANT_K=0.34),
           HYBRID | dict(MIXER="mmmmam", NUM_LAYERS=6, QUANT_K=0.42, EXPAND=2)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("knobs", SIZES, ids=lambda knobs: ",".join(f"{k}={v}" for k, v in knobs.items())[-60:] or "plain")
+@pytest.mark.parametrize("knobs", SIZES, ids=lambda knobs: ",".join(f"{k}={v}" for k, v in knobs.items())[-60:])
 def test_describe_predicts_the_bytes_of_trained_models(tmp_path, demo_data, knobs):
     """MODE=describe knows the configuration alone, before a step is done: within 2% of the file after 40 steps."""
     knobs = harness.TINY | dict(
