@@ -2487,38 +2487,35 @@ class Linear(nn.Module):
 
 
 class Mamba2(nn.Module):
-    """Mamba-2 (Dao & Gu 2024, https://arxiv.org/abs/2405.21060), weight-compatible with
-    mamba_ssm.modules.mamba2.Mamba2(headdim=64, ngroups=1). Its state: the convolution's last K-1
-    inputs (B,K-1,C) and the SSM state (B,H,P,N), in fp32."""
+    """Mamba-2 (https://arxiv.org/abs/2405.21060), with the weights of mamba_ssm's
+    Mamba2(headdim=64, ngroups=1). State: the convolution's last K-1 inputs (B,K-1,C), and the
+    SSM's (B,H,P,N) in fp32."""
     roles = {"dt_bias": STATE, "A_log": STATE, "D": STATE}
-    # Multiply-adds per token beyond those of the parameters: state, and within a chunk.
+    # Multiply-adds per token beyond those of the parameters: state, and within a chunk
     flops = staticmethod(lambda c: c.d_inner * (2 * c.d_state + 0.75 * (c.ssd_chunk or 64)))
 
     def __init__(self, c: Config, kernels: Kernels):
         super().__init__()
         self.kernels, self.chunk = kernels, c.ssd_chunk or kernels.chunk
         inner, heads = c.d_inner, c.d_inner // HEADDIM
-        self.state_shape = heads, HEADDIM, c.d_state
         channels = inner + 2 * c.d_state  # x, B, C; in_proj's rows are z, x, B, C, dt
+        self.state_shapes = (c.d_conv - 1, channels), (heads, HEADDIM, c.d_state)
         self.in_proj = Linear(c.model_dim, inner + channels + heads, role=IN_PROJ)
         self.conv1d = nn.Conv1d(channels, channels, c.d_conv, groups=channels)
-        self.conv1d.roles = {"weight": SCALAR, "bias": SCALAR}
         dt = torch.empty(heads).uniform_(math.log(0.001), math.log(0.1)).exp()
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus^-1(dt)
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(heads))
         self.norm = nn.RMSNorm(inner)
-        self.norm.roles = {"weight": SCALAR}
+        self.conv1d.roles = self.norm.roles = {"weight": SCALAR, "bias": SCALAR}
         self.out_proj = Linear(inner, c.model_dim)
 
     def empty_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> State:
-        """The state before the first position: zeros."""
-        channels, _, kernel_size = self.conv1d.weight.shape
-        return (torch.zeros(batch, kernel_size - 1, channels, dtype=dtype, device=device),
-                torch.zeros(batch, *self.state_shape, device=device))
+        conv, ssm = self.state_shapes
+        return (torch.zeros(batch, *conv, dtype=dtype, device=device),
+                torch.zeros(batch, *ssm, device=device))
 
     def forward(self, u: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """u (B,T,D) and the state before it (None: zeros) -> (B,T,D) and the state after it."""
         generates = state is not None and u.size(1) == 1  # by the recurrence itself
         mix = functools.partial(mamba_mix, ssd=ssd_position) if generates else self.kernels.mix
         pad = -len(self.in_proj.weight) % 8 if u.is_cuda else 0  # wide loads need aligned rows
@@ -2542,9 +2539,8 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal attention: grouped queries (https://arxiv.org/abs/2305.13245), RMS-normalized q
-    and k, rotary positions, a gain per query head. Its state: the keys, before their rotation,
-    and values so far, each (B,kv_heads,S,width)."""
+    """Causal attention: grouped queries (https://arxiv.org/abs/2305.13245), RMS-normalized q and k,
+    rotary positions, a gain per query head. State: keys (before rotation) and values so far."""
     roles = {"q_gain": CONTROL}
     flops = staticmethod(lambda c: c.model_dim * c.train_seq_len)  # q k and the sum of v, causal
     empty_state = staticmethod(lambda *_: None)  # keys and values have no fixed size
@@ -2561,7 +2557,6 @@ class Attention(nn.Module):
         self.q_gain = nn.Parameter(torch.full((heads,), c.qk_gain_init))
 
     def forward(self, u: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """u (B,T,D), keys and values before it -> (B,T,D), keys and values with its own."""
         q, k, v = [project(u).unflatten(-1, (-1, self.width)).transpose(1, 2)
                    for project in (self.q_proj, self.k_proj, self.v_proj)]
         q, k, mask, start = rms_norm(q, self.eps), rms_norm(k, self.eps), None, 0
@@ -2576,7 +2571,8 @@ class Attention(nn.Module):
         return self.out_proj(y.transpose(1, 2).flatten(2)), (k, v)
 
 
-MIXERS = {"m": Mamba2, "a": Attention}  # by letter; a new mixer defines the same methods
+# By letter. forward: u (B,T,D), the state before it (None: empty) -> (B,T,D), the state after it.
+MIXERS = {"m": Mamba2, "a": Attention}
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -2595,12 +2591,12 @@ ACTIVATIONS = {
 class MLP(nn.Module):
     """up, activation, RMSNorm over the hidden units if asked for, zero-initialized down."""
 
-    def __init__(self, dim: int, mult: int, activation: str, norm: bool):
+    def __init__(self, c: Config):
         super().__init__()
-        self.activation, ratio = ACTIVATIONS[activation]
-        self.norm = norm
-        self.up = Linear(dim, mult * dim * ratio, role=MLP_MATRIX)
-        self.down = Linear(mult * dim, dim, zero=True, role=MLP_MATRIX)
+        self.activation, ratio = ACTIVATIONS[c.activation]
+        self.norm, hidden = c.mlp_norm, c.mlp_mult * c.model_dim
+        self.up = Linear(c.model_dim, hidden * ratio, role=MLP_MATRIX)
+        self.down = Linear(hidden, c.model_dim, zero=True, role=MLP_MATRIX)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.activation(self.up(x))
@@ -2608,21 +2604,20 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x = mix0 x + mix1 x0; x += scale * mixer(norm x); x += scale * MLP(norm x), if it has one."""
+    """x = mix0 x + mix1 x0; x += scale * mixer(norm x); x += scale * MLP(norm x), if it has one.
+    x, x0 (B,T,D); the state is the mixer's."""
     roles = {"mix": CONTROL, "mixer_scale": CONTROL, "mlp_scale": CONTROL}
 
     def __init__(self, c: Config, index: int, kernels: Kernels):
         super().__init__()
         dim, self.eps, self.mlp = c.model_dim, c.norm_eps, None
-        self.mix = nn.Parameter(torch.stack((torch.ones(dim), torch.zeros(dim))))
+        self.mix = nn.Parameter(torch.eye(2, 1).repeat(1, dim))
         self.mixer = MIXERS[c.pattern[index]](c, kernels)
         self.mixer_scale = nn.Parameter(torch.ones(dim))
         if c.mlp_mult and index % c.mlp_every == 0:
-            self.mlp = MLP(dim, c.mlp_mult, c.activation, c.mlp_norm)
-            self.mlp_scale = nn.Parameter(torch.ones(dim))
+            self.mlp, self.mlp_scale = MLP(c), nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor, x0: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """x, x0 (B,T,D) -> (B,T,D) and the mixer's state."""
         mix = self.mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
         mixed, state = self.mixer(rms_norm(x, self.eps), state)
@@ -2651,8 +2646,8 @@ def check_mixers(c: Config) -> Iterator[str]:
 # ------------------------------------------------------------------------------
 
 class LanguageModel(nn.Module):
-    """Token ids to hidden states h, and h to logits; everything that the artifact stores. A U-Net:
-    the second half of the blocks adds the outputs of the first half, last in, first out."""
+    """Token ids to hidden states h, and h to logits; all that the artifact stores. A U-Net: the
+    second half of the blocks adds the outputs of the first half, last in, first out."""
     roles = {"token_embed": EMBEDDING, "lm_head": HEAD, "lm_head_correction": CORRECTION,
              "vocab_bias": SCALAR, "skip_weights": CONTROL}
 
@@ -2679,7 +2674,6 @@ class LanguageModel(nn.Module):
             self.adapter = Linear(dim, embed)
 
     def empty_states(self, batch: int, dtype: torch.dtype, device: torch.device) -> list:
-        """One state per block, as before the first token."""
         return [block.mixer.empty_state(batch, dtype, device) for block in self.blocks]
 
     def trim_states(self, states: list, overlap: int) -> list:
@@ -2693,19 +2687,16 @@ class LanguageModel(nn.Module):
         x = F.embedding(ids, self.token_embed).to(dtype)
         return rms_norm(x if self.embed_proj is None else self.embed_proj(x), FP32_EPS)
 
-    def forward(self, ids: Tensor, dtype: torch.dtype, states: list | None = None
-                ) -> tuple[Tensor, list]:
-        """ids (B,T) and the states before them (None: empty) -> h (B,T,D), normalized, and one
-        state per block."""
+    def forward(self, ids: Tensor, dtype: torch.dtype, states=None) -> tuple[Tensor, list]:
+        """ids (B,T), the blocks' states before (None: empty) -> h (B,T,D), states after."""
         x = x0 = self.embed(ids, dtype)
         skips, new_states = [], []
         for index, block in enumerate(self.blocks):
-            decoder = index - self.encoders
-            if decoder >= 0 and skips:
-                x = x + self.skip_weights[decoder].to(dtype) * skips.pop()
+            if index >= self.encoders and skips:
+                x = x + self.skip_weights[index - self.encoders].to(dtype) * skips.pop()
             x, state = block(x, x0, states and states[index])
             new_states.append(state)
-            if decoder < 0:
+            if index < self.encoders:
                 skips.append(x)
         return rms_norm(x, self.eps), new_states
 
@@ -2784,8 +2775,7 @@ Active = namedtuple("Active", TERMS)  # which terms a step computes: a graph for
 
 @torch.compiler.assume_constant_result  # a tensor on the device, not a copy within the graph
 def sigreg_knots(count: int, device: torch.device) -> Tensor:
-    """Knots t on [0.2, 4], the characteristic function exp(-t^2/2) there, and trapezoid weights
-    times that function: (3, count) fp32."""
+    """(3, count) fp32: knots t on [0.2, 4], exp(-t^2/2), and that times trapezoid weights."""
     step = 3.8 / (count - 1)
     knots = [0.2 + step * i for i in range(count)]
     target = [math.exp(-t * t / 2) for t in knots]
@@ -2800,9 +2790,8 @@ def sigreg_null(samples: int, knots: int = 17) -> float:
 
 
 def sigreg(z: Tensor, directions: Tensor, knots: int = 17, axis: str = "batch") -> Tensor:
-    """Distance of latents z (B,S,L) from an isotropic Gaussian along unit directions (M,L)
-    (SIGReg; LeJEPA, eq. 7, https://arxiv.org/abs/2511.08544): empirical characteristic functions
-    over the batch (system A), over the positions ("time") or both, averaged over the rest."""
+    """Distance of latents z (B,S,L) from an isotropic Gaussian along unit directions (M,L), by the
+    characteristic function over `axis` (SIGReg, eq. 7, https://arxiv.org/abs/2511.08544)."""
     points, target, weights = sigreg_knots(knots, z.device)
     phase = F.linear(z.float(), directions).unsqueeze(-1) * points         # (B,S,M,knots)
     pooled = {"batch": (0,), "time": (1,), "both": (0, 1)}[axis]
@@ -2811,8 +2800,8 @@ def sigreg(z: Tensor, directions: Tensor, knots: int = 17, axis: str = "batch") 
 
 
 def covariance_term(z: Tensor) -> Tensor:
-    """mean relu(1 - std) + 0.04 * sum of squared off-diagonal covariances / L over all positions of
-    z (..., L): the anti-collapse term of system B (VICReg, https://arxiv.org/abs/2105.04906)."""
+    """System B's anti-collapse term over all positions of z (..., L), as in VICReg
+    (https://arxiv.org/abs/2105.04906): mean relu(1 - std) + 0.04 * squared covariances / L."""
     flat = z.float().flatten(0, -2)
     flat = flat - flat.mean(0)
     variance = flat.square().sum(0) / (len(flat) - 1)
@@ -2822,8 +2811,8 @@ def covariance_term(z: Tensor) -> Tensor:
 
 
 def rollout(jepa: JepaHead, z: Tensor, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(prediction, target) for each horizon k = 1..steps of z (B,T,L): prediction k starts from
-    prediction k-1 (from z at first); its target is z shifted by k."""
+    """(prediction, target) per horizon k = 1..steps: prediction k is made from prediction k-1 (at
+    first from z (B,T,L)); its target is z shifted by k."""
     prediction, targets = z, [z[:, k:] for k in range(1, steps + 1)]
     for target in targets:  # on CUDA all rows are predicted: the products would copy slices
         length = target.size(1)
@@ -2833,9 +2822,9 @@ def rollout(jepa: JepaHead, z: Tensor, steps: int) -> Iterator[tuple[Tensor, Ten
 
 def jepa_loss(jepa: JepaHead, z: Tensor, steps: int, detach: bool) -> Tensor:
     """Mean over horizons of the MSE between prediction and target, in fp32."""
-    return torch.stack([
-        F.mse_loss(prediction.float(), (target.detach() if detach else target).float())
-        for prediction, target in rollout(jepa, z, steps)]).mean()
+    errors = [F.mse_loss(prediction.float(), (target.detach() if detach else target).float())
+              for prediction, target in rollout(jepa, z, steps)]
+    return torch.stack(errors).mean()
 
 
 def loss_terms(c: Config, model: LanguageModel, jepa: JepaHead | None, h: Tensor, targets: Tensor,
@@ -2872,8 +2861,8 @@ class Progress(NamedTuple):
 
 
 def measure_progress(step: int, iterations: int, elapsed: float, cap: float) -> Progress:
-    """The progress that all schedules read, from rank 0's clock. The nearer limit ends the run; the
-    clock ends it (fraction 1) two mean steps before the cap, so that the last step lies within."""
+    """The progress that all schedules read. The nearer limit ends the run. The clock's is two mean
+    steps before the cap (0: none), so that the last step lies within."""
     cap, mean = cap or math.inf, elapsed / step if step else 0.0
     left = min(iterations - step, (cap - elapsed) / mean if mean else math.inf)
     fraction = 1.0 if elapsed + 2 * mean >= cap else max(elapsed / cap, step / iterations)
@@ -2881,8 +2870,7 @@ def measure_progress(step: int, iterations: int, elapsed: float, cap: float) -> 
 
 
 def lr_scale(progress: Progress, c: Config) -> float:
-    """Learning rate over its base: 1, then linear to MIN_LR over the last WARMDOWN_FRACTION of the
-    run or its last WARMDOWN_ITERS steps."""
+    """Rate over its base: 1, then linear to MIN_LR over WARMDOWN_FRACTION or WARMDOWN_ITERS."""
     left, warmdown = {"fraction": (1 - progress.fraction, c.warmdown_fraction),
                       "iters": (progress.steps_left, c.warmdown_iters)}[c.warmdown]
     scale = min(max(left / warmdown, 0.0), 1.0) if warmdown else 1.0
@@ -2903,8 +2891,7 @@ class LossWeights(namedtuple("LossWeights", (*TERMS, "stage"))):
 
 
 def loss_weights(p: float, c: Config) -> LossWeights:
-    """Joint: constant, with the optional ramp and anneal. Staged: pure JEPA, linear bridge, pure CE
-    (system B); pure CE throughout without JEPA."""
+    """Joint: constant, with optional ramp and anneal. Staged (system B): JEPA, bridge, CE."""
     jepa = c.jepa_weight if c.jepa_on else 0.0
     if c.jepa_anneal:
         jepa *= max(0.0, 1 - p / c.jepa_anneal)
@@ -3080,9 +3067,8 @@ def decode(arrays: dict[str, Tensor], grid: Grid, shape) -> Tensor:
 def storage_plan(model: nn.Module, c: Config) -> dict[str, str]:
     """How each stored tensor is kept, by name; training, describe and the artifact use this plan.
 
-    intn: matrices of at least 4096 elements as INT rows; embedding, tie correction and small
-    matrices as FP8 under FP_STORAGE=FP8; all else bf16. int8 (system B): 2-D tensors above 65,536
-    elements as INT8 rows; control tensors fp32; all else fp16."""
+    intn: matrices from 4096 elements as INT rows; embedding, tie correction, small matrices as FP8
+    under FP_STORAGE=FP8. int8 (system B): 2-D tensors above 65,536 elements as INT8 rows."""
     int_rows = f"int{c.quant_bits}" + (f"s{c.quant_k:.12g}" if c.quant_step == "sigma" else "")
     if c.storage == "int8":
         int_rows = "int8f" if c.int8_floor else "int8"
@@ -3150,18 +3136,15 @@ def check_grids(c: Config) -> Iterator[str]:
     int8 = c.storage == "int8"
     if c.quant_bits not in ((8,) if int8 else (4, 5, 6)):
         yield f"QUANT_BITS={c.quant_bits}: STORAGE=intn needs 4, 5 or 6, STORAGE=int8 needs 8"
-    if int8 and c.fp_storage != "BF16":
-        yield f"FP_STORAGE={c.fp_storage}: STORAGE=int8 needs BF16"
-    if int8 and c.quant_step != "absmax":
-        yield f"QUANT_STEP={c.quant_step}: needs STORAGE=intn"
     if c.int8_floor and not int8:
         yield "INT8_FLOOR=1: needs STORAGE=int8"
-    for name in ("MLP_GRID", "PROJ_GRID", "DT_GRID", "EMBED_GRID"):
-        value = getattr(c, name.lower())
-        trains = [kind for kind in GRIDS if re.fullmatch(kind.pattern, value) and kind(value).fused]
-        if value and (int8 or not trains):
-            yield (f"{name}={value}: must be int4 to int7, int8a, int4s0.35, fp8 or bf16, with "
-                   "STORAGE=intn")
+    for name in ("fp_storage", "quant_step", "mlp_grid", "proj_grid", "dt_grid", "embed_grid"):
+        value = getattr(c, name)
+        kinds = [kind for kind in GRIDS if re.fullmatch(kind.pattern, value)]
+        if int8 and value != getattr(Config, name):
+            yield f"{name.upper()}={value}: needs STORAGE=intn"
+        elif name.endswith("grid") and value and not any(kind(value).fused for kind in kinds):
+            yield f"{name.upper()}={value}: must be int4 to int7, int8a, int4s0.35, fp8 or bf16"
 
 
 @torch.no_grad()

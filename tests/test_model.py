@@ -304,7 +304,7 @@ def test_attention_with_carried_keys_is_the_whole(cut):
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "plain"])
 def test_mlps_are_their_formulas_and_start_silent(activation, norm):
     torch.manual_seed(0)
-    mlp, u = tj.MLP(64, 3, activation, norm), torch.randn(2, 5, 64)
+    mlp, u = tj.MLP(configure(MLP_MULT=3, ACTIVATION=activation, MLP_NORM=int(norm))), torch.randn(2, 5, 64)
     assert mlp.up.weight.shape == (192 * (2 if activation == "swiglu" else 1), 64)
     assert mlp.down.weight.shape == (64, 192)
     assert mlp(u).abs().max() == 0

@@ -189,7 +189,7 @@ def test_mixer_shapes_and_initial_values_are_mamba_2s():
 
 def naive_mixer(mixer, u):
     """Spec section 5 in float64; rows of in_proj in the order z, x, B, C, dt."""
-    heads, width, size = mixer.state_shape
+    heads, width, size = mixer.state_shapes[1]
     inner = heads * width
     z, xBC, dt = (u @ mixer.in_proj.weight.T).split((inner, inner + 2 * size, heads), -1)
     conv = F.conv1d(F.pad(xBC.transpose(1, 2), (3, 0)), mixer.conv1d.weight, mixer.conv1d.bias, groups=inner + 2 * size)
