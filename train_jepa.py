@@ -2746,7 +2746,6 @@ PROJECTORS = {"none": nn.Identity, "linear": Linear, "mlp": NormedMLP}  # by PRO
 
 class JepaHead(nn.Module):
     """h to the latent z, and z to predictions of later latents; for training only, not stored."""
-    project = property(lambda self: self.projector)  # h (...,D) -> z (...,L)
 
     def __init__(self, c: Config):
         super().__init__()
@@ -2758,6 +2757,10 @@ class JepaHead(nn.Module):
             self.fc = Linear(latent, hidden, bias=not self.normed)
             self.out = Linear(hidden, latent, bias=not self.normed, zero=True)
             self.pred_proj = projector(latent, latent)
+
+    def project(self, h: Tensor) -> Tensor:
+        """h (...,D) -> z (...,L)."""
+        return self.projector(h)
 
     def predict(self, z: Tensor) -> Tensor:
         """z (...,L) -> predictions (...,L) of the latents one position later."""
