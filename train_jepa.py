@@ -2447,12 +2447,10 @@ def choose_kernels(c: Config, runtime: Runtime) -> tuple[Kernels, str]:
 # ------------------------------------------------------------------------------
 
 # Each module names the roles of its parameters; a role decides the optimizer and the storage.
-MATRIX, MLP_MATRIX, IN_PROJ = "matrix", "MLP matrix", "in_proj"
-MATRICES = MATRIX, MLP_MATRIX, IN_PROJ  # trained by Muon; stored as INT rows, on three grids
+MATRICES = MATRIX, MLP_MATRIX, IN_PROJ = "matrix", "MLP matrix", "in_proj"  # Muon, INT rows
 EMBEDDING, HEAD, CORRECTION = "embedding", "head", "correction"
-SCALAR, STATE = "scalar", "state"       # STATE: of a recurrence, without weight decay
-CONTROL = "control"                     # scales, mixes and gains, which system B stores in fp32
-
+SCALAR, STATE = "scalar", "state"  # STATE: of a recurrence, without weight decay
+CONTROL = "control"                # scales, mixes and gains, which system B stores in fp32
 FP32_EPS = torch.finfo(torch.float32).eps
 State = tuple[Tensor, ...]  # what a mixer carries from one call to the next, batch first
 
@@ -2477,135 +2475,88 @@ class Linear(nn.Module):
         self.roles = {"weight": role, "bias": SCALAR}
         self.weight = nn.Parameter(torch.zeros(outputs, inputs))
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
-        if not zero:
-            bound = inputs ** -0.5
-            for parameter in self.parameters():
-                nn.init.uniform_(parameter, -bound, bound)
+        for parameter in () if zero else self.parameters():
+            nn.init.uniform_(parameter, -inputs ** -0.5, inputs ** -0.5)
 
-    def forward(self, x: Tensor, padded: bool = False) -> Tensor:
-        """padded: on CUDA the outputs may be followed by zeros up to a multiple of 8."""
-        weight = self.weight.to(x.dtype)
-        if self.bias is not None:
-            return F.linear(x, weight, self.bias.to(x.dtype))
-        outputs = weight.size(0)
-        if x.is_cuda and outputs % 8:  # the GPU's wide loads need aligned rows
-            y = F.linear(x, F.pad(weight, (0, 0, 0, -outputs % 8)))
-            return y if padded else y[..., :outputs]
-        return F.linear(x, weight)
+    def forward(self, x: Tensor, pad: int = 0) -> Tensor:
+        """pad: zeros to append to the outputs."""
+        weight, bias = self.weight.to(x.dtype), self.bias
+        if pad:
+            weight = F.pad(weight, (0, 0, 0, pad))
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 class Mamba2(nn.Module):
-    """Mamba-2 (Dao & Gu 2024, https://arxiv.org/abs/2405.21060), weight-compatible with
-    mamba_ssm.modules.mamba2.Mamba2(headdim=64, ngroups=1). Its state: the convolution's last K-1
-    inputs (B,K-1,C) and the SSM state (B,H,P,N), in fp32."""
+    """Mamba-2 (https://arxiv.org/abs/2405.21060), with the weights of mamba_ssm's
+    Mamba2(headdim=64, ngroups=1). State: the convolution's last K-1 inputs (B,K-1,C), and the
+    SSM's (B,H,P,N) in fp32."""
     roles = {"dt_bias": STATE, "A_log": STATE, "D": STATE}
+    # Multiply-adds per token beyond those of the parameters: state, and within a chunk
+    flops = staticmethod(lambda c: c.d_inner * (2 * c.d_state + 0.75 * (c.ssd_chunk or 64)))
 
-    def __init__(self, dim: int, d_state: int, d_conv: int, expand: int, kernels: Kernels,
-                 chunk: int):
+    def __init__(self, c: Config, kernels: Kernels):
         super().__init__()
-        inner = self.d_inner = expand * dim
-        self.d_state, self.heads = d_state, inner // HEADDIM
-        self.kernels, self.chunk = kernels, chunk
-        channels = inner + 2 * d_state  # x, B, C; in_proj's rows are z, x, B, C, dt
-        self.in_proj = Linear(dim, inner + channels + self.heads, role=IN_PROJ)
-        self.conv1d = nn.Conv1d(channels, channels, d_conv, groups=channels)
-        self.conv1d.roles = {"weight": SCALAR, "bias": SCALAR}
-        log_dt = torch.empty(self.heads).uniform_(math.log(0.001), math.log(0.1))
-        dt = log_dt.exp().clamp(min=1e-4)
+        self.kernels, self.chunk = kernels, c.ssd_chunk or kernels.chunk
+        inner, heads = c.d_inner, c.d_inner // HEADDIM
+        channels = inner + 2 * c.d_state  # x, B, C; in_proj's rows are z, x, B, C, dt
+        self.state_shapes = (c.d_conv - 1, channels), (heads, HEADDIM, c.d_state)
+        self.in_proj = Linear(c.model_dim, inner + channels + heads, role=IN_PROJ)
+        self.conv1d = nn.Conv1d(channels, channels, c.d_conv, groups=channels)
+        dt = torch.empty(heads).uniform_(math.log(0.001), math.log(0.1)).exp()
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus^-1(dt)
-        self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(1, 16).log())
-        self.D = nn.Parameter(torch.ones(self.heads))
+        self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(heads))
         self.norm = nn.RMSNorm(inner)
-        self.norm.roles = {"weight": SCALAR}
-        self.out_proj = Linear(inner, dim)
-
-    @classmethod
-    def from_config(cls, c: Config, kernels: Kernels) -> Mamba2:
-        return cls(c.model_dim, c.d_state, c.d_conv, c.expand, kernels,
-                   c.ssd_chunk or kernels.chunk)
-
-    @staticmethod
-    def flops(c: Config) -> float:
-        """Multiply-adds per token beyond those of the parameters: state, and within a chunk."""
-        return c.d_inner * (2 * c.d_state + 1.5 * (c.ssd_chunk or 64) / 2)
+        self.conv1d.roles = self.norm.roles = {"weight": SCALAR, "bias": SCALAR}
+        self.out_proj = Linear(inner, c.model_dim)
 
     def empty_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> State:
-        """The state before the first position: zeros."""
-        channels, _, kernel_size = self.conv1d.weight.shape
-        return (torch.zeros(batch, kernel_size - 1, channels, dtype=dtype, device=device),
-                torch.zeros(batch, self.heads, HEADDIM, self.d_state, device=device))
-
-    def _mix(self, mix: Callable, u: Tensor, state: State | None) -> tuple[Tensor, State]:
-        out, state = mix(
-            self.in_proj(u, padded=True), self.conv1d.weight, self.conv1d.bias, self.dt_bias,
-            -self.A_log.exp(), self.D, self.norm.weight, chunk=self.chunk, state=state)
-        return self.out_proj(out), state
+        conv, ssm = self.state_shapes
+        return (torch.zeros(batch, *conv, dtype=dtype, device=device),
+                torch.zeros(batch, *ssm, device=device))
 
     def forward(self, u: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """u (B,T,D) and the state before it (None: zeros) -> (B,T,D) and the state after it."""
-        return self._mix(self.kernels.mix, u, state)
+        generates = state is not None and u.size(1) == 1  # by the recurrence itself
+        mix = functools.partial(mamba_mix, ssd=ssd_position) if generates else self.kernels.mix
+        pad = -len(self.in_proj.weight) % 8 if u.is_cuda else 0  # wide loads need aligned rows
+        out, state = mix(self.in_proj(u, pad), self.conv1d.weight, self.conv1d.bias, self.dt_bias,
+                         -self.A_log.exp(), self.D, self.norm.weight, chunk=self.chunk, state=state)
+        return self.out_proj(out), state
 
-    def step(self, u: Tensor, state: State) -> tuple[Tensor, State]:
-        """One position, u (B,1,D), by the recurrence itself, for generation."""
-        return self._mix(functools.partial(mamba_mix, ssd=ssd_position), u, state)
 
-    def trim(self, state: State, overlap: int) -> State:
-        """The state as it is: its size is fixed."""
-        return state
+@torch.compiler.assume_constant_result  # computed once per graph
+def rotary_table(positions: int, width: int, base: float, device: torch.device) -> Tensor:
+    """Cosines and sines (2,positions,width/2), in fp32: bf16 has too few positions above 256."""
+    frequency = base ** (-torch.arange(width // 2, device=device) / (width // 2))
+    angle = torch.outer(torch.arange(positions, device=device), frequency)
+    return torch.stack((angle.cos(), angle.sin()))
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Rotary embedding (https://arxiv.org/abs/2104.09864), half split, of x (B,heads,T,width)."""
+    (a, b), (cos, sin) = x.float().chunk(2, dim=-1), table
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).to(x.dtype)
 
 
 class Attention(nn.Module):
-    """Causal attention: grouped queries (https://arxiv.org/abs/2305.13245), RMS-normalized q
-    and k, rotary positions, a learned gain per query head. Its state: the keys, before their
-    rotation, and values so far, each (B,kv_heads,S,width)."""
+    """Causal attention: grouped queries (https://arxiv.org/abs/2305.13245), RMS-normalized q and k,
+    rotary positions, a gain per query head. State: keys (before rotation) and values so far."""
     roles = {"q_gain": CONTROL}
+    flops = staticmethod(lambda c: c.model_dim * c.train_seq_len)  # q k and the sum of v, causal
+    empty_state = staticmethod(lambda *_: None)  # keys and values have no fixed size
 
-    def __init__(self, dim: int, heads: int, kv_heads: int, base: float, gain: float, eps: float,
-                 positions: int = 0):
+    def __init__(self, c: Config, kernels: Kernels):
         super().__init__()
-        self.heads, self.kv_heads, self.width = heads, kv_heads, dim // heads
-        self.base, self.eps = base, eps
-        table = self.cos_sin(0, positions, torch.device("cpu"))
-        self.register_buffer("table", table, persistent=False)  # for the first `positions`
+        dim, heads, kv_heads = c.model_dim, c.num_heads, c.num_kv_heads
+        self.width, self.base, self.eps = dim // heads, c.rope_base, c.norm_eps
+        self.grouped = kv_heads != heads
         self.q_proj = Linear(dim, dim)
         self.k_proj = Linear(dim, kv_heads * self.width)
         self.v_proj = Linear(dim, kv_heads * self.width)
         self.out_proj = Linear(dim, dim, zero=True)
-        self.q_gain = nn.Parameter(torch.full((heads,), gain))
-
-    @classmethod
-    def from_config(cls, c: Config, kernels: Kernels) -> Attention:
-        heads = c.num_heads, c.num_kv_heads
-        positions = min(c.train_seq_len, 1 << 16)
-        return cls(c.model_dim, *heads, c.rope_base, c.qk_gain_init, c.norm_eps, positions)
-
-    @staticmethod
-    def flops(c: Config) -> float:
-        """Multiply-adds per token beyond those of the parameters: q k and the sum of v, causal."""
-        return c.model_dim * c.train_seq_len
-
-    def empty_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> None:
-        """None: keys and values have no fixed size."""
-
-    def cos_sin(self, start: int, stop: int, device: torch.device) -> Tensor:
-        """Cosines and sines (2,T,width/2) of the rotary angles at positions start <= t < stop. They
-        are fp32: bf16 cannot tell positions above 256 apart."""
-        half, fp32 = self.width // 2, dict(device=device, dtype=torch.float32)
-        frequency = self.base ** (-torch.arange(half, **fp32) / half)
-        angle = torch.outer(torch.arange(start, stop, **fp32), frequency)
-        return torch.stack((angle.cos(), angle.sin()))
-
-    def rotate(self, x: Tensor, start: int) -> Tensor:
-        """Rotary embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864), half split, of x
-        (B,heads,T,width) at positions start, start+1, ..."""
-        stop = start + x.size(2)
-        known = stop <= self.table.size(1)
-        cos, sin = self.table[:, start:stop] if known else self.cos_sin(start, stop, x.device)
-        a, b = x.float().chunk(2, dim=-1)
-        return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).to(x.dtype)
+        self.q_gain = nn.Parameter(torch.full((heads,), c.qk_gain_init))
 
     def forward(self, u: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """u (B,T,D), keys and values before it -> (B,T,D), keys and values with its own."""
         q, k, v = [project(u).unflatten(-1, (-1, self.width)).transpose(1, 2)
                    for project in (self.q_proj, self.k_proj, self.v_proj)]
         q, k, mask, start = rms_norm(q, self.eps), rms_norm(k, self.eps), None, 0
@@ -2613,20 +2564,15 @@ class Attention(nn.Module):
             start = state[0].size(2)
             k, v = torch.cat((state[0], k), dim=2), torch.cat((state[1], v), dim=2)
             mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=u.device).tril(start)
-        q = self.rotate(q, start) * self.q_gain.to(u.dtype).view(-1, 1, 1)
-        y = F.scaled_dot_product_attention(q, self.rotate(k, 0), v, attn_mask=mask,
-                                           is_causal=mask is None,
-                                           enable_gqa=self.kv_heads != self.heads)
+        table = rotary_table(k.size(2), self.width, self.base, u.device)
+        q = rotate(q, table[:, start:]) * self.q_gain.to(u.dtype).view(-1, 1, 1)
+        y = F.scaled_dot_product_attention(q, rotate(k, table), v, attn_mask=mask,
+                                           is_causal=mask is None, enable_gqa=self.grouped)
         return self.out_proj(y.transpose(1, 2).flatten(2)), (k, v)
 
-    step = forward
 
-    def trim(self, state: State, overlap: int) -> State:
-        """The last `overlap` keys and values; positions then count from the first of them."""
-        return tuple(part[:, :, max(0, part.size(2) - overlap):] for part in state)
-
-
-MIXERS = {"m": Mamba2, "a": Attention}  # by letter; a new mixer defines the same methods
+# By letter. forward: u (B,T,D), the state before it (None: empty) -> (B,T,D), the state after it.
+MIXERS = {"m": Mamba2, "a": Attention}
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -2636,9 +2582,8 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 # By ACTIVATION: the function, and how many inputs make one output.
-# relu2: So et al. 2021, https://arxiv.org/abs/2109.08668
-ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
-    "relu2": (lambda x: F.relu(x).square(), 1),
+ACTIVATIONS = {
+    "relu2": (lambda x: F.relu(x).square(), 1),  # https://arxiv.org/abs/2109.08668
     "leaky_relu2": (lambda x: F.leaky_relu(x, 0.5).square(), 1),
     "swiglu": (swiglu, 2)}
 
@@ -2646,12 +2591,12 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
 class MLP(nn.Module):
     """up, activation, RMSNorm over the hidden units if asked for, zero-initialized down."""
 
-    def __init__(self, dim: int, mult: int, activation: str, norm: bool):
+    def __init__(self, c: Config):
         super().__init__()
-        self.activation, ratio = ACTIVATIONS[activation]
-        self.norm = norm
-        self.up = Linear(dim, mult * dim * ratio, role=MLP_MATRIX)
-        self.down = Linear(mult * dim, dim, zero=True, role=MLP_MATRIX)
+        self.activation, ratio = ACTIVATIONS[c.activation]
+        self.norm, hidden = c.mlp_norm, c.mlp_mult * c.model_dim
+        self.up = Linear(c.model_dim, hidden * ratio, role=MLP_MATRIX)
+        self.down = Linear(hidden, c.model_dim, zero=True, role=MLP_MATRIX)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.activation(self.up(x))
@@ -2659,47 +2604,41 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x = mix0 x + mix1 x0; x += scale * mixer(norm x); x += scale * MLP(norm x), if it has one."""
+    """x = mix0 x + mix1 x0; x += scale * mixer(norm x); x += scale * MLP(norm x), if it has one.
+    x, x0 (B,T,D); the state is the mixer's."""
     roles = {"mix": CONTROL, "mixer_scale": CONTROL, "mlp_scale": CONTROL}
 
-    def __init__(self, dim: int, mixer: nn.Module, mlp: nn.Module | None, eps: float):
+    def __init__(self, c: Config, index: int, kernels: Kernels):
         super().__init__()
-        self.mix = nn.Parameter(torch.stack((torch.ones(dim), torch.zeros(dim))))
-        self.mixer, self.mlp, self.eps = mixer, mlp, eps
+        dim, self.eps, self.mlp = c.model_dim, c.norm_eps, None
+        self.mix = nn.Parameter(torch.eye(2, 1).repeat(1, dim))
+        self.mixer = MIXERS[c.pattern[index]](c, kernels)
         self.mixer_scale = nn.Parameter(torch.ones(dim))
-        if mlp is not None:
-            self.mlp_scale = nn.Parameter(torch.ones(dim))
+        if c.mlp_mult and index % c.mlp_every == 0:
+            self.mlp, self.mlp_scale = MLP(c), nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor, x0: Tensor, state: State | None = None, step: bool = False
-                ) -> tuple[Tensor, State]:
-        """x, x0 (B,T,D) -> (B,T,D) and the mixer's state."""
+    def forward(self, x: Tensor, x0: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         mix = self.mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        mixer = self.mixer.step if step else self.mixer
-        mixed, state = mixer(rms_norm(x, self.eps), state)
+        mixed, state = self.mixer(rms_norm(x, self.eps), state)
         x = x + self.mixer_scale.to(x.dtype) * mixed
         if self.mlp is not None:
             x = x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x, self.eps))
         return x, state
 
 
+@CHECKS.append
 def check_mixers(c: Config) -> Iterator[str]:
-    """Faults of the knobs that choose and size the mixers."""
-    if len(c.pattern) != c.num_layers or not re.fullmatch("[ma]+", c.pattern):
+    if len(c.pattern) != c.num_layers or not set(c.pattern) <= set(MIXERS):
         yield f"MIXER={c.mixer}: mamba2, attention, or NUM_LAYERS={c.num_layers} letters m or a"
     if "m" in c.pattern and c.d_inner % HEADDIM:
-        yield (f"EXPAND*MODEL_DIM={c.d_inner}: Mamba-2 heads are {HEADDIM} wide; take a MODEL_DIM "
-               f"such that the product is a multiple of {HEADDIM}")
-    if "a" in c.pattern:
-        if c.model_dim % (2 * c.num_heads):
-            yield f"NUM_HEADS={c.num_heads}: must divide MODEL_DIM={c.model_dim} into even widths"
-        if c.num_heads % c.num_kv_heads:
-            yield f"NUM_KV_HEADS={c.num_kv_heads}: must divide NUM_HEADS={c.num_heads}"
-        if c.carry_state:
-            yield "CARRY_STATE=1: attention has no fixed-size state; use MIXER=mamba2"
-
-
-CHECKS.append(check_mixers)
+        yield f"EXPAND*MODEL_DIM={c.d_inner}: must be a multiple of {HEADDIM}, Mamba-2's head width"
+    if "a" in c.pattern and c.model_dim % (2 * c.num_heads):
+        yield f"NUM_HEADS={c.num_heads}: must divide MODEL_DIM={c.model_dim} into even widths"
+    if "a" in c.pattern and c.num_heads % c.num_kv_heads:
+        yield f"NUM_KV_HEADS={c.num_kv_heads}: must divide NUM_HEADS={c.num_heads}"
+    if "a" in c.pattern and c.carry_state:
+        yield "CARRY_STATE=1: attention has no fixed-size state; use MIXER=mamba2"
 
 
 # ------------------------------------------------------------------------------
@@ -2707,69 +2646,57 @@ CHECKS.append(check_mixers)
 # ------------------------------------------------------------------------------
 
 class LanguageModel(nn.Module):
-    """Token ids to hidden states h, and h to logits; everything that the artifact stores.
-
-    A U-Net: the first half of the blocks encodes, and the others add the outputs of these, last
-    in, first out."""
+    """Token ids to hidden states h, and h to logits; all that the artifact stores. A U-Net: the
+    second half of the blocks adds the outputs of the first half, last in, first out."""
     roles = {"token_embed": EMBEDDING, "lm_head": HEAD, "lm_head_correction": CORRECTION,
              "vocab_bias": SCALAR, "skip_weights": CONTROL}
 
     def __init__(self, c: Config, kernels: Kernels | None = None):
         super().__init__()
-        kernels = kernels or Kernels()
-        dim, embed, vocab, tie = c.model_dim, c.embed, c.vocab_size, c.tie_embeddings
-        self.softcap, self.softcap_type, self.tie = c.logit_softcap, c.softcap_type, tie
-        self.eps, self.encoders = c.norm_eps, c.num_layers // 2
+        dim, embed, vocab, self.tie = c.model_dim, c.embed, c.vocab_size, c.tie_embeddings
+        self.softcap, self.softcap_type, self.eps = c.logit_softcap, c.softcap_type, c.norm_eps
         untied = 0.02 if c.embed_style == "projected" else 1.0
-        std = c.tied_embed_init_std if c.embed_style == "tied" and tie else untied
+        std = c.tied_embed_init_std if c.embed_style == "tied" and self.tie else untied
         self.token_embed = nn.Parameter(torch.randn(vocab, embed) * std)
         self.embed_proj = Linear(embed, dim) if embed != dim else None
-        self.blocks = nn.ModuleList()
-        for index, letter in enumerate(c.pattern):
-            mixer, mlp = MIXERS[letter].from_config(c, kernels), None
-            if c.mlp_mult and index % c.mlp_every == 0:
-                mlp = MLP(dim, c.mlp_mult, c.activation, c.mlp_norm)
-            self.blocks.append(Block(dim, mixer, mlp, c.norm_eps))
-        skips = min(self.encoders, c.num_layers - self.encoders)
-        self.skip_weights = nn.Parameter(torch.ones(skips, dim))
+        self.blocks = nn.ModuleList(
+            Block(c, index, kernels or Kernels()) for index in range(c.num_layers))
+        self.encoders = c.num_layers // 2
+        self.skip_weights = nn.Parameter(torch.ones(self.encoders, dim))
         self.vocab_bias = nn.Parameter(torch.zeros(vocab)) if c.vocab_bias else None
-        self.embed_proj_rev = None
-        if tie == 0:
+        self.embed_proj_rev = Linear(dim, embed) if self.tie in (1, 2) and embed != dim else None
+        if self.tie == 0:
             bound = dim ** -0.5 if c.embed_style == "projected" else 0.0
             self.lm_head = nn.Parameter(torch.empty(vocab, dim).uniform_(-bound, bound))
-        elif tie == 3:
-            self.adapter = Linear(dim, embed)
-        elif embed != dim:
-            self.embed_proj_rev = Linear(dim, embed)
-        if tie == 2:
+        elif self.tie == 2:
             self.lm_head_correction = nn.Parameter(torch.zeros(vocab, embed))
+        elif self.tie == 3:
+            self.adapter = Linear(dim, embed)
 
     def empty_states(self, batch: int, dtype: torch.dtype, device: torch.device) -> list:
-        """One state per block, as before the first token."""
         return [block.mixer.empty_state(batch, dtype, device) for block in self.blocks]
 
     def trim_states(self, states: list, overlap: int) -> list:
         """The states with the last `overlap` positions of attention's keys and values."""
-        return [block.mixer.trim(state, overlap) for block, state in zip(self.blocks, states)]
+        trim = lambda part: part[:, :, max(0, part.size(2) - overlap):]
+        return [tuple(map(trim, state)) if isinstance(block.mixer, Attention) else state
+                for block, state in zip(self.blocks, states)]
 
     def embed(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """ids (B,T) -> x0 (B,T,D), RMS-normalized."""
         x = F.embedding(ids, self.token_embed).to(dtype)
         return rms_norm(x if self.embed_proj is None else self.embed_proj(x), FP32_EPS)
 
-    def forward(self, ids: Tensor, dtype: torch.dtype, states: list | None = None,
-                step: bool = False) -> tuple[Tensor, list]:
-        """ids (B,T) and the states before them (None: empty) -> h (B,T,D), normalized, and one
-        state per block. step: T = 1, by the mixers' `step`."""
+    def forward(self, ids: Tensor, dtype: torch.dtype, states=None) -> tuple[Tensor, list]:
+        """ids (B,T), the blocks' states before (None: empty) -> h (B,T,D), states after."""
         x = x0 = self.embed(ids, dtype)
         skips, new_states = [], []
         for index, block in enumerate(self.blocks):
-            decoder = index - self.encoders
-            if decoder >= 0 and skips:
-                x = x + self.skip_weights[decoder].to(dtype) * skips.pop()
-            x, state = block(x, x0, None if states is None else states[index], step)
+            if index >= self.encoders and skips:
+                x = x + self.skip_weights[index - self.encoders].to(dtype) * skips.pop()
+            x, state = block(x, x0, states and states[index])
             new_states.append(state)
-            if decoder < 0:
+            if index < self.encoders:
                 skips.append(x)
         return rms_norm(x, self.eps), new_states
 
@@ -2823,12 +2750,12 @@ class JepaHead(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         projector, latent = PROJECTORS[c.projector_type], c.latent
+        self.normed, self.eps = c.predictor_norm, c.norm_eps
         self.projector = projector(c.model_dim, latent)
         if c.jepa_on:
-            hidden, norm = c.predictor_hidden_mult * latent, c.predictor_norm
-            self.normed, self.eps = norm, c.norm_eps
-            self.fc = Linear(latent, hidden, bias=not norm)
-            self.out = Linear(hidden, latent, bias=not norm, zero=True)
+            hidden = c.predictor_hidden_mult * latent
+            self.fc = Linear(latent, hidden, bias=not self.normed)
+            self.out = Linear(hidden, latent, bias=not self.normed, zero=True)
             self.pred_proj = projector(latent, latent)
 
     def project(self, h: Tensor) -> Tensor:
@@ -2845,22 +2772,13 @@ class JepaHead(nn.Module):
 # losses: tensors in, scalars out
 # ------------------------------------------------------------------------------
 
-TERMS = ("ce", "jepa", "anti", "cov")  # order of loss weights, log columns and gradient shares
-
-
-class Active(NamedTuple):
-    """Which terms a step computes; a term of weight 0 costs nothing. The compiler makes one graph
-    for each combination."""
-    ce: bool
-    jepa: bool
-    anti: bool
-    cov: bool
+TERMS = "ce", "jepa", "anti", "cov"  # order of loss weights, log columns and gradient shares
+Active = namedtuple("Active", TERMS)  # which terms a step computes: a graph for each combination
 
 
 @torch.compiler.assume_constant_result  # a tensor on the device, not a copy within the graph
 def sigreg_knots(count: int, device: torch.device) -> Tensor:
-    """Knots t on [0.2, 4], the characteristic function exp(-t^2/2) there, and trapezoid weights
-    times that function: (3, count) fp32."""
+    """(3, count) fp32: knots t on [0.2, 4], exp(-t^2/2), and that times trapezoid weights."""
     step = 3.8 / (count - 1)
     knots = [0.2 + step * i for i in range(count)]
     target = [math.exp(-t * t / 2) for t in knots]
@@ -2875,12 +2793,8 @@ def sigreg_null(samples: int, knots: int = 17) -> float:
 
 
 def sigreg(z: Tensor, directions: Tensor, knots: int = 17, axis: str = "batch") -> Tensor:
-    """Distance of latents from an isotropic Gaussian along unit directions (SIGReg; LeJEPA, eq. 7,
-    https://arxiv.org/abs/2511.08544).
-
-    z (B,S,L) at S sampled positions, directions (M,L). Per direction the empirical characteristic
-    function is compared with exp(-t^2/2). Its mean is taken over the batch ("batch", system A),
-    over the positions ("time") or over both; the result is the mean over the rest."""
+    """Distance of latents z (B,S,L) from an isotropic Gaussian along unit directions (M,L), by the
+    characteristic function over `axis` (SIGReg, eq. 7, https://arxiv.org/abs/2511.08544)."""
     points, target, weights = sigreg_knots(knots, z.device)
     phase = F.linear(z.float(), directions).unsqueeze(-1) * points         # (B,S,M,knots)
     pooled = {"batch": (0,), "time": (1,), "both": (0, 1)}[axis]
@@ -2889,8 +2803,8 @@ def sigreg(z: Tensor, directions: Tensor, knots: int = 17, axis: str = "batch") 
 
 
 def covariance_term(z: Tensor) -> Tensor:
-    """mean relu(1 - std) + 0.04 * sum of squared off-diagonal covariances / L over all positions of
-    z (..., L): the anti-collapse term of system B (VICReg, https://arxiv.org/abs/2105.04906)."""
+    """System B's anti-collapse term over all positions of z (..., L), as in VICReg
+    (https://arxiv.org/abs/2105.04906): mean relu(1 - std) + 0.04 * squared covariances / L."""
     flat = z.float().flatten(0, -2)
     flat = flat - flat.mean(0)
     variance = flat.square().sum(0) / (len(flat) - 1)
@@ -2900,12 +2814,10 @@ def covariance_term(z: Tensor) -> Tensor:
 
 
 def rollout(jepa: JepaHead, z: Tensor, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(prediction, target) for each horizon k = 1..steps; z (B,T,L).
-
-    Prediction k starts from prediction k-1 (from z at first); its target is z shifted by k. On
-    CUDA all rows are predicted: slices would have to be copied for the products."""
+    """(prediction, target) per horizon k = 1..steps: prediction k is made from prediction k-1 (at
+    first from z (B,T,L)); its target is z shifted by k."""
     prediction, targets = z, [z[:, k:] for k in range(1, steps + 1)]
-    for target in targets:
+    for target in targets:  # on CUDA all rows are predicted: the products would copy slices
         length = target.size(1)
         prediction = jepa.predict(prediction if z.is_cuda else prediction[:, :length])
         yield prediction[:, :length], target
@@ -2913,25 +2825,21 @@ def rollout(jepa: JepaHead, z: Tensor, steps: int) -> Iterator[tuple[Tensor, Ten
 
 def jepa_loss(jepa: JepaHead, z: Tensor, steps: int, detach: bool) -> Tensor:
     """Mean over horizons of the MSE between prediction and target, in fp32."""
-    errors = []
-    for prediction, target in rollout(jepa, z, steps):
-        target = target.detach() if detach else target
-        errors.append(F.mse_loss(prediction.float(), target.float()))
+    errors = [F.mse_loss(prediction.float(), (target.detach() if detach else target).float())
+              for prediction, target in rollout(jepa, z, steps)]
     return torch.stack(errors).mean()
 
 
 def loss_terms(c: Config, model: LanguageModel, jepa: JepaHead | None, h: Tensor, targets: Tensor,
                positions: Tensor, directions: Tensor, active: Active) -> dict[str, Tensor]:
-    """The active TERMS of hidden states h (B,T,D), unweighted scalars, and "nll" (nats per token).
-
-    targets (B,T) ids; positions (S,) and directions (M,L) are SIGReg's. "ce" includes the z-loss;
-    "nll" is the cross-entropy without it and without gradient, for the log."""
+    """The active TERMS of h (B,T,D) for targets (B,T), unweighted; positions (S,), directions (M,L)
+    are SIGReg's. "nll" is "ce" without z-loss and gradient, for the log, in nats per token."""
     terms = {}
     if active.ce:
         terms["ce"], terms["nll"] = token_loss_fused(
             model.features(h).flatten(0, 1), model.head(), model.vocab_bias, targets.flatten(),
             softcap=c.logit_softcap, softcap_type=c.softcap_type, z_loss=c.z_loss)
-    if active.jepa or active.anti or active.cov:
+    if any(active[1:]):
         z = jepa.project(h)
     if active.jepa:
         terms["jepa"] = jepa_loss(jepa, z, c.jepa_steps, c.detach_targets)
@@ -2949,59 +2857,44 @@ def loss_terms(c: Config, model: LanguageModel, jepa: JepaHead | None, h: Tensor
 # ------------------------------------------------------------------------------
 
 class Progress(NamedTuple):
-    """Where a run stands: steps done, fraction done, steps left. The fraction is that of the wall
-    clock under a cap, else that of the steps."""
+    """Steps done, fraction of the run done (of the wall clock under a cap), steps left."""
     step: int
     fraction: float
     steps_left: float
 
 
 def measure_progress(step: int, iterations: int, elapsed: float, cap: float) -> Progress:
-    """The progress that all schedules read, from rank 0's clock. The nearer limit ends the run; the
-    clock ends it (fraction 1) two mean steps before the cap, so that the last step lies within."""
-    by_steps = step / iterations
-    if not cap:
-        return Progress(step, by_steps, iterations - step)
-    mean = elapsed / step if step else 0.0
-    steps_left = min(iterations - step, (cap - elapsed) / mean if mean else math.inf)
-    fraction = 1.0 if elapsed + 2 * mean >= cap else max(elapsed / cap, by_steps)
-    return Progress(step, min(fraction, 1.0), max(steps_left, 0.0))
+    """The progress that all schedules read. The nearer limit ends the run. The clock's is two mean
+    steps before the cap (0: none), so that the last step lies within."""
+    cap, mean = cap or math.inf, elapsed / step if step else 0.0
+    left = min(iterations - step, (cap - elapsed) / mean if mean else math.inf)
+    fraction = 1.0 if elapsed + 2 * mean >= cap else max(elapsed / cap, step / iterations)
+    return Progress(step, min(fraction, 1.0), max(left, 0.0))
 
 
 def lr_scale(progress: Progress, c: Config) -> float:
-    """Learning rate over its base: 1, then linear to MIN_LR over the last WARMDOWN_FRACTION of the
-    run or its last WARMDOWN_ITERS steps."""
-    left = 1.0
-    if c.warmdown == "fraction" and c.warmdown_fraction:
-        left = (1 - progress.fraction) / c.warmdown_fraction
-    elif c.warmdown == "iters" and c.warmdown_iters:
-        left = progress.steps_left / c.warmdown_iters
-    return c.min_lr + (1 - c.min_lr) * min(max(left, 0.0), 1.0)
+    """Rate over its base: 1, then linear to MIN_LR over WARMDOWN_FRACTION or WARMDOWN_ITERS."""
+    left, warmdown = {"fraction": (1 - progress.fraction, c.warmdown_fraction),
+                      "iters": (progress.steps_left, c.warmdown_iters)}[c.warmdown]
+    scale = min(max(left / warmdown, 0.0), 1.0) if warmdown else 1.0
+    return c.min_lr + (1 - c.min_lr) * scale
 
 
 def muon_momentum(step: int, c: Config) -> float:
     """Linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM over the first steps."""
-    final, steps = c.muon_momentum, c.muon_momentum_warmup_steps
-    start = c.muon_momentum_warmup_start
-    return start + (final - start) * min(step / steps, 1.0) if steps else final
+    start, steps = c.muon_momentum_warmup_start, c.muon_momentum_warmup_steps
+    if not steps:
+        return c.muon_momentum
+    return start + (c.muon_momentum - start) * min(step / steps, 1.0)
 
 
-class LossWeights(NamedTuple):
+class LossWeights(namedtuple("LossWeights", (*TERMS, "stage"))):
     """Weights of TERMS at one moment, and the stage's name for the log."""
-    ce: float
-    jepa: float
-    anti: float
-    cov: float
-    stage: str
-
-    @property
-    def active(self) -> Active:
-        return Active(*(weight > 0 for weight in self[:len(TERMS)]))
+    active = property(lambda self: Active(*(weight > 0 for weight in self[:len(TERMS)])))
 
 
 def loss_weights(p: float, c: Config) -> LossWeights:
-    """Joint: constant, with the optional ramp and anneal. Staged: pure JEPA, linear bridge, pure CE
-    (system B); pure CE throughout without JEPA."""
+    """Joint: constant, with optional ramp and anneal. Staged (system B): JEPA, bridge, CE."""
     jepa = c.jepa_weight if c.jepa_on else 0.0
     if c.jepa_anneal:
         jepa *= max(0.0, 1 - p / c.jepa_anneal)
@@ -3010,12 +2903,9 @@ def loss_weights(p: float, c: Config) -> LossWeights:
         return LossWeights(c.ce_weight, jepa, c.sigreg_lambda * ramp, c.jepa_cov, "joint")
     if p >= c.ce_pure_frac or not c.jepa_on:
         return LossWeights(c.ce_weight, 0.0, 0.0, 0.0, "ce")
-    if p < c.jepa_pure_frac:
-        return LossWeights(0.0, jepa, c.sigreg_weight, c.jepa_cov, "jepa")
-    bridge = (p - c.jepa_pure_frac) / (c.ce_pure_frac - c.jepa_pure_frac)
-    latent = 1 - bridge
-    return LossWeights(c.ce_weight * bridge, jepa * latent, c.sigreg_weight * latent,
-                       c.jepa_cov * latent, "bridge")
+    bridge = max(0.0, (p - c.jepa_pure_frac) / (c.ce_pure_frac - c.jepa_pure_frac))
+    latent = [(1 - bridge) * weight for weight in (jepa, c.sigreg_weight, c.jepa_cov)]
+    return LossWeights(c.ce_weight * bridge, *latent, "jepa" if p < c.jepa_pure_frac else "bridge")
 
 
 def qat_on(p: float, fraction: float) -> bool:
@@ -3035,10 +2925,8 @@ def averaging_on(p: float, start: float) -> bool:
 @dataclass(frozen=True)
 class Grid:
     """Fake-quantization grid: the values that a stored tensor can take, and their form in the file.
-
-    A kind of grid is a subclass in GRIDS. On rows (R, C) in fp32, encode(rows) gives the file's
-    arrays, decode(arrays) the values; snap(rows, out) writes decode(encode(rows)) to out.
-    """
+    A kind of grid is a subclass in GRIDS: encode(rows), of (R, C) in fp32, gives the file's arrays,
+    decode(arrays) the values."""
     name: str        # as in the artifact: "int4", "fp8"
     pattern = ""     # regular expression of the kind's names
     symbols = True   # whether array q holds an int8 symbol per weight, -qmax..qmax
@@ -3055,94 +2943,56 @@ class Grid:
     def parse(name: str) -> Grid:
         """The grid of that name; UserError if there is none."""
         for kind in GRIDS:
-            if isinstance(name, str) and re.fullmatch(kind.pattern, name):
+            if re.fullmatch(kind.pattern, str(name)):
                 return kind(name)
         raise UserError(f"storage grid {ascii(name)[:60]} is unknown; int4, int5, int6, int7, "
                         "int8a, int4s0.35, int8, int8f, fp8, bf16, fp16, fp32 are known")
 
 
-class PlainGrid(Grid):
-    """Numbers of a smaller type."""
-    pattern, symbols, key = "bf16|fp16|fp32", False, "v"
-    types = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
-    dtype = type = property(lambda self: self.types[self.name])
-    fused = property(lambda self: ("bf16", 0.0) if self.name == "bf16" else None)
-
-    def cast(self, rows: Tensor) -> Tensor:
-        return rows.to(self.type)
-
-    def snap(self, rows: Tensor, out: Tensor) -> None:
-        out.copy_(self.cast(rows))
+class FloatGrid(Grid):
+    """Numbers of a smaller type. fp8 (e4m3fn, https://arxiv.org/abs/2209.05433) saturates at +-448;
+    its bits are the symbols."""
+    pattern = "fp8|bf16|fp16|fp32"
+    type = property(lambda self: dict(fp8=torch.float8_e4m3fn, bf16=torch.bfloat16,
+                                      fp16=torch.float16, fp32=torch.float32)[self.name])
+    symbols = property(lambda self: self.name == "fp8")
+    dtype = property(lambda self: None if self.symbols else self.type)
+    fused = property(lambda self: (self.name, 0.0) if self.name in ("fp8", "bf16") else None)
+    key = property(lambda self: "q" if self.symbols else "v")
 
     def encode(self, rows: Tensor) -> dict[str, Tensor]:
-        return {self.key: self.cast(rows)}
+        return {self.key: (rows.clamp(-448, 448) if self.symbols else rows).to(self.type)}
 
     def decode(self, arrays: dict[str, Tensor]) -> Tensor:
         return arrays[self.key].view(self.type).float()
 
 
-class Fp8Grid(PlainGrid):
-    """e4m3fn (https://arxiv.org/abs/2209.05433), saturating at +-448; its bits are the symbols."""
-    pattern, symbols, key = "fp8", True, "q"
-    dtype, type, fused = None, torch.float8_e4m3fn, ("fp8", 0.0)
-
-    def cast(self, rows: Tensor) -> Tensor:
-        return rows.clamp(-448, 448).to(self.type)
-
-
 class RowGrid(Grid):
-    """Integers times one scale per row. A subclass has scales(rows, work): (R, 1) fp32, each
-    exactly a number of `dtype`; work is scratch memory (R, C)."""
-    values, dtype = "s", torch.bfloat16
-    value_dtype = torch.bfloat16   # the product is rounded to it
+    """Integers times one scale per row; a subclass has scales(rows): (R, 1) fp32."""
     qmax = 127
     top = property(lambda self: 2 * self.qmax)
-    clamps = True                  # False: |w| / scale cannot exceed qmax
-
-    def rounded(self, rows: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yields (slice, symbols (r, C) fp32 in scratch memory, scales (r, 1)), on CPU in blocks
-        that stay in cache."""
-        if not rows.numel():
-            return
-        size = max(1, (1 << 18) // rows.shape[1]) if rows.device.type == "cpu" else len(rows)
-        scratch = torch.empty_like(rows[:size])
-        for start in range(0, len(rows), size):
-            part = rows[start:start + size]
-            work = scratch[:len(part)]
-            scale = self.scales(part, work)
-            torch.div(part, scale, out=work).round_()
-            if self.clamps:
-                work.clamp_(-self.qmax, self.qmax)
-            yield slice(start, start + len(part)), work, scale
-
-    def snap(self, rows: Tensor, out: Tensor) -> None:
-        for part, symbols, scale in self.rounded(rows):
-            symbols.mul_(scale).add_(0.0)  # the file has no -0
-            out[part].copy_(symbols.to(self.value_dtype))
+    values, dtype = "s", torch.bfloat16
+    value_dtype = torch.bfloat16  # the product is rounded to it
 
     def encode(self, rows: Tensor) -> dict[str, Tensor]:
-        q = torch.zeros_like(rows, dtype=torch.int8)
-        s = rows.new_zeros(len(rows), dtype=self.dtype)
-        for part, symbols, scale in self.rounded(rows):
-            q[part], s[part] = symbols, scale[:, 0]
-        return {"q": q, "s": s}
+        s = self.scales(rows).to(self.dtype)
+        q = (rows / s.float()).round_().clamp_(-self.qmax, self.qmax)
+        return {"q": q.to(torch.int8), "s": s[:, 0]}
 
     def decode(self, arrays: dict[str, Tensor]) -> Tensor:
         q, s = (arrays[key].to(self.value_dtype) for key in "qs")
-        return (q * s[:, None]).float()    # a bf16 product is the rounded fp32 product
+        return (q * s[:, None]).float()  # a bf16 product is the rounded fp32 product
 
 
 class AbsmaxGrid(RowGrid):
     """intN: scale = absmax / qmax, qmax = 2^(N-1) - 1; int8a, as int8 is system B's."""
     pattern = "int([4-7]|8a)"
     qmax = property(lambda self: 2 ** (int(self.name[3]) - 1) - 1)
-    clamps = False                 # absmax / bf16(scale) <= qmax (1 + 2^-8), which rounds to qmax
     fused = property(lambda self: ("int", self.qmax))
 
-    def scales(self, rows: Tensor, work: Tensor) -> Tensor:
-        peak = torch.abs(rows, out=work).amax(1, keepdim=True).clamp_min_(1e-8)
-        divisor = peak.new_tensor(self.qmax)   # CUDA divides by a Python number inexactly
-        return (peak / divisor).bfloat16().float()
+    def scales(self, rows: Tensor) -> Tensor:
+        peak = rows.abs().amax(1, keepdim=True).clamp_min_(1e-8)
+        return peak / peak.new_tensor(self.qmax)  # CUDA divides by a Python number inexactly
 
 
 class SigmaGrid(RowGrid):
@@ -3151,10 +3001,10 @@ class SigmaGrid(RowGrid):
     k = property(lambda self: float(self.name.partition("s")[2]))
     fused = property(lambda self: ("sigma", self.k))
 
-    def scales(self, rows: Tensor, work: Tensor) -> Tensor:
+    def scales(self, rows: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
         rms = norm / math.sqrt(rows.shape[1])  # fp64: the same bf16 in any order of summing
-        return (rms * self.k).float().clamp_min_(1e-8).bfloat16().float()
+        return (rms * self.k).float().clamp_min_(1e-8)
 
 
 class PercentileGrid(RowGrid):
@@ -3163,16 +3013,16 @@ class PercentileGrid(RowGrid):
     dtype, value_dtype = torch.float16, torch.float32
     floor = property(lambda self: 1 / 127 if self.name == "int8f" else 2.0 ** -24)
 
-    def scales(self, rows: Tensor, work: Tensor) -> Tensor:
+    def scales(self, rows: Tensor) -> Tensor:
         n = rows.shape[1]
-        place = 0.9999984 * (n - 1)            # between two order statistics
-        largest = torch.abs(rows, out=work).topk(n - int(place), dim=1).values
+        place = 0.9999984 * (n - 1)  # between two order statistics
+        largest = rows.abs().topk(n - int(place), dim=1).values
         above = largest[:, -2:-1] if n > 1 else largest
         clip = torch.lerp(largest[:, -1:], above, place - int(place))
-        return (clip / 127).clamp_min_(self.floor).half().float()
+        return (clip / 127).clamp_min_(self.floor)
 
 
-GRIDS = (AbsmaxGrid, SigmaGrid, PercentileGrid, Fp8Grid, PlainGrid)
+GRIDS = AbsmaxGrid, SigmaGrid, PercentileGrid, FloatGrid
 
 
 def rows_columns(shape) -> tuple[int, int]:
@@ -3185,28 +3035,29 @@ def as_rows(w: Tensor) -> Tensor:
 
 
 def snap(w: Tensor, grid: Grid, out: Tensor | None = None) -> Tensor:
-    """The grid values of w in fp32 or in out (contiguous, may be w itself): bit for bit
-    decode(encode(w)), at about 1.5 ns per INT4 weight on two cores. NaN gives NaN."""
+    """decode(encode(w)) in fp32 or in out (contiguous, may be w itself). NaN gives NaN."""
     if out is None:
         out = torch.empty(w.shape, dtype=torch.float32, device=w.device)
-    grid.snap(as_rows(w), out.detach().view(rows_columns(w.shape)))
+    rows = as_rows(w)
+    block = 1 << 18 if w.device.type == "cpu" else rows.numel()  # weights that stay in cache
+    size = block // max(rows.shape[1], 1) + 1
+    for part, target in zip(rows.split(size), out.detach().view(rows.shape).split(size)):
+        target.copy_(grid.decode(grid.encode(part)))
     return out
 
 
 def all_finite(t: Tensor) -> bool:
-    """Without a mask of t's size."""
-    return not t.numel() or bool(torch.stack((t.amin(), t.amax())).isfinite().all())
+    return bool(t.isfinite().all())
 
 
 def encode(w: Tensor, grid: Grid, name: str = "tensor") -> dict[str, Tensor]:
-    """The file's arrays. UserError with the name for NaN, infinity and what overflows the grid.
-    Use the device that training used."""
+    """The file's arrays, made on the device of training. UserError with the name for NaN, infinity
+    and what overflows the grid."""
     rows = as_rows(w)
     if not all_finite(rows):
         raise UserError(f"{name} holds NaN or infinity and cannot be stored")
     arrays = grid.encode(rows)
-    largest = rows.new_full((len(rows), 1), grid.qmax, dtype=torch.int8)
-    if not all_finite(grid.decode(arrays | {"q": largest})):
+    if not all_finite(grid.decode(arrays)):
         raise UserError(f"{name} holds values too large for {grid}")
     return arrays
 
@@ -3219,63 +3070,54 @@ def decode(arrays: dict[str, Tensor], grid: Grid, shape) -> Tensor:
 def storage_plan(model: nn.Module, c: Config) -> dict[str, str]:
     """How each stored tensor is kept, by name; training, describe and the artifact use this plan.
 
-    intn: matrices of at least 4096 elements as INT rows; the embedding, the tie correction and
-    small matrices as FP8 under FP_STORAGE=FP8; all else bf16. int8 (system B): 2-D tensors above
-    65,536 elements as INT8 rows; control tensors fp32; all else fp16.
-    """
-    step = f"int{c.quant_bits}" + (f"s{c.quant_k:.12g}" if c.quant_step == "sigma" else "")
+    intn: matrices from 4096 elements as INT rows; embedding, tie correction, small matrices as FP8
+    under FP_STORAGE=FP8. int8 (system B): 2-D tensors above 65,536 elements as INT8 rows."""
+    int_rows = f"int{c.quant_bits}" + (f"s{c.quant_k:.12g}" if c.quant_step == "sigma" else "")
+    if c.storage == "int8":
+        int_rows = "int8f" if c.int8_floor else "int8"
     plan = {}
-    for name, role, parameter in named_roles(model):
+    for name, role, w in named_roles(model):
         matrix, table = role in (*MATRICES, HEAD), role in (EMBEDDING, CORRECTION)
         if c.storage == "int8":
-            large = parameter.ndim == 2 and parameter.numel() > 65_536
-            grid = ("int8f" if c.int8_floor else "int8") if large else "fp16"
-            plan[name] = "fp32" if role == CONTROL else grid
-        elif matrix and parameter.numel() >= 4096:
-            plan[name] = (c.mlp_grid if role == MLP_MATRIX else c.proj_grid) or step
+            small = "fp32" if role == CONTROL else "fp16"
+            large = w.ndim == 2 and w.numel() > 65_536 and role != CONTROL
+            plan[name] = int_rows if large else small
+        elif matrix and w.numel() >= 4096:
+            plan[name] = (c.mlp_grid if role == MLP_MATRIX else c.proj_grid) or int_rows
             if role == IN_PROJ and c.dt_grid:
                 plan[name] += f"+{c.d_inner // HEADDIM}x{c.dt_grid}"
-        elif table and c.embed_grid:
-            plan[name] = c.embed_grid
         else:
-            plan[name] = "fp8" if (matrix or table) and c.fp_storage == "FP8" else "bf16"
+            small = "fp8" if (matrix or table) and c.fp_storage == "FP8" else "bf16"
+            plan[name] = table and c.embed_grid or small
     return plan
 
 
 @functools.cache
 def row_grids(plan: str, rows: int) -> tuple[tuple[slice, Grid], ...]:
-    """(rows, grid) pairs of an entry of the plan: "int4+10xint8a" has int8a for the last 10 rows."""
+    """(rows, grid) pairs of an entry of the plan; "int4+10xint8a": int8a for the last 10 rows."""
     head, _, tail = plan.partition("+")
-    if not tail:
-        return ((slice(0, rows), Grid.parse(head)),)
     count, _, other = tail.partition("x")
-    first = rows - int(count)
-    return (slice(0, first), Grid.parse(head)), (slice(first, rows), Grid.parse(other))
-
-
-def stored_parts(name: str, w: Tensor, plan: str) -> Iterator[tuple[str, Tensor, Grid]]:
-    """The tensor as the artifact keeps it: whole, or its last rows apart, named by the first of
-    them: "in_proj[202]"."""
-    for part, grid in row_grids(plan, len(w) if w.ndim else 1):
-        yield (f"{name}[{part.start}]" if part.start else name), (w[part] if w.ndim else w), grid
+    first = rows - int(count or 0)
+    pairs = (slice(0, first), head), (slice(first, rows), other)
+    return tuple((part, Grid.parse(name)) for part, name in pairs if name)
 
 
 def artifact_tensors(weights: Iterable[tuple[str, Tensor]],
                      plan: dict[str, str]) -> dict[str, tuple[Tensor, Grid]]:
-    """{name: (rows, grid)} of named tensors, as `write_artifact` and `estimate_bytes` take them."""
-    return {part: (rows, grid) for name, w in weights
-            for part, rows, grid in stored_parts(name, w, plan[name])}
+    """{name: (weights, grid)} as the artifact keeps named tensors: whole, or with the last rows
+    apart, named by the first of them: "in_proj[202]"."""
+    return {f"{name}[{part.start}]" if part.start else name: (w[part], grid)
+            for name, w in weights for part, grid in row_grids(plan[name], len(w))}
 
 
 def whole_tensors(parts: dict[str, Tensor], path) -> dict[str, Tensor]:
-    """Inverse of `stored_parts` over an artifact's tensors; UserError where parts do not join."""
+    """Inverse of `artifact_tensors` for the weights; UserError where parts do not join."""
     whole: dict[str, Tensor] = {}
     for name, tensor in parts.items():
         base, _, start = name.partition("[")
         if start:
             first = whole.get(base, torch.empty(()))
-            fits = first.ndim and first.shape[1:] == tensor.shape[1:] and start == f"{len(first)}]"
-            if not fits:
+            if name != f"{base}{[*first.shape[:1]]}" or first.shape[1:] != tensor.shape[1:]:
                 raise UserError(f"{path}: the parts of {ascii(base)[:60]} do not join")
             tensor = torch.cat((first, tensor))
         whole[base] = tensor
@@ -3284,7 +3126,7 @@ def whole_tensors(parts: dict[str, Tensor], path) -> dict[str, Tensor]:
 
 def grid_pairs(compute: Tensor, master: Tensor, plan: str) -> list[tuple[Tensor, Tensor, Grid]]:
     """Views (compute, master, grid) of stacks (k, *shape): all rows at once if of the same grid."""
-    pieces = row_grids(plan, master.size(1) if master.ndim > 1 else 1)
+    pieces = row_grids(plan, master.size(1))
     if len(pieces) > 1:
         return [(c[part], m[part], grid) for c, m in zip(compute, master) for part, grid in pieces]
     if master.ndim > 2:
@@ -3292,44 +3134,20 @@ def grid_pairs(compute: Tensor, master: Tensor, plan: str) -> list[tuple[Tensor,
     return [(compute, master, pieces[0][1])]
 
 
-def snap_into(compute: Tensor, master: Tensor, plan: str) -> None:
-    """Write the grid values of a stack of masters (k, *shape) into the compute weights."""
-    for target, source, grid in grid_pairs(compute, master, plan):
-        snap(source, grid, out=target)
-
-
-def fused_form(grid: Grid) -> tuple[str, float] | None:
-    """Format and parameter of a grid for FusedSnap; None without a kernel (int8, fp16, fp32)."""
-    return grid.fused
-
-
-def fits_training(name: str) -> bool:
-    """Whether a knob can ask for that grid: it exists and has a fused kernel."""
-    with contextlib.suppress(UserError):
-        return Grid.parse(name).fused is not None
-    return False
-
-
+@CHECKS.append
 def check_grids(c: Config) -> Iterator[str]:
-    """Faults of the knobs that choose how tensors are stored."""
     int8 = c.storage == "int8"
-    if int8 and c.quant_bits != 8 or not int8 and c.quant_bits not in (4, 5, 6):
+    if c.quant_bits not in ((8,) if int8 else (4, 5, 6)):
         yield f"QUANT_BITS={c.quant_bits}: STORAGE=intn needs 4, 5 or 6, STORAGE=int8 needs 8"
-    if int8 and c.fp_storage != "BF16":
-        yield f"FP_STORAGE={c.fp_storage}: STORAGE=int8 needs BF16"
-    if int8 and c.quant_step != "absmax":
-        yield f"QUANT_STEP={c.quant_step}: needs STORAGE=intn"
     if c.int8_floor and not int8:
         yield "INT8_FLOOR=1: needs STORAGE=int8"
-    for name in ("MLP_GRID", "PROJ_GRID", "DT_GRID", "EMBED_GRID"):
-        value = getattr(c, name.lower())
-        if value and int8:
-            yield f"{name}={value}: needs STORAGE=intn"
-        if value and not fits_training(value):
-            yield f"{name}={value}: must be int4 to int7, int8a, int4s0.35, fp8 or bf16"
-
-
-CHECKS.append(check_grids)
+    for name in ("fp_storage", "quant_step", "mlp_grid", "proj_grid", "dt_grid", "embed_grid"):
+        value = getattr(c, name)
+        kinds = [kind for kind in GRIDS if re.fullmatch(kind.pattern, value)]
+        if int8 and value != getattr(Config, name):
+            yield f"{name.upper()}={value}: needs STORAGE=intn"
+        elif name.endswith("grid") and value and not any(kind(value).fused for kind in kinds):
+            yield f"{name.upper()}={value}: must be int4 to int7, int8a, int4s0.35, fp8 or bf16"
 
 
 @torch.no_grad()
@@ -3337,10 +3155,9 @@ def round_compensated(w: Tensor, grid: RowGrid, moments: Tensor) -> tuple[dict[s
     """GPTQ (https://arxiv.org/abs/2210.17323): encode's arrays, rounded so that the layer's output
     changes least, and the output's squared error as a share of plain rounding's.
 
-    w (R, C); moments (C, C): mean of x x^T over the layer's inputs x. Columns are rounded in
-    order of falling input power; each one's error is spread over the later columns by the inverse
-    of the moments. Plain rounding's scales stay, and its rows whose error would grow.
-    """
+    w (R, C); moments (C, C): mean of x x^T over the layer's inputs x. In order of falling input
+    power, each column's error is spread over the later ones by the inverse of the moments. Plain
+    rounding's scales stay, and its rows whose error would grow."""
     plain, rows, moments = encode(w, grid), as_rows(w).double(), moments.double()
     scale, power = plain["s"].double(), moments.diagonal()
     order = power.argsort(descending=True, stable=True)
@@ -3356,15 +3173,12 @@ def round_compensated(w: Tensor, grid: RowGrid, moments: Tensor) -> tuple[dict[s
             errors[:, j - start] = (left[:, j] - q[:, j] * scale) / factor[j, j]
             left[:, j + 1:stop] -= errors[:, j - start, None] * factor[j, j + 1:stop]
         left[:, stop:] -= errors @ factor[start:stop, stop:]
-    compensated = q[:, order.argsort()].to(torch.int8)
-
-    def output_error(symbols: Tensor) -> Tensor:
+    choices, damage = (plain["q"], q[:, order.argsort()].to(torch.int8)), []
+    for symbols in choices:
         error = rows - grid.decode({"q": symbols, "s": plain["s"]}).double()
-        return ((error @ moments) * error).sum(1)  # (R,)
-
-    new, old = output_error(compensated), output_error(plain["q"])
-    best = torch.where((new < old)[:, None], compensated, plain["q"])
-    share = torch.minimum(new, old).sum() / old.sum().clamp_min(1e-300)
+        damage.append(((error @ moments) * error).sum(1))  # (R,)
+    best = torch.where((damage[1] < damage[0])[:, None], *choices[::-1])
+    share = torch.minimum(*damage).sum() / damage[0].sum().clamp_min(1e-300)
     return {"q": best, "s": plain["s"]}, float(share)
 
 
@@ -3524,7 +3338,8 @@ class Weights:
             return
         for group in self.groups:
             if qat and group.grid:
-                snap_into(group.compute, group.stack(which), group.grid)
+                for out, w, grid in grid_pairs(group.compute, group.stack(which), group.grid):
+                    snap(w, grid, out=out)
             else:
                 group.compute.copy_(group.stack(which))
 
@@ -3533,11 +3348,11 @@ class Weights:
         if self.fused_snap is None:
             jobs = [pair for group in self.groups if group.grid
                     for pair in grid_pairs(group.compute, group.master, group.grid)]
-            if any(fused_form(grid) is None for *_, grid in jobs):
+            if any(grid.fused is None for *_, grid in jobs):
                 return False
             by_dtype: dict[torch.dtype, list] = {}
             for compute, master, grid in jobs:
-                job = master, compute, *fused_form(grid)
+                job = master, compute, *grid.fused
                 by_dtype.setdefault(compute.dtype, []).append(job)
             self.fused_snap = [FusedSnap(items) for items in by_dtype.values()]
         for snap_all in self.fused_snap:
@@ -5874,7 +5689,7 @@ def generate(model: LanguageModel, prompt: list[int], count: int, runtime: Runti
         if token == stop:
             return
         yield token
-        h, states = model(ids(token), runtime.dtype, states, step=True)
+        h, states = model(ids(token), runtime.dtype, states)
 
 
 def sample(c: Config) -> None:

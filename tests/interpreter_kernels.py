@@ -133,7 +133,7 @@ GRIDS = [K.Grid.parse(name) for name in ("int4", "int5", "int6", "int4s0.1", "fp
 def snap_items(device="cpu", dtype=torch.bfloat16, wide=1300):
     """Masters of many magnitudes with rows of zeros, ties, subnormal and saturating FP8 values, all formats."""
     g, items = torch.Generator().manual_seed(0), []
-    for fmt, param in map(K.fused_form, GRIDS):
+    for fmt, param in (grid.fused for grid in GRIDS):
         for shape in ((9, wide), (7, 64), (3, 4), (640,), (5, 1, 4)):
             w = torch.randn(shape, generator=g)
             if w.dim() == 2:
@@ -151,7 +151,7 @@ def check_snap(items):
     """In training and in the artifact the same bits: the kernel against `snap`, which is decode(encode(w))."""
     K.FusedSnap(items)()
     for w, out, fmt, param in items:
-        want = K.snap(w, next(grid for grid in GRIDS if K.fused_form(grid) == (fmt, param))).to(out.dtype)
+        want = K.snap(w, next(grid for grid in GRIDS if grid.fused == (fmt, param))).to(out.dtype)
         assert torch.equal(out.view(torch.int16), want.view(torch.int16)), (fmt, param, tuple(w.shape))
 
 

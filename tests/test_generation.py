@@ -38,7 +38,7 @@ def test_step_logits_equal_full_forward_logits(mixer, prefill):
     h, states = model(ids[:, :prefill], torch.float32)
     seen = [model.logits(h)[0]]
     for t in range(prefill, 40):
-        h, states = model(ids[:, t:t + 1], torch.float32, states, step=True)
+        h, states = model(ids[:, t:t + 1], torch.float32, states)
         seen.append(model.logits(h)[0])
     assert torch.allclose(torch.cat(seen), whole, atol=2e-5, rtol=0)
 
@@ -68,7 +68,7 @@ def test_state_per_token_is_constant_for_mamba_blocks():
     h, states = model(torch.tensor([[0] * 40]), torch.float32)
     for _ in range(30):
         sizes.add(sum(t.numel() for state in states for t in state))
-        h, states = model(torch.tensor([[1]]), torch.float32, states, step=True)
+        h, states = model(torch.tensor([[1]]), torch.float32, states)
     assert len(sizes) == 1
 
 

@@ -117,8 +117,8 @@ def test_conv_torch(T, initial):
 def test_chunk_follows_the_form_unless_it_is_set():
     for name, chunk in (("mamba_ssm", 256), ("fused", 64), ("torch", 64)):
         kernels = K.Kernels(name=name)
-        assert K.Mamba2.from_config(K.Config(), kernels).chunk == chunk
-        assert K.Mamba2.from_config(K.Config(ssd_chunk=128), kernels).chunk == 128
+        assert K.Mamba2(K.Config(), kernels).chunk == chunk
+        assert K.Mamba2(K.Config(ssd_chunk=128), kernels).chunk == 128
 
 
 def test_snap_in_closed_form():

@@ -158,20 +158,24 @@ def test_the_convolution_cut_anywhere_with_its_inputs_carried_is_the_whole():
 
 # -- mixer -------------------------------------------------------------------------------------------------------------
 
+def build(**knobs):
+    return tj.Mamba2(tj.Config(d_conv=4, **knobs), tj.Kernels())
+
+
 @pytest.fixture
 def mixer():
     torch.manual_seed(0)
-    return tj.Mamba2(64, d_state=16, d_conv=4, expand=2, kernels=tj.Kernels(), chunk=8)
+    return build(model_dim=64, d_state=16, expand=2, ssd_chunk=8)
 
 
 def test_mixer_shapes_and_initial_values_are_mamba_2s():
     torch.manual_seed(0)
-    found = tj.Mamba2(640, 64, 4, 1, tj.Kernels(), 64)
+    found = build(model_dim=640, d_state=64, expand=1)
     shapes = {name: tuple(p.shape) for name, p in found.named_parameters()}
     assert shapes == {"in_proj.weight": (2 * 640 + 128 + 10, 640), "conv1d.weight": (768, 1, 4), "conv1d.bias": (768,),
                       "dt_bias": (10,), "A_log": (10,), "D": (10,), "norm.weight": (640,),
                       "out_proj.weight": (640, 640)}
-    many = tj.Mamba2(64, 8, 4, 200, tj.Kernels(), 64)  # 200 heads, to see distributions
+    many = build(model_dim=64, d_state=8, expand=200)  # 200 heads, to see distributions
     dt, A = F.softplus(many.dt_bias.detach()), many.A_log.detach().exp()
     assert 0.001 * 0.999 <= dt.min() < 0.0015 and 0.06 < dt.max() <= 0.1001
     # three standard errors of 200 uniform draws: 3 * 1.33 / 14 of log dt, 3 * 4.3 / 14 of A
@@ -185,7 +189,8 @@ def test_mixer_shapes_and_initial_values_are_mamba_2s():
 
 def naive_mixer(mixer, u):
     """Spec section 5 in float64; rows of in_proj in the order z, x, B, C, dt."""
-    inner, size, heads = mixer.d_inner, mixer.d_state, mixer.heads
+    heads, width, size = mixer.state_shapes[1]
+    inner = heads * width
     z, xBC, dt = (u @ mixer.in_proj.weight.T).split((inner, inner + 2 * size, heads), -1)
     conv = F.conv1d(F.pad(xBC.transpose(1, 2), (3, 0)), mixer.conv1d.weight, mixer.conv1d.bias, groups=inner + 2 * size)
     x, B, C = F.silu(conv).transpose(1, 2).split((inner, size, size), -1)
@@ -228,7 +233,7 @@ def test_mixer_steps_are_its_forward_pass(mixer):
     whole, final = mixer(u)
     _, state = mixer(u[:, :5])
     for t in range(5, 21):
-        y, state = mixer.step(u[:, t:t + 1], state)
+        y, state = mixer(u[:, t:t + 1], state)
         assert off(y, whole[:, t:t + 1]) < 5e-6
     assert off(state[1], final[1]) < FP32 and off(state[0], final[0]) < 1e-6
 
@@ -253,7 +258,8 @@ assert theirs.causal_conv1d_fn is None, "causal_conv1d is installed; the referen
 worst = {}
 for dim, expand, length, d_state in ((64, 2, 24, 16), (128, 1, 19, 16)):  # per-head sums here do not all but cancel
     torch.manual_seed(length)
-    ours = tj.Mamba2(dim, d_state=d_state, d_conv=4, expand=expand, kernels=tj.Kernels(), chunk=16)
+    config = tj.Config(model_dim=dim, d_state=d_state, d_conv=4, expand=expand, ssd_chunk=16)
+    ours = tj.Mamba2(config, tj.Kernels())
     with torch.no_grad():
         for p in (ours.D, ours.norm.weight, ours.dt_bias):
             p.add_(torch.randn_like(p) * 0.3)

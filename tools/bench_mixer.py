@@ -77,7 +77,8 @@ def main() -> None:
     except ImportError:
         print("transformers is not installed: our mixer alone; see the top of this file", file=sys.stderr)
     for batch, length, expand in CASES:
-        ours = tj.Mamba2(DIM, STATE, 4, expand, tj.Kernels(), 64)
+        config = tj.Config(model_dim=DIM, d_state=STATE, d_conv=4, expand=expand, ssd_chunk=64)
+        ours = tj.Mamba2(config, tj.Kernels())
         mixers = {"ours": lambda u, ours=ours: ours(u)[0]}
         if facts["transformers"]:
             mixers["transformers"] = theirs(expand, ours)

@@ -92,7 +92,8 @@ def models_of(path: Path, runtime: jepa.Runtime) -> tuple[jepa.Config, int | Non
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[prefix + name].reshape(parameter.shape))
             if weights == "stored":
-                jepa.snap_into(parameter[None], parameter.clone()[None], plan[name])
+                for out, w, grid in jepa.grid_pairs(parameter[None], parameter.clone()[None], plan[name]):
+                    jepa.snap(w, grid, out=out)
     return config, meta["step"], models
 
 
