@@ -2485,6 +2485,13 @@ class Linear(nn.Module):
             weight = F.pad(weight, (0, 0, 0, pad))
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
+    def scaled(self, x: Tensor, scale: Tensor | None) -> Tensor:
+        """Outputs times scale (out,). On a GPU the scale goes into the weights, which saves reading
+        the outputs again for its gradient, and writing a gradient for the product."""
+        if scale is not None and x.is_cuda:
+            return F.linear(x, (scale[:, None] * self.weight).to(x.dtype))
+        return self(x) if scale is None else scale.to(x.dtype) * self(x)
+
 
 class Mamba2(nn.Module):
     """Mamba-2 (https://arxiv.org/abs/2405.21060), with the weights of mamba_ssm's
@@ -2515,13 +2522,13 @@ class Mamba2(nn.Module):
         return (torch.zeros(batch, *conv, dtype=dtype, device=device),
                 torch.zeros(batch, *ssm, device=device))
 
-    def forward(self, u: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def forward(self, u: Tensor, state=None, scale: Tensor | None = None) -> tuple[Tensor, State]:
         generates = state is not None and u.size(1) == 1  # by the recurrence itself
         mix = functools.partial(mamba_mix, ssd=ssd_position) if generates else self.kernels.mix
         pad = -len(self.in_proj.weight) % 8 if u.is_cuda else 0  # wide loads need aligned rows
         out, state = mix(self.in_proj(u, pad), self.conv1d.weight, self.conv1d.bias, self.dt_bias,
                          -self.A_log.exp(), self.D, self.norm.weight, chunk=self.chunk, state=state)
-        return self.out_proj(out), state
+        return self.out_proj.scaled(out, scale), state
 
 
 @torch.compiler.assume_constant_result  # computed once per graph
@@ -2533,8 +2540,8 @@ def rotary_table(positions: int, width: int, base: float, device: torch.device) 
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotary embedding (https://arxiv.org/abs/2104.09864), half split, of x (B,heads,T,width)."""
-    (a, b), (cos, sin) = x.float().chunk(2, dim=-1), table
+    """Rotary embedding (https://arxiv.org/abs/2104.09864), half split, of x (B,T,heads,width)."""
+    (a, b), (cos, sin) = x.float().chunk(2, dim=-1), table.unsqueeze(2)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).to(x.dtype)
 
 
@@ -2556,22 +2563,24 @@ class Attention(nn.Module):
         self.out_proj = Linear(dim, dim, zero=True)
         self.q_gain = nn.Parameter(torch.full((heads,), c.qk_gain_init))
 
-    def forward(self, u: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        q, k, v = [project(u).unflatten(-1, (-1, self.width)).transpose(1, 2)
+    def forward(self, u: Tensor, state=None, scale: Tensor | None = None) -> tuple[Tensor, State]:
+        q, k, v = [project(u).unflatten(-1, (-1, self.width))
                    for project in (self.q_proj, self.k_proj, self.v_proj)]
         q, k, mask, start = rms_norm(q, self.eps), rms_norm(k, self.eps), None, 0
         if state is not None:
-            start = state[0].size(2)
-            k, v = torch.cat((state[0], k), dim=2), torch.cat((state[1], v), dim=2)
-            mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=u.device).tril(start)
-        table = rotary_table(k.size(2), self.width, self.base, u.device)
-        q = rotate(q, table[:, start:]) * self.q_gain.to(u.dtype).view(-1, 1, 1)
-        y = F.scaled_dot_product_attention(q, rotate(k, table), v, attn_mask=mask,
-                                           is_causal=mask is None, enable_gqa=self.grouped)
-        return self.out_proj(y.transpose(1, 2).flatten(2)), (k, v)
+            start = state[0].size(1)
+            k, v = torch.cat((state[0], k), dim=1), torch.cat((state[1], v), dim=1)
+            mask = torch.ones(q.size(1), k.size(1), dtype=torch.bool, device=u.device).tril(start)
+        table = rotary_table(k.size(1), self.width, self.base, u.device)
+        q = rotate(q, table[:, start:]) * self.q_gain.to(u.dtype)[:, None]
+        heads_first = (t.transpose(1, 2) for t in (q, rotate(k, table), v))
+        y = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=mask is None,
+                                           enable_gqa=self.grouped)
+        return self.out_proj.scaled(y.transpose(1, 2).flatten(2), scale), (k, v)
 
 
-# By letter. forward: u (B,T,D), the state before it (None: empty) -> (B,T,D), the state after it.
+# By letter. forward: u (B,T,D), the state before it (None: empty), a scale of the output (D,)
+# -> (B,T,D), the state after it.
 MIXERS = {"m": Mamba2, "a": Attention}
 
 
@@ -2598,9 +2607,9 @@ class MLP(nn.Module):
         self.up = Linear(c.model_dim, hidden * ratio, role=MLP_MATRIX)
         self.down = Linear(hidden, c.model_dim, zero=True, role=MLP_MATRIX)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         hidden = self.activation(self.up(x))
-        return self.down(rms_norm(hidden, 1e-6) if self.norm else hidden)
+        return self.down.scaled(rms_norm(hidden, 1e-6) if self.norm else hidden, scale)
 
 
 class Block(nn.Module):
@@ -2620,10 +2629,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, x0: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         mix = self.mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        mixed, state = self.mixer(rms_norm(x, self.eps), state)
-        x = x + self.mixer_scale.to(x.dtype) * mixed
+        mixed, state = self.mixer(rms_norm(x, self.eps), state, self.mixer_scale)
+        x = x + mixed
         if self.mlp is not None:
-            x = x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x, self.eps))
+            x = x + self.mlp(rms_norm(x, self.eps), self.mlp_scale)
         return x, state
 
 
@@ -2678,7 +2687,7 @@ class LanguageModel(nn.Module):
 
     def trim_states(self, states: list, overlap: int) -> list:
         """The states with the last `overlap` positions of attention's keys and values."""
-        trim = lambda part: part[:, :, max(0, part.size(2) - overlap):]
+        trim = lambda part: part[:, max(0, part.size(1) - overlap):]
         return [tuple(map(trim, state)) if isinstance(block.mixer, Attention) else state
                 for block, state in zip(self.blocks, states)]
 

@@ -69,8 +69,8 @@ class Tag(nn.Module):
         super().__init__()
         self.value = value
 
-    def forward(self, u, state=None):
-        return torch.full_like(u, self.value), state
+    def forward(self, u, state=None, scale=1.0):
+        return scale * torch.full_like(u, self.value), state
 
 
 @pytest.mark.parametrize("layers, encoders", [(4, 2), (5, 2), (3, 1), (1, 0), (2, 1)])
@@ -295,7 +295,7 @@ def test_attention_with_carried_keys_is_the_whole(cut):
     first, state = layer(u[:, :cut])
     second, state = layer(u[:, cut:], state)
     assert off(torch.cat((first, second), 1), whole) < 2e-6
-    assert off(state[0], k) < 2e-6 and off(state[1], v) < 2e-6 and k.shape == (2, 2, 13, 16)
+    assert off(state[0], k) < 2e-6 and off(state[1], v) < 2e-6 and k.shape == (2, 13, 2, 16)
 
 
 # -- MLP ---------------------------------------------------------------------------------------------------------------
