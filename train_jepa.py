@@ -86,7 +86,6 @@ except ImportError:
     zstandard = None
 
 SIZE_LIMIT = 16_000_000  # bytes of artifact + this file
-EVAL_SECONDS = 600       # that the challenge allows for evaluation, apart from training
 HEADDIM = 64             # P: width of one Mamba-2 head, as in both published models
 GATE_EPS = 1e-5          # epsilon of the norm behind Mamba-2's gate, as in mamba_ssm
 
@@ -4308,19 +4307,95 @@ class Evaluator:
         return Evaluator(self.model, tokens, self.vocabulary, self.seq_len,
                          self.sequences * self.seq_len, self.runtime, self.forward)
 
-    def _share(self, count: int) -> tuple[int, int]:
-        """First and last + 1 of this rank's items out of `count`."""
-        rank, world = self.runtime.rank, self.runtime.world
-        return count * rank // world, count * (rank + 1) // world
+    def standard(self, temperatures: Sequence[float] = (1.0,)) -> list[Score]:
+        """Sequences of seq_len tokens, each from an empty context; one score per temperature."""
+        return self._score(temperatures, self._windows, self.seq_len, self.sequences)
+
+    def sliding(self, stride: int, batch: int, temperature: float = 1.0) -> Score:
+        """Windows of seq_len every `stride` tokens, and one that ends with the text: each token is
+        scored once, with the longest context that the windows offer."""
+        return self._score([temperature], self._windows, stride, batch)[0]
+
+    def carried(self, temperatures: Sequence[float] = (1.0,), overlap: int | None = None
+                ) -> list[Score]:
+        """One sequential pass on rank 0, the recurrent state carried from piece to piece. With
+        `overlap` (models with attention), attention sees so many tokens before a piece."""
+        return self._score(temperatures, self._pieces, overlap)
+
+    def adapted(self, c: Config, temperature: float = 1.0) -> Score:
+        """Score-first test-time training: each chunk is scored as the configuration asks, then
+        trained on, so that a score depends on the past alone. Then the weights are put back.
+        https://github.com/openai/parameter-golf/issues/1017"""
+        way = self._windows, self.seq_len, self.sequences
+        if c.eval_state == "carry":
+            way = self._pieces, c.overlap
+        elif c.sliding_eval:
+            way = self._windows, c.sliding_eval_stride, c.sliding_batch_size
+        with Adaptation(self, c) as adaptation:
+            return self._score([temperature], *way, chunk=c.adapt_chunk_tokens,
+                               learn=adaptation.train)[0]
+
+    def _score(self, temperatures: Sequence[float], way: Callable, *options, chunk: int = 0,
+               learn: Callable[[int, int], None] | None = None) -> list[Score]:
+        """A way scores this rank's share of a chunk (about `chunk` targets, 0: all), then yields
+        where the chunk ends. learn(first, stop) follows all chunks but the last."""
+        total = torch.zeros(len(temperatures), dtype=torch.float64, device=self.runtime.device)
+        add = lambda h, targets: total.add_(self._nll(h, targets, temperatures))
+        first = 0
+        for stop in way(add, chunk or self.targets, *options):
+            if learn and stop < self.targets:
+                learn(first, stop)
+            first = stop
+        return self._scores(total)
 
     def _scores(self, total: Tensor) -> list[Score]:
         """This rank's sums of NLL (K,) fp64 -> scores over all ranks."""
-        total = self.runtime.sum_host(total.to("cpu"))
         return [Score(nll / self.targets, nll / math.log(2) / max(self.bytes, 1))
-                for nll in total.tolist()]
+                for nll in self.runtime.sum_host(total.to("cpu")).tolist()]
 
-    def _zeros(self, count: int = 1) -> Tensor:
-        return torch.zeros(count, dtype=torch.float64, device=self.runtime.device)
+    @torch.no_grad()
+    def _windows(self, add: Callable, chunk: int, stride: int, batch: int) -> Iterator[int]:
+        T, n, main = self.seq_len, self.targets, self.runtime.main
+        inputs, targets = (t.unfold(0, T, stride) for t in (self.tokens[:-1], self.tokens[1:]))
+
+        def score(inputs: Tensor, targets: Tensor, last: int) -> None:
+            h, _ = self._hidden(inputs, (batch, T))
+            add(h[:, T - last:], targets[:, T - last:])
+
+        begun, step = int(stride < T), -(-chunk // (batch * stride)) * batch
+        if begun and main:  # the first window scores all its tokens, later ones their last
+            score(inputs[:1], targets[:1], T)
+        for low in range(begun, len(inputs), step):
+            high = min(low + step, len(inputs))
+            first, stop = (low + bound for bound in self.share(high - low))
+            for start in progress_bar(range(first, stop, batch), "evaluation batch", main):
+                part = slice(start, min(start + batch, stop))
+                score(inputs[part], targets[part], stride)
+            yield T + (high - 1) * stride
+        rest = (n - T) % stride
+        if rest and main:
+            score(self.tokens[None, n - T:n], self.tokens[None, n + 1 - T:], rest)
+
+    @torch.no_grad()
+    def _pieces(self, add: Callable, chunk: int, overlap: int | None) -> Iterator[int]:
+        T, n, main, states, scored = self.seq_len, self.targets, self.runtime.main, None, 0
+        piece = self.sequences * T if overlap is None else T
+        later = piece if overlap is None or overlap >= T else T - overlap
+        starts = [0, *range(piece, n, later)]
+        for start, stop in progress_bar(list(zip(starts, [*starts[1:], n])), "carried", main):
+            if main:
+                shape = 1, later if start else piece  # only the last piece is padded
+                h, states = self._hidden(self.tokens[None, start:stop], shape, states)
+                states = states if overlap is None else self.model.trim_states(states, overlap)
+                add(h, self.tokens[start + 1:stop + 1])
+            if stop - scored >= chunk or stop == n:
+                scored = stop
+                yield stop
+
+    def share(self, count: int) -> tuple[int, int]:
+        """First and last + 1 of this rank's items out of `count`."""
+        rank, world = self.runtime.rank, self.runtime.world
+        return count * rank // world, count * (rank + 1) // world
 
     def _hidden(self, ids: Tensor, shape: tuple[int, int], states: list | None = None
                 ) -> tuple[Tensor, list]:
@@ -4333,143 +4408,27 @@ class Evaluator:
         return h[:sequences, :length], states
 
     def _nll(self, h: Tensor, targets: Tensor, temperatures: Sequence[float]) -> Tensor:
-        """Sum of the NLL at each temperature (K,) fp64; h (...,D), targets (...). The V-wide
-        logits are made in pieces."""
+        """Sum of the NLL at each temperature (K,) fp64; the V-wide logits are made in pieces."""
+        def nll(h: Tensor, ids: Tensor) -> Tensor:
+            logits = self.model.logits(h)
+            scaled = (logits if t == 1 else logits / t for t in temperatures)
+            return torch.stack([F.cross_entropy(x, ids, reduction="none").double().sum() for x in scaled])
+
         h, targets = h.reshape(-1, h.size(-1)), self.runtime.to_device(targets.reshape(-1))
         piece = max(1, (1 << (25 if h.is_cuda else 22)) // self.vocabulary.base_bytes.numel())
-        total = self._zeros(len(temperatures))
-        for part, ids in zip(h.split(piece), targets.split(piece)):
-            logits = self.model.logits(part)
-            for index, temperature in enumerate(temperatures):
-                scaled = logits if temperature == 1 else logits / temperature
-                total[index] += F.cross_entropy(scaled, ids, reduction="none").double().sum()
-        return total
-
-    def standard(self, temperatures: Sequence[float] = (1.0,), label: str = "validation"
-                 ) -> list[Score]:
-        """Sequences of seq_len tokens, each from an empty context; one score per temperature."""
-        return self._finish(self._sequences, temperatures, label=label)
-
-    def sliding(self, stride: int, batch: int, temperature: float = 1.0) -> Score:
-        """Windows of seq_len every `stride` tokens. The first window scores all its tokens, later
-        ones their last `stride`; one more window ends with the text if the others do not. Each
-        token is scored once, with the longest context that the windows offer."""
-        return self._finish(self._windows, [temperature], stride=stride, batch=batch)[0]
-
-    def carried(self, temperatures: Sequence[float] = (1.0,), overlap: int | None = None
-                ) -> list[Score]:
-        """One pass with the recurrent state carried from piece to piece: each token is scored with
-        its whole past. The pass is sequential: rank 0 does it alone, in pieces of a batch. With
-        `overlap` (models with attention) a piece has seq_len tokens, of which the first `overlap`
-        are those before it, as keys and values of attention; the SSM states are carried."""
-        return self._finish(self._pieces, temperatures, overlap=overlap)
-
-    def adapted(self, c: Config, temperature: float = 1.0) -> Score:
-        """Score-first test-time training: each chunk of the text is scored, carried, sliding or in
-        sequences as the configuration asks, then trained on; the last one is only scored. A score
-        thus depends on the past alone (https://github.com/openai/parameter-golf/issues/1017).
-        Afterwards the weights are what they were."""
-        total, chunk = self._zeros(), c.adapt_chunk_tokens
-        if c.eval_state == "carry":
-            scoring = self._pieces(total, [temperature], chunk, overlap=c.overlap)
-        elif c.sliding_eval:
-            scoring = self._windows(total, [temperature], chunk, stride=c.sliding_eval_stride,
-                                    batch=c.sliding_batch_size)
-        else:
-            scoring = self._sequences(total, [temperature], chunk, label="adapted")
-        with Adaptation(self, c) as adaptation:
-            first = 0
-            for stop in scoring:
-                if stop < self.targets:
-                    adaptation.train(first, stop)
-                first = stop
-        return self._scores(total)[0]
-
-    def _finish(self, scoring: Callable, temperatures: Sequence[float], **options) -> list[Score]:
-        """Scores of the whole text, as one chunk."""
-        total = self._zeros(len(temperatures))
-        for _ in scoring(total, temperatures, self.targets, **options):
-            pass
-        return self._scores(total)
-
-    # Three ways of scoring. Each adds the NLL of this rank's share of a chunk (about `chunk` targets,
-    # whole batches) to `total` (K,), and then yields how many targets all ranks have scored.
-
-    @torch.no_grad()
-    def _sequences(self, total: Tensor, temperatures: Sequence[float], chunk: int, label: str
-                   ) -> Iterator[int]:
-        T, rows = self.seq_len, self.targets // self.seq_len
-        step = -(-chunk // (self.sequences * T)) * self.sequences
-        for low in range(0, rows, step):
-            high = min(low + step, rows)
-            first, last = self._share(high - low)
-            batches = range(low + first, low + last, self.sequences)
-            for start in progress_bar(batches, label, self.runtime.main):
-                span = self.tokens[start * T:min(start + self.sequences, low + last) * T + 1]
-                h, _ = self._hidden(span[:-1].view(-1, T), (self.sequences, T))
-                total += self._nll(h, span[1:], temperatures)
-            yield high * T
-
-    @torch.no_grad()
-    def _windows(self, total: Tensor, temperatures: Sequence[float], chunk: int, stride: int,
-                 batch: int) -> Iterator[int]:
-        T, n = self.seq_len, self.targets
-        windows = self.tokens[:-1].unfold(0, T, stride)                       # (W,T), a view
-        targets = self.tokens[1:].unfold(0, T, stride)[:, T - stride:]        # (W,stride), a view
-        rest, step = (n - T) % stride, -(-chunk // (batch * stride)) * batch
-        if self.runtime.main:
-            h, _ = self._hidden(self.tokens[:T].view(1, T), (batch, T))
-            total += self._nll(h, self.tokens[1:T + 1], temperatures)
-        for low in range(1, len(windows), step):  # without the first window
-            high = min(low + step, len(windows))
-            first, last = self._share(high - low)
-            batches = range(low + first, low + last, batch)
-            for index in progress_bar(batches, "sliding", self.runtime.main):
-                part = slice(index, min(index + batch, low + last))
-                h, _ = self._hidden(windows[part], (batch, T))
-                total += self._nll(h[:, T - stride:], targets[part], temperatures)
-            yield T + (high - 1) * stride
-        if self.runtime.main and rest:
-            h, _ = self._hidden(self.tokens[n - T:n].view(1, T), (batch, T))
-            total += self._nll(h[:, T - rest:], self.tokens[n + 1 - rest:], temperatures)
-
-    @torch.no_grad()
-    def _pieces(self, total: Tensor, temperatures: Sequence[float], chunk: int,
-                overlap: int | None) -> Iterator[int]:
-        T, n, states, scored = self.seq_len, self.targets, None, 0
-        piece = self.sequences * T if overlap is None else T
-        later = piece if overlap is None or overlap >= T else T - overlap
-        starts = [0, *range(piece, n, later)]
-        for start, stop in progress_bar(list(zip(starts, [*starts[1:], n])), "carried",
-                                        self.runtime.main):
-            if self.runtime.main:
-                shape = 1, later if start else piece  # only the last piece is padded
-                h, states = self._hidden(self.tokens[start:stop].unsqueeze(0), shape, states)
-                states = states if overlap is None else self.model.trim_states(states, overlap)
-                total += self._nll(h, self.tokens[start + 1:stop + 1], temperatures)
-            if stop - scored >= chunk or stop == n:
-                scored = stop
-                yield stop
+        return sum(map(nll, h.split(piece), targets.split(piece)))
 
 
 # By ADAPT_PARAMS: roles of the parameters that test-time training changes.
 ADAPT_ROLES = {"matrices": MATRICES, "embedding": (EMBEDDING, HEAD, CORRECTION),
                "scalars": (SCALAR, STATE, CONTROL)}
-
-
-def adapt_roles(c: Config) -> list[str]:
-    """Roles that ADAPT_PARAMS names; KeyError for an unknown word."""
-    words = list(ADAPT_ROLES) if c.adapt_params == "all" else c.adapt_params.split(",")
-    return [role for word in words for role in ADAPT_ROLES[word.strip()]]
+ADAPT_ROLES["all"] = sum(ADAPT_ROLES.values(), ())
 
 
 def check_adapt(c: Config) -> Iterator[str]:
-    """Faults of the knobs of test-time training."""
-    try:
-        adapt_roles(c)
-    except KeyError:
-        yield (f"ADAPT_PARAMS={c.adapt_params}: must be all, or some of "
-               f"{', '.join(ADAPT_ROLES)}, joined by commas")
+    if not set(c.adapt_params.split(",")) <= set(ADAPT_ROLES):
+        yield (f"ADAPT_PARAMS={c.adapt_params}: must be all, or some of matrices, embedding, "
+               "scalars, joined by commas")
 
 
 CHECKS.append(check_adapt)
@@ -4480,17 +4439,14 @@ class Adaptation(contextlib.AbstractContextManager):
     Masters, gradient and momentum are fp32 vectors over all parameters that learn."""
 
     def __init__(self, evaluator: Evaluator, c: Config):
-        self.evaluator, self.config, roles = evaluator, c, adapt_roles(c)
+        self.evaluator, self.config = evaluator, c
+        roles = {role for word in c.adapt_params.split(",") for role in ADAPT_ROLES[word]}
         self.parameters = [p for _, role, p in named_roles(evaluator.model) if role in roles]
         self.before = [(p.detach().clone(), p.requires_grad) for p in self.parameters]
-        self.master = self.flat(self.parameters)
+        self.master = torch.cat([value.float().flatten() for value, _ in self.before])
         self.momentum = torch.zeros_like(self.master)
         for parameter in self.parameters:
             parameter.requires_grad_(True)
-
-    @staticmethod
-    def flat(tensors: Iterable[Tensor]) -> Tensor:
-        return torch.cat([tensor.detach().float().flatten() for tensor in tensors])
 
     @torch.no_grad()
     def __exit__(self, *error) -> None:
@@ -4498,30 +4454,28 @@ class Adaptation(contextlib.AbstractContextManager):
             parameter.copy_(value).requires_grad_(trained)
 
     def gradient(self, first: int, stop: int) -> Tensor:
-        """Of the mean NLL of sequences that cover the targets first..stop and end with them; each
-        rank computes its share."""
+        """Of the mean NLL of sequences that cover the targets first..stop and end with them."""
         e, T = self.evaluator, self.evaluator.seq_len
         rows, total = min(-(-(stop - first) // T), stop // T), torch.zeros_like(self.master)
-        low, high = e._share(rows)
-        tokens = e.tokens[stop - (rows - low) * T:stop - (rows - high) * T + 1]
-        inputs, targets = (t.view(-1, T).split(e.sequences) for t in (tokens[:-1], tokens[1:]))
-        for x, y in zip(inputs, targets) if low < high else ():
+        low, high = e.share(rows)
+        for row in range(low, high, e.sequences):
+            count, start = min(e.sequences, high - row), stop - (rows - row) * T
+            tokens = e.runtime.to_device(e.tokens[start:start + count * T + 1])
             with torch.enable_grad():
-                h, _ = e._hidden(x, tuple(x.shape))
+                h, _ = e.forward(tokens[:-1].view(-1, T), e.runtime.dtype, None)
                 loss, _ = token_loss_fused(
                     e.model.features(h).flatten(0, 1), e.model.head(), e.model.vocab_bias,
-                    e.runtime.to_device(y.flatten()), softcap=e.model.softcap,
-                    softcap_type=e.model.softcap_type)
-                grads = torch.autograd.grad(loss * (len(x) / rows), self.parameters,
+                    tokens[1:], softcap=e.model.softcap, softcap_type=e.model.softcap_type)
+                grads = torch.autograd.grad(loss * (count / rows), self.parameters,
                                             materialize_grads=True)
-            total += self.flat(grads)
+            total += torch.cat([grad.float().flatten() for grad in grads])
         e.runtime.sum_(total)
         return total
 
     @torch.no_grad()
     def train(self, first: int, stop: int) -> None:
         """ADAPT_STEPS on the targets first..stop, which have been scored."""
-        c = self.config
+        c, sizes = self.config, [parameter.numel() for parameter in self.parameters]
         lr = c.adapt_lr * (1 + math.cos(math.pi * first / self.evaluator.targets)) / 2
         for _ in range(c.adapt_steps):
             grad = self.gradient(first, stop)
@@ -4529,91 +4483,64 @@ class Adaptation(contextlib.AbstractContextManager):
             limit = (c.adapt_clip or math.inf) / (norm + 1e-6)
             self.momentum.mul_(0.9).add_(torch.where(norm.isfinite(), grad * limit.clamp(max=1), 0))
             self.master.sub_(self.momentum, alpha=lr)
-            sizes = [parameter.numel() for parameter in self.parameters]
             for parameter, value in zip(self.parameters, self.master.split(sizes)):
                 parameter.copy_(value.view_as(parameter))
 
 
 def best_temperature(score: Callable[[Sequence[float]], list[Score]]) -> float:
-    """Temperature of the lowest loss: a coarse list, then +-0.06 around its best in steps of 0.02.
-    `score` maps temperatures to scores."""
-    def best_of(temperatures: list[float]) -> float:
-        losses = [result.loss for result in score(temperatures)]
-        return temperatures[losses.index(min(losses))]
-
+    """Temperature of the lowest loss: a coarse list, then +-0.06 around its best in steps of 0.02."""
+    best_of = lambda temperatures: min(zip(score(temperatures), temperatures))[1]
     best = best_of([0.5, 0.7, 0.85, 0.95, 1.0, 1.1, 1.3, 1.5, 2.0])
     return best_of([round(best + 0.02 * i, 4) for i in range(-3, 4)])
 
 
-class EvalPass(NamedTuple):
-    """A way to score the stored model; result.json, the log, tools/ and README take it from here.
-    `score` maps (evaluator, configuration, temperature) to a Score."""
-    name: str    # result.json: <name>_val_loss, <name>_val_bpb
-    label: str
-    asked: Callable[[Config], bool]
-    score: Callable[[Evaluator, Config, float], Score]
-    carries: Callable[[Config], bool] = lambda c: False  # its temperature: with carried states
+def search_temperatures(chooser: Evaluator, c: Config) -> tuple[float, float]:
+    """The best temperature with states reset and, under EVAL_STATE=carry, with carried states."""
+    carried = functools.partial(chooser.carried, overlap=c.overlap)
+    return (best_temperature(chooser.standard),
+            best_temperature(carried) if c.eval_state == "carry" else 1.0)
 
 
-def carries(c: Config) -> bool:
-    return c.eval_state == "carry"
-
-
-PASSES = (
-    EvalPass("roundtrip", "round trip", lambda c: True, lambda e, c, t: e.standard()[0]),
-    EvalPass("tempered", "temperature-scaled", lambda c: c.temp_scaling,
-             lambda e, c, t: e.standard([t], "tempered")[0]),
-    EvalPass("sliding", "sliding window", lambda c: c.sliding_eval,
-             lambda e, c, t: e.sliding(c.sliding_eval_stride, c.sliding_batch_size, t)),
-    EvalPass("carried", "state carried through, one pass", carries,
-             lambda e, c, t: e.carried([t], c.overlap)[0], carries),
-    EvalPass("adapted", "test-time training, each chunk scored first", lambda c: c.eval_adapt,
-             lambda e, c, t: e.adapted(c, t), carries))
+# Ways to score the stored model, by name: who asks for it, whether states are carried (the
+# temperature is then of its own), and the score, of evaluator, configuration and temperature.
+carries = lambda c: c.eval_state == "carry"
+PASSES = {
+    "roundtrip": (lambda c: True, lambda c: False, lambda e, c, t: e.standard()[0]),
+    "tempered": (lambda c: c.temp_scaling, lambda c: False, lambda e, c, t: e.standard([t])[0]),
+    "sliding": (lambda c: c.sliding_eval, lambda c: False,
+                lambda e, c, t: e.sliding(c.sliding_eval_stride, c.sliding_batch_size, t)),
+    "carried": (carries, carries, lambda e, c, t: e.carried([t], c.overlap)[0]),
+    "adapted": (lambda c: c.eval_adapt, carries, lambda e, c, t: e.adapted(c, t))}
 
 
 def final_scores(evaluator: Evaluator, c: Config, calibration: Tensor | None,
                  log: Callable[[str], None]) -> dict[str, Any]:
-    """Scores of PASSES for the weights read from the artifact, as result.json and MODE=eval report
-    them. `calibration`: training tokens that the temperature is chosen on (None: temperature 1)."""
-    result: dict[str, Any] = dict(temperature=None, sliding_stride=None)
-    started = now()
-    chosen = {False: c.temp_calib or 1.0, True: c.temp_calib or 1.0}  # by EvalPass.carries
-    if c.temp_scaling and not c.temp_calib and calibration is not None:
-        chosen = search_temperatures(evaluator.on(calibration), c)
-    elif c.temp_scaling and not c.temp_calib:
-        log("temperature: 1 (no unseen training tokens to choose one on)")
-    result["temperature_seconds"] = now() - started
-    for row in PASSES:
-        result[f"{row.name}_val_bpb"] = None
-        if not row.asked(c):
-            continue
-        t = chosen[row.carries(c)] if c.temp_scaling and row.name != "roundtrip" else 1.0
-        started = now()
-        if row.name != "tempered" or t != 1:  # else the round trip's score stands
-            score = row.score(evaluator, c, t)
-        result |= {f"{row.name}_val_loss": score.loss, f"{row.name}_val_bpb": score.bpb}
-        how = f" stride:{c.sliding_eval_stride}" if row.name == "sliding" else ""
-        how += f" temperature:{t:g}" if row.name != "roundtrip" else ""
-        log(f"{row.name}{how} val_loss:{score.loss:.6f} val_bpb:{score.bpb:.6f}")
-        if row.name == "adapted":
-            result["adapted_seconds"] = now() - started
-            log(f"adapted: {result['adapted_seconds']:.1f} s of the {EVAL_SECONDS} s of evaluation")
+    """Scores of PASSES for the weights read from the artifact. `calibration`: training tokens that
+    the temperature is chosen on (None: temperature 1)."""
+    started, chosen = now(), (c.temp_calib or 1.0,) * 2  # with states reset, and carried
+    if c.temp_scaling and not c.temp_calib:
+        if calibration is None:
+            log("temperature: 1 (no unseen training tokens to choose one on)")
+        else:
+            chosen = search_temperatures(evaluator.on(calibration), c)
+    result = dict(temperature=chosen[0] if c.temp_scaling else None,
+                  sliding_stride=c.sliding_eval_stride if c.sliding_eval else None,
+                  temperature_seconds=now() - started)
+    if c.temp_scaling and c.eval_state == "carry":
+        result["carried_temperature"] = chosen[1]
+    for name, (asked, carried, score) in PASSES.items():
+        result[f"{name}_val_bpb"] = None
+        if asked(c):
+            t = chosen[carried(c)] if c.temp_scaling else 1.0
+            loss, bpb = score(evaluator, c, t)
+            result |= {f"{name}_val_loss": loss, f"{name}_val_bpb": bpb}
+            how = f" stride:{c.sliding_eval_stride}" if name == "sliding" else ""
+            how += f" temperature:{t:g}" if name != "roundtrip" else ""
+            log(f"{name}{how} val_loss:{loss:.6f} val_bpb:{bpb:.6f}")
     if result["roundtrip_val_bpb"] > 8 and shards_source(c.data_path) is None:
         log("warning: more than 8 bits per byte: are these shards of the model's tokenizer? No "
             f"source.json in DATA_PATH={c.data_path} says it")
-    if c.temp_scaling:
-        result["temperature"] = chosen[False]
-        result |= dict(carried_temperature=chosen[True]) if carries(c) else {}
-    result["sliding_stride"] = c.sliding_eval_stride if c.sliding_eval else None
     return result
-
-
-def search_temperatures(chooser: Evaluator, c: Config) -> dict[bool, float]:
-    """The best temperature with states reset (False) and, if the scores ask for it, carried."""
-    chosen = {False: best_temperature(chooser.standard), True: 1.0}
-    if carries(c):
-        chosen[True] = best_temperature(functools.partial(chooser.carried, overlap=c.overlap))
-    return chosen
 
 
 # Statistics of the latent: tensors in, numbers out; nan for values that are not finite.
@@ -4625,60 +4552,52 @@ def effective_rank(x: Tensor) -> float:
     if not bool(covariance.isfinite().all()):
         return math.nan
     values = torch.linalg.eigvalsh(covariance).clamp(min=0)
-    share = values / values.sum().clamp(min=1e-30)
-    return float(torch.exp(-(share * share.clamp(min=1e-30).log()).sum()))
+    return float(torch.special.entr(values / values.sum().clamp(min=1e-30)).sum().exp())
+
+
+def mean_variance(x: Tensor, dims: int | tuple[int, ...]) -> Tensor:
+    return x.double().var(dims, correction=0).mean().clamp(min=1e-30)
 
 
 def within_share(x: Tensor) -> float:
-    """Share of the variance of x (B,T,L) that lies within sequences: 0 if each is constant, near 1
-    if they are alike."""
-    x = x.double()
-    within = (x - x.mean(1, keepdim=True)).square().mean()
-    return float(within / (x - x.mean((0, 1))).square().mean().clamp(min=1e-30))
+    """Share of the variance of x (B,T,L) within sequences: near 1 if sequences are alike."""
+    return float(mean_variance(x, 1) / mean_variance(x, (0, 1)))
 
 
 def lag1_autocorrelation(x: Tensor) -> float:
-    """sum (x_t - m)(x_{t+1} - m) / sqrt(sum (x_t - m)^2 sum (x_{t+1} - m)^2) of x (B,T,L), m its
-    mean."""
+    """Cosine of x_t - m and x_{t+1} - m, over all of x (B,T,L) with its mean m."""
     x = x.double() - x.double().mean((0, 1))
-    a, b = x[:, :-1], x[:, 1:]
-    return float((a * b).sum() / (a.square().sum() * b.square().sum()).sqrt().clamp(min=1e-30))
+    return float(F.cosine_similarity(x[:, :-1].flatten(), x[:, 1:].flatten(), dim=0))
 
 
 def latent_statistics(name: str, x: Tensor) -> dict[str, float]:
     """The three statistics above of x (B,T,L), under `name`."""
-    return {f"{name}_effective_rank": effective_rank(x), f"{name}_within_share": within_share(x),
-            f"{name}_lag1_autocorrelation": lag1_autocorrelation(x)}
+    return {f"{name}_{statistic.__name__}": statistic(x)
+            for statistic in (effective_rank, within_share, lag1_autocorrelation)}
 
 
 def predictability(prediction: Tensor, target: Tensor) -> float:
     """1 - MSE / variance of the target, each (B,S,L): 1 perfect, 0 no better than the mean."""
-    target = target.double()
-    variance = (target - target.mean((0, 1))).square().mean().clamp(min=1e-30)
-    return float(1 - (prediction.double() - target).square().mean() / variance)
+    error = F.mse_loss(prediction.double(), target.double())
+    return float(1 - error / mean_variance(target, (0, 1)))
 
 
 def gradient_shares(leaf: Tensor, terms: dict[str, Tensor]) -> dict[str, float]:
-    """Norm of each weighted term's gradient in `leaf` relative to that of "ce", and its cosine with
-    it. terms: name -> weighted loss, a function of leaf."""
+    """Norm of each weighted loss's gradient in `leaf` relative to that of "ce", and their cosine."""
     grads = {name: torch.autograd.grad(loss, leaf, retain_graph=True)[0].double().flatten()
              for name, loss in terms.items()}
     ce, shares = grads.pop("ce"), {}
-    reference = ce.norm().clamp(min=1e-30)
     for name, grad in grads.items():
-        norm = grad.norm()
-        shares[f"{name}_grad_ratio"] = float(norm / reference)
-        shares[f"{name}_grad_cosine"] = float(grad @ ce / (norm.clamp(min=1e-30) * reference))
+        shares[f"{name}_grad_ratio"] = float(grad.norm() / ce.norm().clamp(min=1e-30))
+        shares[f"{name}_grad_cosine"] = float(F.cosine_similarity(grad, ce, dim=0, eps=1e-30))
     return shares
 
 
 def linear_probe(h: Tensor, targets: Tensor, lengths: Tensor, vocab_size: int, steps: int,
                  seed: int) -> float:
-    """Bits per byte of a linear classifier on frozen h (n,D), trained on the first 80% of the
-    positions with `steps` steps of Adam (1e-3, batch 4096) and scored on the last 20%. targets
-    (n,) ids, lengths (n,) their bytes."""
-    cut, generator, nll = int(0.8 * len(h)), torch.Generator().manual_seed(seed), 0.0
-    h = h.float()
+    """Bits per byte of a linear classifier on frozen h (n,D): trained on 80% of the positions by
+    Adam, scored on the rest. targets (n,) ids, lengths (n,) their bytes."""
+    h, cut, generator = h.float(), int(0.8 * len(h)), torch.Generator().manual_seed(seed)
     weight = torch.zeros(vocab_size, h.size(-1), device=h.device, requires_grad=True)
     bias = torch.zeros(vocab_size, device=h.device, requires_grad=True)
     adam = torch.optim.Adam([weight, bias], lr=1e-3)
@@ -4688,16 +4607,15 @@ def linear_probe(h: Tensor, targets: Tensor, lengths: Tensor, vocab_size: int, s
         with torch.enable_grad():
             token_loss_fused(h[batch], weight, bias, targets[batch])[0].backward()
         adam.step()
-    for part, ids in zip(h[cut:].split(1024), targets[cut:].split(1024)):
-        nll += float(F.cross_entropy(F.linear(part, weight, bias).detach(), ids, reduction="sum"))
+    nll = sum(float(F.cross_entropy(F.linear(part, weight, bias).detach(), ids, reduction="sum"))
+              for part, ids in zip(h[cut:].split(1024), targets[cut:].split(1024)))
     return float(nll / math.log(2) / lengths[cut:].sum().clamp(min=1))
 
 
 @torch.no_grad()
 def input_moments(model: nn.Module, batches: Iterable, forward: Callable) -> dict[str, Tensor]:
     """Mean of x x^T (C,C) in fp64 over the inputs x of every Linear layer, by the layer's name."""
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
+    sums, counts = {}, {}
 
     def add(name: str, _: nn.Module, inputs: tuple) -> None:
         x = inputs[0].detach().reshape(-1, inputs[0].size(-1)).float()
@@ -4706,12 +4624,10 @@ def input_moments(model: nn.Module, batches: Iterable, forward: Callable) -> dic
 
     hooks = [layer.register_forward_pre_hook(functools.partial(add, name))
              for name, layer in model.named_modules() if isinstance(layer, Linear)]
-    try:
-        for batch in batches:
-            forward(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for batch in batches:
+        forward(batch)
+    for hook in hooks:
+        hook.remove()
     return {name: total / counts[name] for name, total in sums.items()}
 
 
