@@ -32,7 +32,6 @@ from __future__ import annotations
 import atexit
 import base64
 import bz2
-import codecs
 import contextlib
 import ctypes
 import dataclasses
@@ -86,6 +85,7 @@ except ImportError:
     zstandard = None
 
 SIZE_LIMIT = 16_000_000  # bytes of artifact + this file
+EVAL_SECONDS = 600       # that the challenge allows for evaluation, apart from training
 HEADDIM = 64             # P: width of one Mamba-2 head, as in both published models
 GATE_EPS = 1e-5          # epsilon of the norm behind Mamba-2's gate, as in mamba_ssm
 
@@ -4531,12 +4531,14 @@ def final_scores(evaluator: Evaluator, c: Config, calibration: Tensor | None,
     for name, (asked, carried, score) in PASSES.items():
         result[f"{name}_val_bpb"] = None
         if asked(c):
-            t = chosen[carried(c)] if c.temp_scaling else 1.0
+            started, t = now(), chosen[carried(c)] if c.temp_scaling else 1.0
             loss, bpb = score(evaluator, c, t)
             result |= {f"{name}_val_loss": loss, f"{name}_val_bpb": bpb}
             how = f" stride:{c.sliding_eval_stride}" if name == "sliding" else ""
             how += f" temperature:{t:g}" if name != "roundtrip" else ""
             log(f"{name}{how} val_loss:{loss:.6f} val_bpb:{bpb:.6f}")
+            if name == "adapted":
+                log(f"adapted: {now() - started:.1f} s of the {EVAL_SECONDS} s of evaluation")
     if result["roundtrip_val_bpb"] > 8 and shards_source(c.data_path) is None:
         log("warning: more than 8 bits per byte: are these shards of the model's tokenizer? No "
             f"source.json in DATA_PATH={c.data_path} says it")
@@ -5646,41 +5648,18 @@ def plot_curves(folder: Path) -> None:
 # evaluation alone and generation: from an artifact, on any machine
 # ------------------------------------------------------------------------------
 
-def config_of_artifact(c: Config, header: Any) -> Config:
-    """The user's knobs with the artifact's model knobs in their place; UserError if those make no
-    model."""
-    model = header.get("model") if isinstance(header, dict) else None
+def config_of_artifact(c: Config, header: dict) -> Config:
+    """The user's knobs with the artifact's model knobs in their place, and training off."""
+    model, knobs = header.get("model"), Config.knobs()
     if not isinstance(model, dict) or set(model) != set(Config.tagged("model")):
         raise UserError(f"ARTIFACT={c.artifact}: its header describes no model of this script")
-    knobs = Config.knobs()
     values = {name.lower(): parse_knob(name, knobs[name], format_knob(value))
               for name, value in model.items()}
-    training_off = dict(train_batch_tokens=c.micro_batches * values["train_seq_len"],
-                        loss_schedule="joint", ce_weight=1.0, jepa_weight=0.0, sigreg_lambda=0.0,
-                        jepa_cov=0.0, carry_state=False,
-                        sliding_eval_stride=min(c.sliding_eval_stride, values["train_seq_len"]))
-    return dataclasses.replace(c, **values, **training_off).validate()
-
-
-def meta_model(c: Config, shapes: dict[str, tuple], runtime: Runtime) -> LanguageModel:
-    """The model of a configuration on the meta device (no memory); UserError unless its parameters
-    have the names and shapes of the artifact's tensors."""
-    fault = UserError(f"{c.artifact}: its tensors are not those of the model in its header")
-    if c.num_layers > len(shapes):  # before so many blocks are made
-        raise fault
-    kernels, note = choose_kernels(c, runtime)
-    if note and runtime.main:
-        say(note)
-    try:
-        with torch.device("meta"):
-            model = LanguageModel(c, kernels)
-            parts = whole_tensors({name: torch.empty(shape) for name, shape in shapes.items()},
-                                  c.artifact)
-    except (RuntimeError, ValueError, OverflowError):
-        raise fault from None
-    if shapes_of(dict(model.named_parameters())) != shapes_of(parts):
-        raise fault
-    return model
+    length = values["train_seq_len"]
+    values |= dict(train_batch_tokens=c.micro_batches * length, loss_schedule="joint", ce_weight=1.0,
+                   jepa_weight=0.0, sigreg_lambda=0.0, jepa_cov=0.0, carry_state=False,
+                   sliding_eval_stride=min(c.sliding_eval_stride, length))
+    return dataclasses.replace(c, **values).validate()
 
 
 def open_artifact(c: Config, runtime: Runtime) -> tuple[Config, LanguageModel, Vocabulary, dict]:
@@ -5691,8 +5670,15 @@ def open_artifact(c: Config, runtime: Runtime) -> tuple[Config, LanguageModel, V
                         f"MODE={c.mode} ARTIFACT=runs/<RUN_ID>/model.jepa")
     header, shapes = artifact_outline(c.artifact)
     own = config_of_artifact(c, header)
-    model = meta_model(own, shapes, runtime)
-    tensors = whole_tensors(read_artifact(c.artifact)[1], c.artifact)
+    kernels, note = choose_kernels(own, runtime)
+    if note and runtime.main:
+        say(note)
+    with parsing(c.artifact), torch.device("meta"):
+        require(own.num_layers <= len(shapes), "it has fewer tensors than blocks")
+        model = LanguageModel(own, kernels)
+        parts = whole_tensors({name: torch.empty(shapes[name]) for name in shapes}, c.artifact)
+        require(shapes_of(dict(model.named_parameters())) == shapes_of(parts),
+                "its tensors are not those of the model in its header")
     vocabulary = Vocabulary.unpack(header.get("vocabulary"), own.vocab_size)
     if own.tokenizer == "byte" or own.tokenizer_path:
         known = load_vocabulary(own)
@@ -5701,12 +5687,12 @@ def open_artifact(c: Config, runtime: Runtime) -> tuple[Config, LanguageModel, V
             other = "bytes" if own.tokenizer == "byte" else f"TOKENIZER_PATH={c.tokenizer_path}"
             raise UserError(f"{c.artifact}: its byte counts are not those of {other}; take the "
                             "artifact as its run wrote it, and the tokenizer of its training")
+    tensors = whole_tensors(read_artifact(c.artifact)[1], c.artifact)
     for name, role, _ in named_roles(model):
-        dtype = runtime.dtype if role in (*MATRICES, EMBEDDING, HEAD) else torch.float32
-        value = tensors[name].to(runtime.device, dtype)
-        path, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
-    return own, model.to(runtime.device), vocabulary, header  # tables of constants, too
+        low = role in (*MATRICES, EMBEDDING, HEAD)
+        tensors[name] = tensors[name].to(runtime.device, runtime.dtype if low else torch.float32)
+    model.load_state_dict(tensors, strict=False, assign=True)  # the rest are tables of constants
+    return own, model.requires_grad_(False).to(runtime.device), vocabulary, header
 
 
 def evaluate_alone(c: Config) -> dict[str, Any]:
@@ -5715,33 +5701,29 @@ def evaluate_alone(c: Config) -> dict[str, Any]:
     with Runtime(c) as runtime:
         own, model, vocabulary, header = open_artifact(c, runtime)
         check_source(own, vocabulary)
-        started, position = now(), header.get("position")
-        if position is not None and type(position) is not int:
-            raise UserError(f"ARTIFACT={c.artifact}: its data position is no number")
-        log = lambda line: print(line, flush=True) if runtime.main else None
+        log = lambda line: say(line) if runtime.main else None
+        started, position, calibration = now(), header.get("position"), None
         forward = compiled(model, own.compile_mode) if runtime.cuda else model
         evaluator = Evaluator(model, load_validation(own), vocabulary, own.train_seq_len,
                               max(1, own.val_batch_size // own.micro_batches), runtime, forward)
-        calibration = None
-        if own.temp_scaling and not own.temp_calib and position is not None:
+        if own.temp_scaling and not own.temp_calib and isinstance(position, int):
             try:
                 stream = TokenStream(find_shards(own.data_path, "train"), own.vocab_size)
                 calibration = calibration_tokens(stream, position, own.train_seq_len)
             except UserError as error:
                 log(f"no temperature search: {error}; TEMP_CALIB sets a temperature")
-        facts = dict(artifact=str(c.artifact), artifact_bytes=os.path.getsize(c.artifact),
-                     artifact_sha256=file_hash(c.artifact), eval_params=count_parameters(model),
-                     val_tokens=evaluator.targets, val_bytes=evaluator.bytes)
-        log(f"artifact: {c.artifact} ({facts['artifact_bytes']:,} bytes), "
-            f"{facts['eval_params']:,} parameters; {evaluator.targets:,} validation tokens = "
-            f"{evaluator.bytes:,} bytes")
+        size, device = os.path.getsize(c.artifact), runtime.describe()["device"]
+        log(f"artifact: {c.artifact} ({size:,} bytes), {count_parameters(model):,} parameters; "
+            f"{evaluator.targets:,} validation tokens = {evaluator.bytes:,} bytes")
         if own.tokenizer == "bpe" and not own.tokenizer_path:
             log("byte counts: as the artifact says; TOKENIZER_PATH checks them")
         scores, seconds = final_scores(evaluator, own, calibration, log), now() - started
         best = min(value for name, value in scores.items() if name.endswith("_bpb") and value)
-        log(f"evaluated in {seconds:.1f} s on {runtime.describe()['device']}: {best:.4f} bits per byte")
-        return scores | facts | dict(eval_seconds=seconds, world_size=runtime.world,
-                                     device=runtime.describe()["device"])
+        log(f"evaluated in {seconds:.1f} s on {device}: {best:.4f} bits per byte")
+        return scores | dict(
+            artifact=str(c.artifact), artifact_bytes=size, artifact_sha256=file_hash(c.artifact),
+            eval_params=count_parameters(model), val_tokens=evaluator.targets,
+            val_bytes=evaluator.bytes, eval_seconds=seconds, world_size=runtime.world, device=device)
 
 
 def choose_token(logits: Tensor, temperature: float, top_k: int, top_p: float,
@@ -5757,25 +5739,19 @@ def choose_token(logits: Tensor, temperature: float, top_k: int, top_p: float,
     return int(ids[torch.multinomial(ranked * allowed, 1, generator=generator)])
 
 
-class TextDecoder:
-    """Token ids to text as they come: whole UTF-8 characters, a replacement character for bytes
-    that make none."""
-
-    def __init__(self, pieces=None):
-        self.pieces, self.ids, self.shown = pieces, [], ""
-        self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def feed(self, token: int, last: bool = False) -> str:
-        """Text that `token` completes ("" within a character). last=True also gives what is left
-        over; token -1 adds nothing."""
-        if self.pieces is None:
-            return self.utf8.decode(bytes([token]) if token >= 0 else b"", final=last)
-        self.ids += [token] if token >= 0 else []
-        text = self.pieces.decode(self.ids)
-        if not last and text.endswith("\N{REPLACEMENT CHARACTER}"):  # within a character
-            return ""
-        new, self.shown = text[len(self.shown):], text
-        return new
+def stream_text(tokens: Iterable[int], pieces=None, prompt: Sequence[int] = ()) -> Iterator[str]:
+    """Text of ids after a prompt's, as they come: whole UTF-8 characters, and a replacement
+    character for bytes that make none. pieces: a SentencePiece model; None: the ids are bytes."""
+    decode = pieces.decode if pieces else lambda ids: bytes(ids).decode("utf-8", "replace")
+    ids = list(prompt)
+    shown = decode(ids)
+    for token in tokens:
+        ids.append(token)
+        text = decode(ids)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else within a character
+            yield text[len(shown):]
+            shown = text
+    yield decode(ids)[len(shown):]
 
 
 @torch.no_grad()
@@ -5800,98 +5776,70 @@ def sample(c: Config) -> None:
             raise UserError("MODE=sample: one process; start it without torchrun")
         own, model, vocabulary, _ = open_artifact(c, runtime)
         pieces = load_sentencepiece(c.tokenizer_path) if own.tokenizer == "bpe" else None
-        bos = vocabulary.bos_id
+        bos, silent = vocabulary.bos_id, vocabulary.boundary.clone()
+        silent[bos] = False  # the end of the document may be drawn; padding and unknown ids never
         body = pieces.encode(c.prompt) if pieces else [b for b in c.prompt.encode() if b != bos]
-        silent = vocabulary.boundary.clone()  # padding, unknown and unused ids are never drawn
-        silent[bos] = False                   # the end of the document may be
+        generator = torch.Generator()
+        choose = lambda logits: choose_token(logits.cpu().masked_fill(silent, -math.inf),
+                                             c.temperature, c.top_k, c.top_p, generator)
         for index in range(c.num_samples):
-            generator, decoder = torch.Generator().manual_seed(c.seed + index), TextDecoder(pieces)
-            choose = lambda logits, generator=generator: choose_token(
-                logits.cpu().masked_fill(silent, -math.inf), c.temperature, c.top_k, c.top_p,
-                generator)
+            generator.manual_seed(c.seed + index)
             if c.num_samples > 1:
                 print(f"--- sample {index + 1}")
             print(c.prompt, end="", flush=True)
-            for token in body if pieces is not None else ():
-                decoder.feed(token)
-            for token in generate(model, [bos, *body], c.sample_tokens, runtime, choose, bos):
-                print(decoder.feed(token), end="", flush=True)
-            print(decoder.feed(-1, last=True), flush=True)
+            tokens = generate(model, [bos, *body], c.sample_tokens, runtime, choose, bos)
+            for text in stream_text(tokens, pieces, body):
+                print(text, end="", flush=True)
+            print()
 
 
 # ------------------------------------------------------------------------------
 # describe, bench, main
 # ------------------------------------------------------------------------------
 
-COMPONENTS = {
-    "in_proj": r"mixer\.in_proj", "out_proj": r"mixer\.out_proj",
-    "attention q, k, v": r"mixer\.[qkv]_proj", "MLP fc": r"mlp\.up", "MLP down": r"mlp\.down",
-    "embedding": r"^token_embed|^lm_head_correction",
-    "embedding projections": r"^embed_proj|^adapter", "head": r"^lm_head$",
-    "predictor": r"^jepa\.(fc|out)", "projections of the latent": r"^jepa\.", "scalars": ""}
-
-
-def component(name: str) -> str:
-    return next(label for label, pattern in COMPONENTS.items() if re.search(pattern, name))
-
-
-class Drift(NamedTuple):
-    """How far training moves weights from their initial values: rates times powers of the sum of LR
-    scales. A fit to runs of 40 to 300 steps (RESULTS.md, Storage); only the shape of the
-    distributions matters for the predicted bytes."""
-    matrix: float = 1.25          # RMS of a Muon matrix per LR, times path ** matrix_path
-    matrix_path: float = 0.66     # above 0.5: momentum makes steps correlated
-    unit_spread: float = 0.33     # log-normal spread of MLP units behind a squaring activation
-    shared: float = 1.16          # common direction of a tied embedding's rows, per LR
-    shared_vocab: float = 0.15    # growth of that direction with the vocabulary
-    shared_path: float = 0.22
-    row: float = 0.16             # own movement of an embedding's row, per LR
-    row_vocab: float = 0.1
-    row_path: float = 0.55
-    row_spread: float = 0.4       # log-normal spread over rows, and below over columns
-    column_spread: float = 0.2
-    scalar_path: float = 0.4      # vectors: movement per LR
-    bias_shift: float = -2.5      # mean of vocab_bias: rare tokens all go down
+def assumed_steps(c: Config) -> int:
+    """Steps that a run of this configuration may do, by a rough speed of PROFILE's machine."""
+    host_gpu = c.device != "cpu" and torch.cuda.is_available()
+    gpu = host_gpu if c.profile == "auto" else c.profile == "gpu"
+    by_clock = int((10.0 if gpu else 2.5) * c.max_wallclock_seconds)
+    return max(1, min(c.iterations, by_clock or c.iterations))
 
 
 def synthetic_weights(c: Config, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor): synthetic weights distributed like trained ones of this configuration."""
-    drift, draw = Drift(), torch.Generator().manual_seed(0)
-    host_gpu = c.device != "cpu" and torch.cuda.is_available()
-    gpu = host_gpu if c.profile == "auto" else c.profile == "gpu"
-    by_clock = int((10.0 if gpu else 2.5) * c.max_wallclock_seconds)  # rough steps a second
-    steps = max(1, min(c.iterations, by_clock or c.iterations))
+    """(name, tensor): synthetic weights distributed like trained ones of this configuration. The
+    constants are a fit to runs of 40 to 300 steps (RESULTS.md, Storage): how far training moves
+    weights, by learning rate and path, the sum of LR scales. Only the shape of the distributions
+    matters for the predicted bytes."""
+    draw, steps, rates = torch.Generator().manual_seed(0), assumed_steps(c), base_rates(c)
     scales = np.array([lr_scale(Progress(i, i / steps, steps - i), c) for i in range(steps)])
     normal = lambda *shape: torch.empty(shape).normal_(generator=draw)
 
-    @functools.cache
     def decayed(lr: float, decay: float) -> tuple[float, float]:
         """What weight decay leaves of the sum of LR scales, and of the initial weights."""
         left = np.cumprod((1 - lr * decay * scales).clip(0)[::-1])[::-1]
         return float((scales * left).sum()), float(left[0])
 
-    rates = base_rates(c)
     for name, role, w in named_roles(model):
         w, owner = w.detach(), owner_of(role, c)
         lr = rates[owner]
         if owner == "matrix":
             path, start = decayed(lr, c.muon_wd)
-            walk = drift.matrix * lr * path ** drift.matrix_path * w.size(1) ** -0.5
-            if name.endswith("mlp.down.weight"):
-                walk = walk * (drift.unit_spread * normal(1, w.size(1))).exp()
+            # a random walk has power 0.5; momentum makes steps correlated
+            walk = 1.25 * lr * path ** 0.66 * w.size(1) ** -0.5
+            if name.endswith("mlp.down.weight"):  # units behind a squaring activation differ
+                walk = walk * (0.33 * normal(1, w.size(1))).exp()
             yield name, start * w + walk * normal(*w.shape)
         elif role in (EMBEDDING, HEAD, CORRECTION):
             path, start = decayed(lr, c.adam_wd)
             rows, columns = w.shape
-            shared = drift.shared * rows ** drift.shared_vocab * path ** drift.shared_path
+            shared = 1.16 * rows ** 0.15 * path ** 0.22  # common direction of a tied embedding's rows
             shared = (shared if role == EMBEDDING and c.tie_embeddings else 0) * normal(1, columns)
-            spread = drift.row_spread * normal(rows, 1) + drift.column_spread * normal(1, columns)
-            row = drift.row * rows ** drift.row_vocab * path ** drift.row_path
+            spread = 0.4 * normal(rows, 1) + 0.2 * normal(1, columns)
+            row = 0.16 * rows ** 0.1 * path ** 0.55
             yield name, start * w + lr * (shared + row * spread.exp() * normal(rows, columns))
         else:
-            shift = drift.bias_shift if name == "vocab_bias" else 0.0
-            path = scales.sum() ** drift.scalar_path
-            yield name, w + lr * path * (shift + normal(*w.shape))
+            shift = -2.5 if name == "vocab_bias" else 0.0  # rare tokens all go down
+            yield name, w + lr * scales.sum() ** 0.4 * (shift + normal(*w.shape))
 
 
 def estimated_bytes(c: Config, model: nn.Module | None = None) -> int:
@@ -5902,11 +5850,8 @@ def estimated_bytes(c: Config, model: nn.Module | None = None) -> int:
 
 
 def largest_fit(c: Config, name: str, step: int, budget: int) -> int | None:
-    """The largest value of a size knob, in steps, whose artifact fits `budget` bytes; None if none
-    does."""
-    def fits(value: int) -> bool:
-        return value >= step and estimated_bytes(dataclasses.replace(c, **{name: value})) <= budget
-
+    """The largest value of a size knob, in steps, whose artifact fits `budget` bytes, if any."""
+    fits = lambda value: estimated_bytes(dataclasses.replace(c, **{name: value})) <= budget
     low, high = 0, step
     while fits(high):
         low, high = high, 2 * high
@@ -5914,36 +5859,6 @@ def largest_fit(c: Config, name: str, step: int, budget: int) -> int | None:
         middle = (low + high) // (2 * step) * step
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low or None
-
-
-def describe(c: Config) -> dict[str, Any]:
-    """MODE=describe: knobs with their sources, parameters by component, expected bytes."""
-    check_memory(c, cuda=False)
-    model, jepa = build_models(c)
-    plan, by_grid, rows = storage_plan(model, c), {}, {}
-    print((c.render() if c.all else c.render_changed()) + "\n")
-    everything = named_roles(model) + (named_roles(jepa, "jepa.") if jepa is not None else [])
-    for name, _, parameter in everything:
-        grid, count = plan.get(name, "not stored"), parameter.numel()
-        rows.setdefault((component(name), grid), []).append(count)
-        if name in plan:
-            by_grid[grid] = by_grid.get(grid, 0) + count
-    print(f"{'component':<28}{'storage':<14}{'tensors':>8}{'parameters':>14}")
-    by_component: dict[str, int] = {}
-    for (label, grid), counts in sorted(rows.items(), key=lambda row: -sum(row[1])):
-        print(f"{label:<28}{grid:<14}{len(counts):>8}{sum(counts):>14,}")
-        by_component[label] = by_component.get(label, 0) + sum(counts)
-    stored, extra = count_parameters(model), count_parameters(jepa)
-    estimate, code = estimated_bytes(c, model), len(shipped_script(source_text()))
-    fit = describe_fit(c, SIZE_LIMIT - code) if c.fit else None
-    fits = estimate + code <= SIZE_LIMIT
-    print(f"\nstored {stored:,} + training-only {extra:,} parameters; artifact about {estimate:,} "
-          f"bytes (entropy of weights as training leaves them) + code {code:,} bytes: "
-          f"{'FITS' if fits else 'OVER'} {SIZE_LIMIT:,}")
-    return dict(eval_params=stored, train_only_params=extra, estimated_artifact_bytes=estimate,
-                code_bytes=code, fits=fits, parameters_by_storage=by_grid,
-                parameters_by_component=by_component, tokens_per_step=c.train_batch_tokens,
-                micro_batches=c.micro_batches, largest_fit=fit)
 
 
 def describe_fit(c: Config, budget: int) -> dict[str, int | None]:
@@ -5955,6 +5870,30 @@ def describe_fit(c: Config, budget: int) -> dict[str, int | None]:
     print("\n" + "; ".join(f"the largest {name} that fits, all else as it is: {value or 'none'}"
                            for name, value in fit.items()))
     return fit
+
+
+def describe(c: Config) -> dict[str, Any]:
+    """MODE=describe: knobs with their sources, parameters by kind, expected bytes."""
+    check_memory(c.validate(), cuda=False)
+    model, jepa = build_models(c)
+    plan, rows, by_storage = storage_plan(model, c), {}, {}
+    print((c.render() if c.all else c.render_changed()) + "\n")
+    for name, _, parameter in named_roles(model) + (named_roles(jepa, "jepa.") if jepa else []):
+        kind = re.sub(r"\d+", "*", name) if parameter.ndim > 1 else "vectors and scalars"
+        rows.setdefault((kind, plan.get(name, "not stored")), []).append(parameter.numel())
+    print(f"{'parameter':<32}{'storage':<14}{'tensors':>8}{'parameters':>14}")
+    for (kind, grid), counts in sorted(rows.items(), key=lambda row: -sum(row[1])):
+        print(f"{kind:<32}{grid:<14}{len(counts):>8}{sum(counts):>14,}")
+        by_storage[grid] = by_storage.get(grid, 0) + sum(counts)
+    stored, extra = count_parameters(model), count_parameters(jepa)
+    estimate, code = estimated_bytes(c, model), len(shipped_script(source_text()))
+    fit, fits = describe_fit(c, SIZE_LIMIT - code) if c.fit else None, estimate + code <= SIZE_LIMIT
+    print(f"\nstored {stored:,} + training-only {extra:,} parameters; artifact about {estimate:,} "
+          f"bytes (entropy of weights as training leaves them) + code {code:,} bytes: "
+          f"{'FITS' if fits else 'OVER'} {SIZE_LIMIT:,}")
+    return dict(eval_params=stored, train_only_params=extra, estimated_artifact_bytes=estimate,
+                code_bytes=code, fits=fits, parameters_by_storage=by_storage, largest_fit=fit,
+                tokens_per_step=c.train_batch_tokens, micro_batches=c.micro_batches)
 
 
 class SyntheticStream:
@@ -5970,112 +5909,90 @@ class SyntheticStream:
         return np.random.default_rng(position).integers(0, self.vocab_size, count)
 
 
-class PartClock:
-    """Milliseconds of named pieces of work, the device's queue included."""
-
-    def __init__(self, runtime: Runtime):
-        self.runtime, self.times = runtime, {}
-
-    def __call__(self, name: str, work: Callable) -> Any:
-        self.runtime.synchronize()
+def timed(times: dict[str, list], name: str, work: Callable, runtime: Runtime) -> Callable:
+    """`work`, whose milliseconds, the device's queue included, are appended to times[name]."""
+    def wrapped(*args, **options) -> Any:
+        runtime.synchronize()
         started = now()
-        value = work()
-        self.runtime.synchronize()
-        self.times.setdefault(name, []).append(1e3 * (now() - started))
+        value = work(*args, **options)
+        runtime.synchronize()
+        times.setdefault(name, []).append(1e3 * (now() - started))
         return value
+    return wrapped
 
 
-def bench(c: Config, runtime: Runtime) -> dict[str, Any]:
-    """MODE=bench: median ms per step on random tokens, then the share of its parts.
-
-    Whole steps are timed first; then again with a wait between the parts, which gives the shares.
-    On CUDA a profile names the largest kernels. The share of one H100 in the published runs:
-    TRAIN_BATCH_TOKENS=65536 MICRO_BATCHES=1."""
-    runtime.main_first(lambda: check_memory(c, runtime.cuda))
-    trainer, clock = Trainer(c, runtime, SyntheticStream(c.vocab_size)), PartClock(runtime)
-    trainer.run_phases()
-    steps, warm = min(c.iterations, 50 if runtime.cuda else 5), 10 if runtime.cuda else 1
-    progress = Progress(0, 0.5, steps)
-    for step in range(-warm, steps):
-        clock("step", lambda: trainer.train_step(progress))
+def bench(c: Config) -> dict[str, Any]:
+    """MODE=bench: median ms per step on random tokens, then of its parts, with a wait between them;
+    on CUDA, the largest kernels of a step."""
+    with Runtime(c.validate()) as runtime:
+        runtime.main_first(lambda: check_memory(c, runtime.cuda))
+        trainer, times = Trainer(c, runtime, SyntheticStream(c.vocab_size)), {}
+        trainer.run_phases()
+        step = timed(times, "step", trainer.train_step, runtime)
+        steps, warm = min(c.iterations, 50 if runtime.cuda else 5), 10 if runtime.cuda else 1
+        for index in range(-warm, steps):
+            step(Progress(0, 0.5, steps))
+            if runtime.main:
+                print(f"step {index}: {times['step'][-1]:.1f} ms", file=sys.stderr)
+        ms, peak = float(np.median(times.pop("step")[warm:])), runtime.peak_memory()
+        kernels = largest_kernels(trainer) if runtime.cuda else None
+        weights, rounds = trainer.weights, max(1, min(steps, 10) // 2)
+        for name, owner, method in (
+                ("snap", weights, "load"), ("data", trainer, "step_inputs"),
+                ("forward", trainer, "losses"), ("gradient sums", weights, "finish_gradients"),
+                ("optimizer", trainer.optimizer, "step")):
+            setattr(owner, method, timed(times, name, getattr(owner, method), runtime))
+        for _ in range(rounds):
+            step(Progress(0, 0.5, steps))
+        parts = {name: float(np.median(np.array(values).reshape(rounds, -1).sum(1)))
+                 for name, values in times.items()}
+        total = parts.pop("step")
+        parts["backward"] = total - sum(parts.values())
+        speed = 1e3 * c.train_batch_tokens / ms
         if runtime.main:
-            print(f"step {step}: {clock.times['step'][-1]:.1f} ms", file=sys.stderr)
-    peak, per_step = runtime.peak_memory(), float(np.median(clock.times.pop("step")[warm:]))
-    rounds = max(1, min(steps, 10) // 2)
-    for _ in range(rounds):
-        time_parts(trainer, progress, clock)
-    per_part = {name: float(np.median(np.array(times).reshape(rounds, -1).sum(1)))
-                for name, times in clock.times.items()}
-    total, flops = sum(per_part.values()), flops_per_token(c) * c.train_batch_tokens
-    if runtime.main:
-        print(f"{'part':<16}{'ms':>10}{'share':>8}")
-        for name, ms in sorted(per_part.items(), key=lambda row: -row[1]):
-            print(f"{name:<16}{ms:>10.2f}{ms / total:>8.1%}")
-        print(f"{per_step:.1f} ms per step of {c.train_batch_tokens:,} tokens, median of {steps}: "
-              f"{1e3 * c.train_batch_tokens / per_step:,.0f} tokens a second; peak memory "
-              f"{peak / 1e9:.2f} GB; scan: {trainer.kernels.name}")
-    report = dict(ms_per_step=per_step, tokens_per_second=1e3 * c.train_batch_tokens / per_step,
-                  steps=steps, tokens_per_step=c.train_batch_tokens, peak_memory_bytes=peak,
-                  parts_ms=per_part, shares={name: ms / total for name, ms in per_part.items()},
-                  model_tflops=flops / per_step * 1e-9, mfu_of_h100=None,
-                  gemm_floor_ms_at_800_tflops=None, largest_kernels=None,
-                  scan=trainer.kernels.name, compile_mode=c.compile_mode, **runtime.describe())
-    if runtime.cuda:  # 989: peak bf16 TFLOP/s of an H100; 800: what a large product reaches
-        report |= dict(mfu_of_h100=flops / per_step * 1e-9 / 989 / runtime.world,
-                       gemm_floor_ms_at_800_tflops=flops / 800e12 * 1e3 / runtime.world,
-                       largest_kernels=largest_kernels(trainer, progress))
-    return report
+            print(f"{'part':<16}{'ms':>10}{'share':>8}")
+            for name, part in sorted(parts.items(), key=lambda row: -row[1]):
+                print(f"{name:<16}{part:>10.2f}{part / total:>8.1%}")
+            print(f"{ms:.1f} ms per step of {c.train_batch_tokens:,} tokens, median of {steps}: "
+                  f"{speed:,.0f} tokens a second; peak memory {peak / 1e9:.2f} GB; scan: "
+                  f"{trainer.kernels.name}")
+        return dict(ms_per_step=ms, tokens_per_second=speed, steps=steps, parts_ms=parts,
+                    tokens_per_step=c.train_batch_tokens, peak_memory_bytes=peak,
+                    model_tflops=flops_per_token(c) * speed * 1e-12, largest_kernels=kernels,
+                    scan=trainer.kernels.name, compile_mode=c.compile_mode, **runtime.describe())
 
 
-def time_parts(trainer: Trainer, progress: Progress, clock: PartClock) -> None:
-    """The lines of Trainer.train_step, one by one under the clock."""
-    c, weights = trainer.config, loss_weights(progress.fraction, trainer.config)
-    numbers = trainer.runtime.to_device(torch.tensor(weights[:len(TERMS)]))
-    clock("snap", lambda: trainer.weights.load(qat=qat_on(progress.fraction, c.qat_fraction)))
-    for micro in trainer.micros:
-        inputs = clock("data", functools.partial(trainer.step_inputs, progress.step, micro))
-        trainer.weights.begin_micro(last=micro == trainer.micros[-1])
-        forward = functools.partial(trainer.losses, *inputs, numbers, trainer.states[micro],
-                                    weights.active)
-        loss = clock("forward", forward)[0]
-        clock("backward", (loss / c.micro_batches).backward)
-    clock("gradient sums", trainer.weights.finish_gradients)
-    clock("optimizer", lambda: trainer.optimizer.step(1.0, c.muon_momentum))
-    trainer.weights.zero_grad()
-
-
-def largest_kernels(trainer: Trainer, progress: Progress) -> list[dict[str, Any]]:
+def largest_kernels(trainer: Trainer) -> list[dict[str, Any]]:
     """The five kernels of one step that take the most GPU time, with their share of all."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        trainer.train_step(progress)
+        trainer.train_step(Progress(0, 0.5, 1))
         trainer.runtime.synchronize()
-    rows = [(event.key, event.self_device_time_total) for event in profile.key_averages()]
-    total = sum(time for _, time in rows) or 1
+    rows = [(event.self_device_time_total, event.key) for event in profile.key_averages()]
+    total = sum(time for time, _ in rows) or 1
     return [dict(kernel=name[:100], ms=time / 1e3, share=time / total)
-            for name, time in sorted(rows, key=lambda row: -row[1])[:5]]
+            for time, name in sorted(rows, reverse=True)[:5]]
 
 
 def flops_per_token(c: Config) -> float:
     """Floating-point operations of matrix products per trained token, forward and backward (three
     times the forward pass)."""
-    model, jepa = build_models(dataclasses.replace(c, seed=0))
+    model, jepa = build_models(c)
     products = sum(p.numel() for _, role, p in named_roles(model) if role in (*MATRICES, HEAD))
     products += c.vocab_size * c.embed if c.tie_embeddings else 0
-    if c.jepa_on and jepa is not None:
-        for name, role, p in named_roles(jepa):
-            if role in MATRICES:  # the projector runs once, the predictor once per horizon
-                products += p.numel() * (1 if "projector" in name else c.jepa_steps)
+    for name, role, p in named_roles(jepa) if c.jepa_on else ():
+        if role in MATRICES:  # the projector runs once, the predictor once per horizon
+            products += p.numel() * (1 if "projector" in name else c.jepa_steps)
     return 6 * (products + sum(MIXERS[letter].flops(c) for letter in c.pattern))
 
 
-def train(c: Config) -> dict[str, Any]:
+def train(c: Config) -> None:
     """MODE=train. However the run ends once its log is open, the log's last line says it."""
-    with Runtime(c) as runtime:
+    with Runtime(c.validate()) as runtime:
         run = Run(c, runtime)
         try:
             run.open()
             run.train()
-            return run.finish()
+            run.finish()
         except BaseException as end:
             if run.folder is not None:
                 kind = "" if isinstance(end, (UserError, RunStopped)) else f"{type(end).__name__}: "
@@ -6084,32 +6001,21 @@ def train(c: Config) -> dict[str, Any]:
             raise
 
 
-def run_mode(config: Config) -> dict | None:
-    """Do what MODE asks for; returns the JSON report of describe, bench and eval."""
-    if config.mode in ("train", "eval", "bench") and int(os.environ.get("RANK", 0)) == 0:
-        HEARTBEAT.start()
-    if config.mode == "train":
-        train(config.validate())
-        return None
-    if config.mode == "describe":
-        return describe(config.validate())
-    if config.mode == "bench":
-        with Runtime(config.validate()) as runtime:
-            return bench(config, runtime)
-    return evaluate_alone(config) if config.mode == "eval" else sample(config)
+MODES = dict(train=train, describe=describe, bench=bench, eval=evaluate_alone, sample=sample)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Dispatch on MODE. Exit codes: 0 done, 1 a run that diverged, 2 wrong input (a line each on
     stderr), 128 + n stopped by signal n."""
-    argv = sys.argv[1:] if argv is None else argv
-    rank = int(os.environ.get("RANK", 0))
+    argv, rank = sys.argv[1:] if argv is None else argv, int(os.environ.get("RANK", 0))
     try:
-        if any(argument in ("-h", "--help") for argument in argv):
+        if {"-h", "--help"} & set(argv):
             print(help_text(), flush=True)
             return 0
         config = Config.from_env(dict(os.environ), argv)
-        report = run_mode(config)
+        if config.mode in ("train", "eval", "bench") and rank == 0:
+            HEARTBEAT.start()
+        report = MODES[config.mode](config)
         if report is not None and rank == 0 and (config.json or not sys.stdout.isatty()):
             print(json.dumps(report), flush=True)
         return 0
