@@ -4346,10 +4346,6 @@ class Evaluator:
             if learn and stop < self.targets:
                 learn(first, stop)
             first = stop
-        return self._scores(total)
-
-    def _scores(self, total: Tensor) -> list[Score]:
-        """This rank's sums of NLL (K,) fp64 -> scores over all ranks."""
         return [Score(nll / self.targets, nll / math.log(2) / max(self.bytes, 1))
                 for nll in self.runtime.sum_host(total.to("cpu")).tolist()]
 
@@ -4412,7 +4408,8 @@ class Evaluator:
         def nll(h: Tensor, ids: Tensor) -> Tensor:
             logits = self.model.logits(h)
             scaled = (logits if t == 1 else logits / t for t in temperatures)
-            return torch.stack([F.cross_entropy(x, ids, reduction="none").double().sum() for x in scaled])
+            return torch.stack([F.cross_entropy(x, ids, reduction="none").double().sum()
+                                for x in scaled])
 
         h, targets = h.reshape(-1, h.size(-1)), self.runtime.to_device(targets.reshape(-1))
         piece = max(1, (1 << (25 if h.is_cuda else 22)) // self.vocabulary.base_bytes.numel())
@@ -4423,15 +4420,9 @@ class Evaluator:
 ADAPT_ROLES = {"matrices": MATRICES, "embedding": (EMBEDDING, HEAD, CORRECTION),
                "scalars": (SCALAR, STATE, CONTROL)}
 ADAPT_ROLES["all"] = sum(ADAPT_ROLES.values(), ())
-
-
-def check_adapt(c: Config) -> Iterator[str]:
-    if not set(c.adapt_params.split(",")) <= set(ADAPT_ROLES):
-        yield (f"ADAPT_PARAMS={c.adapt_params}: must be all, or some of matrices, embedding, "
-               "scalars, joined by commas")
-
-
-CHECKS.append(check_adapt)
+CHECKS.append(lambda c: [] if ADAPT_ROLES.keys() >= set(c.adapt_params.split(",")) else [
+    f"ADAPT_PARAMS={c.adapt_params}: must be all, or some of matrices, embedding, scalars, joined "
+    "by commas"])
 
 
 class Adaptation(contextlib.AbstractContextManager):
@@ -4548,8 +4539,8 @@ def final_scores(evaluator: Evaluator, c: Config, calibration: Tensor | None,
 # Statistics of the latent: tensors in, numbers out; nan for values that are not finite.
 
 def effective_rank(x: Tensor) -> float:
-    """exp of the entropy of the covariance's normalized eigenvalues, from 1 to L; x (...,L). Roy &
-    Vetterli 2007, https://ieeexplore.ieee.org/document/7098875."""
+    """exp of the entropy of the covariance's normalized eigenvalues, from 1 to L; x (...,L).
+    https://ieeexplore.ieee.org/document/7098875"""
     covariance = torch.cov(x.float().flatten(0, -2).T).double().reshape(x.size(-1), -1)
     if not bool(covariance.isfinite().all()):
         return math.nan
@@ -4557,13 +4548,11 @@ def effective_rank(x: Tensor) -> float:
     return float(torch.special.entr(values / values.sum().clamp(min=1e-30)).sum().exp())
 
 
-def mean_variance(x: Tensor, dims: int | tuple[int, ...]) -> Tensor:
-    return x.double().var(dims, correction=0).mean().clamp(min=1e-30)
-
-
 def within_share(x: Tensor) -> float:
     """Share of the variance of x (B,T,L) within sequences: near 1 if sequences are alike."""
-    return float(mean_variance(x, 1) / mean_variance(x, (0, 1)))
+    x = x.double()
+    within, whole = (x.var(dims, correction=0).mean() for dims in (1, (0, 1)))
+    return float(within / whole.clamp(min=1e-30))
 
 
 def lag1_autocorrelation(x: Tensor) -> float:
@@ -4580,8 +4569,8 @@ def latent_statistics(name: str, x: Tensor) -> dict[str, float]:
 
 def predictability(prediction: Tensor, target: Tensor) -> float:
     """1 - MSE / variance of the target, each (B,S,L): 1 perfect, 0 no better than the mean."""
-    error = F.mse_loss(prediction.double(), target.double())
-    return float(1 - error / mean_variance(target, (0, 1)))
+    variance = target.double().var((0, 1), correction=0).mean().clamp(min=1e-30)
+    return float(1 - F.mse_loss(prediction.double(), target.double()) / variance)
 
 
 def gradient_shares(leaf: Tensor, terms: dict[str, Tensor]) -> dict[str, float]:
@@ -4604,8 +4593,8 @@ def linear_probe(h: Tensor, targets: Tensor, lengths: Tensor, vocab_size: int, s
     bias = torch.zeros(vocab_size, device=h.device, requires_grad=True)
     adam = torch.optim.Adam([weight, bias], lr=1e-3)
     for _ in HEARTBEAT.follow(range(steps), "probe step"):
-        batch = torch.randint(cut, (min(4096, cut),), generator=generator).to(h.device)
         adam.zero_grad()
+        batch = torch.randint(cut, (min(4096, cut),), generator=generator).to(h.device)
         with torch.enable_grad():
             token_loss_fused(h[batch], weight, bias, targets[batch])[0].backward()
         adam.step()
@@ -5682,7 +5671,7 @@ def open_artifact(c: Config, runtime: Runtime) -> tuple[Config, LanguageModel, V
     vocabulary = Vocabulary.unpack(header.get("vocabulary"), own.vocab_size)
     if own.tokenizer == "byte" or own.tokenizer_path:
         known = load_vocabulary(own)
-        source = vocabulary.source or known.source
+        source = vocabulary.source or known.source  # artifacts of v0.1 name none
         if dataclasses.replace(vocabulary, source=source).pack() != known.pack():
             other = "bytes" if own.tokenizer == "byte" else f"TOKENIZER_PATH={c.tokenizer_path}"
             raise UserError(f"{c.artifact}: its byte counts are not those of {other}; take the "
@@ -5807,9 +5796,8 @@ def assumed_steps(c: Config) -> int:
 
 def synthetic_weights(c: Config, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor): synthetic weights distributed like trained ones of this configuration. The
-    constants are a fit to runs of 40 to 300 steps (RESULTS.md, Storage): how far training moves
-    weights, by learning rate and path, the sum of LR scales. Only the shape of the distributions
-    matters for the predicted bytes."""
+    constants are a fit to runs of 40 to 300 steps (RESULTS.md, Storage): how far weights move, by
+    learning rate and path, the sum of LR scales. Only the distributions' shape matters here."""
     draw, steps, rates = torch.Generator().manual_seed(0), assumed_steps(c), base_rates(c)
     scales = np.array([lr_scale(Progress(i, i / steps, steps - i), c) for i in range(steps)])
     normal = lambda *shape: torch.empty(shape).normal_(generator=draw)
@@ -5850,7 +5838,7 @@ def estimated_bytes(c: Config, model: nn.Module | None = None) -> int:
 
 
 def largest_fit(c: Config, name: str, step: int, budget: int) -> int | None:
-    """The largest value of a size knob, in steps, whose artifact fits `budget` bytes, if any."""
+    """The largest multiple of `step` for a size knob whose artifact fits `budget` bytes, if any."""
     fits = lambda value: estimated_bytes(dataclasses.replace(c, **{name: value})) <= budget
     low, high = 0, step
     while fits(high):
@@ -5862,7 +5850,7 @@ def largest_fit(c: Config, name: str, step: int, budget: int) -> int | None:
 
 
 def describe_fit(c: Config, budget: int) -> dict[str, int | None]:
-    """FIT=1: the largest MODEL_DIM, and the largest MLP_MULT, that fit with all else as it is."""
+    """FIT=1: the largest MODEL_DIM and the largest MLP_MULT that fit, all else as it is."""
     width = HEADDIM // math.gcd(HEADDIM, c.expand)
     width = math.lcm(width, 2 * c.num_heads) if "a" in c.pattern else width
     steps = {"MODEL_DIM": width} | ({"MLP_MULT": 1} if c.mlp_mult else {})
@@ -5879,28 +5867,28 @@ def describe(c: Config) -> dict[str, Any]:
     plan, rows, by_storage = storage_plan(model, c), {}, {}
     print((c.render() if c.all else c.render_changed()) + "\n")
     for name, _, parameter in named_roles(model) + (named_roles(jepa, "jepa.") if jepa else []):
-        kind = re.sub(r"\d+", "*", name) if parameter.ndim > 1 else "vectors and scalars"
+        large = parameter.numel() >= 1024 and parameter.ndim > 1
+        kind = re.sub(r"\.\d+\.", ".*.", name) if large else "small tensors"
         rows.setdefault((kind, plan.get(name, "not stored")), []).append(parameter.numel())
     print(f"{'parameter':<32}{'storage':<14}{'tensors':>8}{'parameters':>14}")
-    for (kind, grid), counts in sorted(rows.items(), key=lambda row: -sum(row[1])):
-        print(f"{kind:<32}{grid:<14}{len(counts):>8}{sum(counts):>14,}")
-        by_storage[grid] = by_storage.get(grid, 0) + sum(counts)
+    for (kind, grid), sizes in sorted(rows.items(), key=lambda row: -sum(row[1])):
+        print(f"{kind:<32}{grid:<14}{len(sizes):>8}{sum(sizes):>14,}")
+        by_storage[grid] = by_storage.get(grid, 0) + sum(sizes)
     stored, extra = count_parameters(model), count_parameters(jepa)
     estimate, code = estimated_bytes(c, model), len(shipped_script(source_text()))
-    fit, fits = describe_fit(c, SIZE_LIMIT - code) if c.fit else None, estimate + code <= SIZE_LIMIT
+    fit = describe_fit(c, SIZE_LIMIT - code) if c.fit else None
+    fits = estimate + code <= SIZE_LIMIT
     print(f"\nstored {stored:,} + training-only {extra:,} parameters; artifact about {estimate:,} "
           f"bytes (entropy of weights as training leaves them) + code {code:,} bytes: "
           f"{'FITS' if fits else 'OVER'} {SIZE_LIMIT:,}")
     return dict(eval_params=stored, train_only_params=extra, estimated_artifact_bytes=estimate,
-                code_bytes=code, fits=fits, parameters_by_storage=by_storage, largest_fit=fit,
-                tokens_per_step=c.train_batch_tokens, micro_batches=c.micro_batches)
+                code_bytes=code, fits=fits, parameters_by_storage=by_storage, largest_fit=fit)
 
 
+@dataclass
 class SyntheticStream:
     """Random tokens in place of shards: MODE=bench needs no data."""
-
-    def __init__(self, vocab_size: int):
-        self.vocab_size = vocab_size
+    vocab_size: int
 
     def __len__(self) -> int:
         return 1 << 40
@@ -5930,10 +5918,8 @@ def bench(c: Config) -> dict[str, Any]:
         trainer.run_phases()
         step = timed(times, "step", trainer.train_step, runtime)
         steps, warm = min(c.iterations, 50 if runtime.cuda else 5), 10 if runtime.cuda else 1
-        for index in range(-warm, steps):
+        for _ in progress_bar(range(warm + steps), "step", runtime.main):
             step(Progress(0, 0.5, steps))
-            if runtime.main:
-                print(f"step {index}: {times['step'][-1]:.1f} ms", file=sys.stderr)
         ms, peak = float(np.median(times.pop("step")[warm:])), runtime.peak_memory()
         kernels = largest_kernels(trainer) if runtime.cuda else None
         weights, rounds = trainer.weights, max(1, min(steps, 10) // 2)
@@ -5958,8 +5944,8 @@ def bench(c: Config) -> dict[str, Any]:
                   f"{trainer.kernels.name}")
         return dict(ms_per_step=ms, tokens_per_second=speed, steps=steps, parts_ms=parts,
                     tokens_per_step=c.train_batch_tokens, peak_memory_bytes=peak,
-                    model_tflops=flops_per_token(c) * speed * 1e-12, largest_kernels=kernels,
-                    scan=trainer.kernels.name, compile_mode=c.compile_mode, **runtime.describe())
+                    largest_kernels=kernels, scan=trainer.kernels.name,
+                    compile_mode=c.compile_mode, **runtime.describe())
 
 
 def largest_kernels(trainer: Trainer) -> list[dict[str, Any]]:
@@ -5971,18 +5957,6 @@ def largest_kernels(trainer: Trainer) -> list[dict[str, Any]]:
     total = sum(time for time, _ in rows) or 1
     return [dict(kernel=name[:100], ms=time / 1e3, share=time / total)
             for time, name in sorted(rows, reverse=True)[:5]]
-
-
-def flops_per_token(c: Config) -> float:
-    """Floating-point operations of matrix products per trained token, forward and backward (three
-    times the forward pass)."""
-    model, jepa = build_models(c)
-    products = sum(p.numel() for _, role, p in named_roles(model) if role in (*MATRICES, HEAD))
-    products += c.vocab_size * c.embed if c.tie_embeddings else 0
-    for name, role, p in named_roles(jepa) if c.jepa_on else ():
-        if role in MATRICES:  # the projector runs once, the predictor once per horizon
-            products += p.numel() * (1 if "projector" in name else c.jepa_steps)
-    return 6 * (products + sum(MIXERS[letter].flops(c) for letter in c.pattern))
 
 
 def train(c: Config) -> None:
