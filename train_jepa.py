@@ -4420,7 +4420,8 @@ class Evaluator:
 ADAPT_ROLES = {"matrices": MATRICES, "embedding": (EMBEDDING, HEAD, CORRECTION),
                "scalars": (SCALAR, STATE, CONTROL)}
 ADAPT_ROLES["all"] = sum(ADAPT_ROLES.values(), ())
-CHECKS.append(lambda c: [] if ADAPT_ROLES.keys() >= set(c.adapt_params.split(",")) else [
+adapt_words = lambda c: c.adapt_params.replace(" ", "").split(",")
+CHECKS.append(lambda c: [] if ADAPT_ROLES.keys() >= set(adapt_words(c)) else [
     f"ADAPT_PARAMS={c.adapt_params}: must be all, or some of matrices, embedding, scalars, joined "
     "by commas"])
 
@@ -4431,7 +4432,7 @@ class Adaptation(contextlib.AbstractContextManager):
 
     def __init__(self, evaluator: Evaluator, c: Config):
         self.evaluator, self.config = evaluator, c
-        roles = {role for word in c.adapt_params.split(",") for role in ADAPT_ROLES[word]}
+        roles = {role for word in adapt_words(c) for role in ADAPT_ROLES[word]}
         self.parameters = [p for _, role, p in named_roles(evaluator.model) if role in roles]
         self.before = [(p.detach().clone(), p.requires_grad) for p in self.parameters]
         self.master = torch.cat([value.float().flatten() for value, _ in self.before])
