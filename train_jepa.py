@@ -32,7 +32,6 @@ from __future__ import annotations
 import atexit
 import base64
 import bz2
-import codecs
 import contextlib
 import ctypes
 import dataclasses
@@ -4132,19 +4131,91 @@ class Evaluator:
         return Evaluator(self.model, tokens, self.vocabulary, self.seq_len,
                          self.sequences * self.seq_len, self.runtime, self.forward)
 
-    def _share(self, count: int) -> tuple[int, int]:
+    def standard(self, temperatures: Sequence[float] = (1.0,)) -> list[Score]:
+        """Sequences of seq_len tokens, each from an empty context; one score per temperature."""
+        return self._score(temperatures, self._windows, self.seq_len, self.sequences)
+
+    def sliding(self, stride: int, batch: int, temperature: float = 1.0) -> Score:
+        """Windows of seq_len every `stride` tokens, and one that ends with the text: each token is
+        scored once, with the longest context that the windows offer."""
+        return self._score([temperature], self._windows, stride, batch)[0]
+
+    def carried(self, temperatures: Sequence[float] = (1.0,), overlap: int | None = None
+                ) -> list[Score]:
+        """One sequential pass on rank 0, the recurrent state carried from piece to piece. With
+        `overlap` (models with attention), attention sees so many tokens before a piece."""
+        return self._score(temperatures, self._pieces, overlap)
+
+    def adapted(self, c: Config, temperature: float = 1.0) -> Score:
+        """Score-first test-time training: each chunk is scored as the configuration asks, then
+        trained on, so that a score depends on the past alone. Then the weights are put back.
+        https://github.com/openai/parameter-golf/issues/1017"""
+        way = self._windows, self.seq_len, self.sequences
+        if c.eval_state == "carry":
+            way = self._pieces, c.overlap
+        elif c.sliding_eval:
+            way = self._windows, c.sliding_eval_stride, c.sliding_batch_size
+        with Adaptation(self, c) as adaptation:
+            return self._score([temperature], *way, chunk=c.adapt_chunk_tokens,
+                               learn=adaptation.train)[0]
+
+    def _score(self, temperatures: Sequence[float], way: Callable, *options, chunk: int = 0,
+               learn: Callable[[int, int], None] | None = None) -> list[Score]:
+        """A way scores this rank's share of a chunk (about `chunk` targets, 0: all), then yields
+        where the chunk ends. learn(first, stop) follows all chunks but the last."""
+        total = torch.zeros(len(temperatures), dtype=torch.float64, device=self.runtime.device)
+        add = lambda h, targets: total.add_(self._nll(h, targets, temperatures))
+        first = 0
+        for stop in way(add, chunk or self.targets, *options):
+            if learn and stop < self.targets:
+                learn(first, stop)
+            first = stop
+        return [Score(nll / self.targets, nll / math.log(2) / max(self.bytes, 1))
+                for nll in self.runtime.sum_host(total.to("cpu")).tolist()]
+
+    @torch.no_grad()
+    def _windows(self, add: Callable, chunk: int, stride: int, batch: int) -> Iterator[int]:
+        T, n, main = self.seq_len, self.targets, self.runtime.main
+        inputs, targets = (t.unfold(0, T, stride) for t in (self.tokens[:-1], self.tokens[1:]))
+
+        def score(inputs: Tensor, targets: Tensor, last: int) -> None:
+            h, _ = self._hidden(inputs, (batch, T))
+            add(h[:, T - last:], targets[:, T - last:])
+
+        begun, step = int(stride < T), -(-chunk // (batch * stride)) * batch
+        if begun and main:  # the first window scores all its tokens, later ones their last
+            score(inputs[:1], targets[:1], T)
+        for low in range(begun, len(inputs), step):
+            high = min(low + step, len(inputs))
+            first, stop = (low + bound for bound in self.share(high - low))
+            for start in progress_bar(range(first, stop, batch), "evaluation batch", main):
+                part = slice(start, min(start + batch, stop))
+                score(inputs[part], targets[part], stride)
+            yield T + (high - 1) * stride
+        rest = (n - T) % stride
+        if rest and main:
+            score(self.tokens[None, n - T:n], self.tokens[None, n + 1 - T:], rest)
+
+    @torch.no_grad()
+    def _pieces(self, add: Callable, chunk: int, overlap: int | None) -> Iterator[int]:
+        T, n, main, states, scored = self.seq_len, self.targets, self.runtime.main, None, 0
+        piece = self.sequences * T if overlap is None else T
+        later = piece if overlap is None or overlap >= T else T - overlap
+        starts = [0, *range(piece, n, later)]
+        for start, stop in progress_bar(list(zip(starts, [*starts[1:], n])), "carried", main):
+            if main:
+                shape = 1, later if start else piece  # only the last piece is padded
+                h, states = self._hidden(self.tokens[None, start:stop], shape, states)
+                states = states if overlap is None else self.model.trim_states(states, overlap)
+                add(h, self.tokens[start + 1:stop + 1])
+            if stop - scored >= chunk or stop == n:
+                scored = stop
+                yield stop
+
+    def share(self, count: int) -> tuple[int, int]:
         """First and last + 1 of this rank's items out of `count`."""
         rank, world = self.runtime.rank, self.runtime.world
         return count * rank // world, count * (rank + 1) // world
-
-    def _scores(self, total: Tensor) -> list[Score]:
-        """This rank's sums of NLL (K,) fp64 -> scores over all ranks."""
-        total = self.runtime.sum_host(total.to("cpu"))
-        return [Score(nll / self.targets, nll / math.log(2) / max(self.bytes, 1))
-                for nll in total.tolist()]
-
-    def _zeros(self, count: int = 1) -> Tensor:
-        return torch.zeros(count, dtype=torch.float64, device=self.runtime.device)
 
     def _hidden(self, ids: Tensor, shape: tuple[int, int], states: list | None = None
                 ) -> tuple[Tensor, list]:
@@ -4157,146 +4228,26 @@ class Evaluator:
         return h[:sequences, :length], states
 
     def _nll(self, h: Tensor, targets: Tensor, temperatures: Sequence[float]) -> Tensor:
-        """Sum of the NLL at each temperature (K,) fp64; h (...,D), targets (...). The V-wide
-        logits are made in pieces."""
+        """Sum of the NLL at each temperature (K,) fp64; the V-wide logits are made in pieces."""
+        def nll(h: Tensor, ids: Tensor) -> Tensor:
+            logits = self.model.logits(h)
+            scaled = (logits if t == 1 else logits / t for t in temperatures)
+            return torch.stack([F.cross_entropy(x, ids, reduction="none").double().sum()
+                                for x in scaled])
+
         h, targets = h.reshape(-1, h.size(-1)), self.runtime.to_device(targets.reshape(-1))
         piece = max(1, (1 << (25 if h.is_cuda else 22)) // self.vocabulary.base_bytes.numel())
-        total = self._zeros(len(temperatures))
-        for part, ids in zip(h.split(piece), targets.split(piece)):
-            logits = self.model.logits(part)
-            for index, temperature in enumerate(temperatures):
-                scaled = logits if temperature == 1 else logits / temperature
-                total[index] += F.cross_entropy(scaled, ids, reduction="none").double().sum()
-        return total
-
-    def standard(self, temperatures: Sequence[float] = (1.0,), label: str = "validation"
-                 ) -> list[Score]:
-        """Sequences of seq_len tokens, each from an empty context; one score per temperature."""
-        return self._finish(self._sequences, temperatures, label=label)
-
-    def sliding(self, stride: int, batch: int, temperature: float = 1.0) -> Score:
-        """Windows of seq_len every `stride` tokens. The first window scores all its tokens, later
-        ones their last `stride`; one more window ends with the text if the others do not. Each
-        token is scored once, with the longest context that the windows offer."""
-        return self._finish(self._windows, [temperature], stride=stride, batch=batch)[0]
-
-    def carried(self, temperatures: Sequence[float] = (1.0,), overlap: int | None = None
-                ) -> list[Score]:
-        """One pass with the recurrent state carried from piece to piece: each token is scored with
-        its whole past. The pass is sequential: rank 0 does it alone, in pieces of a batch. With
-        `overlap` (models with attention) a piece has seq_len tokens, of which the first `overlap`
-        are those before it, as keys and values of attention; the SSM states are carried."""
-        return self._finish(self._pieces, temperatures, overlap=overlap)
-
-    def adapted(self, c: Config, temperature: float = 1.0) -> Score:
-        """Score-first test-time training: each chunk of the text is scored, carried, sliding or in
-        sequences as the configuration asks, then trained on; the last one is only scored. A score
-        thus depends on the past alone (https://github.com/openai/parameter-golf/issues/1017).
-        Afterwards the weights are what they were."""
-        total, chunk = self._zeros(), c.adapt_chunk_tokens
-        if c.eval_state == "carry":
-            scoring = self._pieces(total, [temperature], chunk, overlap=c.overlap)
-        elif c.sliding_eval:
-            scoring = self._windows(total, [temperature], chunk, stride=c.sliding_eval_stride,
-                                    batch=c.sliding_batch_size)
-        else:
-            scoring = self._sequences(total, [temperature], chunk, label="adapted")
-        with Adaptation(self, c) as adaptation:
-            first = 0
-            for stop in scoring:
-                if stop < self.targets:
-                    adaptation.train(first, stop)
-                first = stop
-        return self._scores(total)[0]
-
-    def _finish(self, scoring: Callable, temperatures: Sequence[float], **options) -> list[Score]:
-        """Scores of the whole text, as one chunk."""
-        total = self._zeros(len(temperatures))
-        for _ in scoring(total, temperatures, self.targets, **options):
-            pass
-        return self._scores(total)
-
-    # Three ways of scoring. Each adds the NLL of this rank's share of a chunk (about `chunk` targets,
-    # whole batches) to `total` (K,), and then yields how many targets all ranks have scored.
-
-    @torch.no_grad()
-    def _sequences(self, total: Tensor, temperatures: Sequence[float], chunk: int, label: str
-                   ) -> Iterator[int]:
-        T, rows = self.seq_len, self.targets // self.seq_len
-        step = -(-chunk // (self.sequences * T)) * self.sequences
-        for low in range(0, rows, step):
-            high = min(low + step, rows)
-            first, last = self._share(high - low)
-            batches = range(low + first, low + last, self.sequences)
-            for start in progress_bar(batches, label, self.runtime.main):
-                span = self.tokens[start * T:min(start + self.sequences, low + last) * T + 1]
-                h, _ = self._hidden(span[:-1].view(-1, T), (self.sequences, T))
-                total += self._nll(h, span[1:], temperatures)
-            yield high * T
-
-    @torch.no_grad()
-    def _windows(self, total: Tensor, temperatures: Sequence[float], chunk: int, stride: int,
-                 batch: int) -> Iterator[int]:
-        T, n = self.seq_len, self.targets
-        windows = self.tokens[:-1].unfold(0, T, stride)                       # (W,T), a view
-        targets = self.tokens[1:].unfold(0, T, stride)[:, T - stride:]        # (W,stride), a view
-        rest, step = (n - T) % stride, -(-chunk // (batch * stride)) * batch
-        if self.runtime.main:
-            h, _ = self._hidden(self.tokens[:T].view(1, T), (batch, T))
-            total += self._nll(h, self.tokens[1:T + 1], temperatures)
-        for low in range(1, len(windows), step):  # without the first window
-            high = min(low + step, len(windows))
-            first, last = self._share(high - low)
-            batches = range(low + first, low + last, batch)
-            for index in progress_bar(batches, "sliding", self.runtime.main):
-                part = slice(index, min(index + batch, low + last))
-                h, _ = self._hidden(windows[part], (batch, T))
-                total += self._nll(h[:, T - stride:], targets[part], temperatures)
-            yield T + (high - 1) * stride
-        if self.runtime.main and rest:
-            h, _ = self._hidden(self.tokens[n - T:n].view(1, T), (batch, T))
-            total += self._nll(h[:, T - rest:], self.tokens[n + 1 - rest:], temperatures)
-
-    @torch.no_grad()
-    def _pieces(self, total: Tensor, temperatures: Sequence[float], chunk: int,
-                overlap: int | None) -> Iterator[int]:
-        T, n, states, scored = self.seq_len, self.targets, None, 0
-        piece = self.sequences * T if overlap is None else T
-        later = piece if overlap is None or overlap >= T else T - overlap
-        starts = [0, *range(piece, n, later)]
-        for start, stop in progress_bar(list(zip(starts, [*starts[1:], n])), "carried",
-                                        self.runtime.main):
-            if self.runtime.main:
-                shape = 1, later if start else piece  # only the last piece is padded
-                h, states = self._hidden(self.tokens[start:stop].unsqueeze(0), shape, states)
-                states = states if overlap is None else self.model.trim_states(states, overlap)
-                total += self._nll(h, self.tokens[start + 1:stop + 1], temperatures)
-            if stop - scored >= chunk or stop == n:
-                scored = stop
-                yield stop
+        return sum(map(nll, h.split(piece), targets.split(piece)))
 
 
 # By ADAPT_PARAMS: roles of the parameters that test-time training changes.
 ADAPT_ROLES = {"matrices": MATRICES, "embedding": (EMBEDDING, HEAD, CORRECTION),
                "scalars": (SCALAR, STATE, CONTROL)}
-
-
-def adapt_roles(c: Config) -> list[str]:
-    """Roles that ADAPT_PARAMS names; KeyError for an unknown word."""
-    words = list(ADAPT_ROLES) if c.adapt_params == "all" else c.adapt_params.split(",")
-    return [role for word in words for role in ADAPT_ROLES[word.strip()]]
-
-
-def check_adapt(c: Config) -> Iterator[str]:
-    """Faults of the knobs of test-time training."""
-    try:
-        adapt_roles(c)
-    except KeyError:
-        yield (f"ADAPT_PARAMS={c.adapt_params}: must be all, or some of "
-               f"{', '.join(ADAPT_ROLES)}, joined by commas")
-
-
-CHECKS.append(check_adapt)
+ADAPT_ROLES["all"] = sum(ADAPT_ROLES.values(), ())
+adapt_words = lambda c: c.adapt_params.replace(" ", "").split(",")
+CHECKS.append(lambda c: [] if ADAPT_ROLES.keys() >= set(adapt_words(c)) else [
+    f"ADAPT_PARAMS={c.adapt_params}: must be all, or some of matrices, embedding, scalars, joined "
+    "by commas"])
 
 
 class Adaptation(contextlib.AbstractContextManager):
@@ -4304,17 +4255,14 @@ class Adaptation(contextlib.AbstractContextManager):
     Masters, gradient and momentum are fp32 vectors over all parameters that learn."""
 
     def __init__(self, evaluator: Evaluator, c: Config):
-        self.evaluator, self.config, roles = evaluator, c, adapt_roles(c)
+        self.evaluator, self.config = evaluator, c
+        roles = {role for word in adapt_words(c) for role in ADAPT_ROLES[word]}
         self.parameters = [p for _, role, p in named_roles(evaluator.model) if role in roles]
         self.before = [(p.detach().clone(), p.requires_grad) for p in self.parameters]
-        self.master = self.flat(self.parameters)
+        self.master = torch.cat([value.float().flatten() for value, _ in self.before])
         self.momentum = torch.zeros_like(self.master)
         for parameter in self.parameters:
             parameter.requires_grad_(True)
-
-    @staticmethod
-    def flat(tensors: Iterable[Tensor]) -> Tensor:
-        return torch.cat([tensor.detach().float().flatten() for tensor in tensors])
 
     @torch.no_grad()
     def __exit__(self, *error) -> None:
@@ -4322,30 +4270,28 @@ class Adaptation(contextlib.AbstractContextManager):
             parameter.copy_(value).requires_grad_(trained)
 
     def gradient(self, first: int, stop: int) -> Tensor:
-        """Of the mean NLL of sequences that cover the targets first..stop and end with them; each
-        rank computes its share."""
+        """Of the mean NLL of sequences that cover the targets first..stop and end with them."""
         e, T = self.evaluator, self.evaluator.seq_len
         rows, total = min(-(-(stop - first) // T), stop // T), torch.zeros_like(self.master)
-        low, high = e._share(rows)
-        tokens = e.tokens[stop - (rows - low) * T:stop - (rows - high) * T + 1]
-        inputs, targets = (t.view(-1, T).split(e.sequences) for t in (tokens[:-1], tokens[1:]))
-        for x, y in zip(inputs, targets) if low < high else ():
+        low, high = e.share(rows)
+        for row in range(low, high, e.sequences):
+            count, start = min(e.sequences, high - row), stop - (rows - row) * T
+            tokens = e.runtime.to_device(e.tokens[start:start + count * T + 1])
             with torch.enable_grad():
-                h, _ = e._hidden(x, tuple(x.shape))
+                h, _ = e.forward(tokens[:-1].view(-1, T), e.runtime.dtype, None)
                 loss, _ = token_loss_fused(
                     e.model.features(h).flatten(0, 1), e.model.head(), e.model.vocab_bias,
-                    e.runtime.to_device(y.flatten()), softcap=e.model.softcap,
-                    softcap_type=e.model.softcap_type)
-                grads = torch.autograd.grad(loss * (len(x) / rows), self.parameters,
+                    tokens[1:], softcap=e.model.softcap, softcap_type=e.model.softcap_type)
+                grads = torch.autograd.grad(loss * (count / rows), self.parameters,
                                             materialize_grads=True)
-            total += self.flat(grads)
+            total += torch.cat([grad.float().flatten() for grad in grads])
         e.runtime.sum_(total)
         return total
 
     @torch.no_grad()
     def train(self, first: int, stop: int) -> None:
         """ADAPT_STEPS on the targets first..stop, which have been scored."""
-        c = self.config
+        c, sizes = self.config, [parameter.numel() for parameter in self.parameters]
         lr = c.adapt_lr * (1 + math.cos(math.pi * first / self.evaluator.targets)) / 2
         for _ in range(c.adapt_steps):
             grad = self.gradient(first, stop)
@@ -4353,175 +4299,139 @@ class Adaptation(contextlib.AbstractContextManager):
             limit = (c.adapt_clip or math.inf) / (norm + 1e-6)
             self.momentum.mul_(0.9).add_(torch.where(norm.isfinite(), grad * limit.clamp(max=1), 0))
             self.master.sub_(self.momentum, alpha=lr)
-            sizes = [parameter.numel() for parameter in self.parameters]
             for parameter, value in zip(self.parameters, self.master.split(sizes)):
                 parameter.copy_(value.view_as(parameter))
 
 
 def best_temperature(score: Callable[[Sequence[float]], list[Score]]) -> float:
-    """Temperature of the lowest loss: a coarse list, then +-0.06 around its best in steps of 0.02.
-    `score` maps temperatures to scores."""
-    def best_of(temperatures: list[float]) -> float:
-        losses = [result.loss for result in score(temperatures)]
-        return temperatures[losses.index(min(losses))]
-
+    """Temperature of the lowest loss: a coarse list, then +-0.06 around its best in steps of 0.02."""
+    best_of = lambda temperatures: min(zip(score(temperatures), temperatures))[1]
     best = best_of([0.5, 0.7, 0.85, 0.95, 1.0, 1.1, 1.3, 1.5, 2.0])
     return best_of([round(best + 0.02 * i, 4) for i in range(-3, 4)])
 
 
-class EvalPass(NamedTuple):
-    """A way to score the stored model; result.json, the log, tools/ and README take it from here.
-    `score` maps (evaluator, configuration, temperature) to a Score."""
-    name: str    # result.json: <name>_val_loss, <name>_val_bpb
-    label: str
-    asked: Callable[[Config], bool]
-    score: Callable[[Evaluator, Config, float], Score]
-    carries: Callable[[Config], bool] = lambda c: False  # its temperature: with carried states
+def search_temperatures(chooser: Evaluator, c: Config) -> tuple[float, float]:
+    """The best temperature with states reset and, under EVAL_STATE=carry, with carried states."""
+    carried = functools.partial(chooser.carried, overlap=c.overlap)
+    return (best_temperature(chooser.standard),
+            best_temperature(carried) if c.eval_state == "carry" else 1.0)
 
 
-def carries(c: Config) -> bool:
-    return c.eval_state == "carry"
-
-
-PASSES = (
-    EvalPass("roundtrip", "round trip", lambda c: True, lambda e, c, t: e.standard()[0]),
-    EvalPass("tempered", "temperature-scaled", lambda c: c.temp_scaling,
-             lambda e, c, t: e.standard([t], "tempered")[0]),
-    EvalPass("sliding", "sliding window", lambda c: c.sliding_eval,
-             lambda e, c, t: e.sliding(c.sliding_eval_stride, c.sliding_batch_size, t)),
-    EvalPass("carried", "state carried through, one pass", carries,
-             lambda e, c, t: e.carried([t], c.overlap)[0], carries),
-    EvalPass("adapted", "test-time training, each chunk scored first", lambda c: c.eval_adapt,
-             lambda e, c, t: e.adapted(c, t), carries))
+# Ways to score the stored model, by name: who asks for it, whether states are carried (the
+# temperature is then of its own), and the score, of evaluator, configuration and temperature.
+carries = lambda c: c.eval_state == "carry"
+PASSES = {
+    "roundtrip": (lambda c: True, lambda c: False, lambda e, c, t: e.standard()[0]),
+    "tempered": (lambda c: c.temp_scaling, lambda c: False, lambda e, c, t: e.standard([t])[0]),
+    "sliding": (lambda c: c.sliding_eval, lambda c: False,
+                lambda e, c, t: e.sliding(c.sliding_eval_stride, c.sliding_batch_size, t)),
+    "carried": (carries, carries, lambda e, c, t: e.carried([t], c.overlap)[0]),
+    "adapted": (lambda c: c.eval_adapt, carries, lambda e, c, t: e.adapted(c, t))}
 
 
 def final_scores(evaluator: Evaluator, c: Config, calibration: Tensor | None,
                  log: Callable[[str], None]) -> dict[str, Any]:
-    """Scores of PASSES for the weights read from the artifact, as result.json and MODE=eval report
-    them. `calibration`: training tokens that the temperature is chosen on (None: temperature 1)."""
-    result: dict[str, Any] = dict(temperature=None, sliding_stride=None)
-    started = now()
-    chosen = {False: c.temp_calib or 1.0, True: c.temp_calib or 1.0}  # by EvalPass.carries
-    if c.temp_scaling and not c.temp_calib and calibration is not None:
-        chosen = search_temperatures(evaluator.on(calibration), c)
-    elif c.temp_scaling and not c.temp_calib:
-        log("temperature: 1 (no unseen training tokens to choose one on)")
-    result["temperature_seconds"] = now() - started
-    for row in PASSES:
-        result[f"{row.name}_val_bpb"] = None
-        if not row.asked(c):
-            continue
-        t = chosen[row.carries(c)] if c.temp_scaling and row.name != "roundtrip" else 1.0
-        started = now()
-        if row.name != "tempered" or t != 1:  # else the round trip's score stands
-            score = row.score(evaluator, c, t)
-        result |= {f"{row.name}_val_loss": score.loss, f"{row.name}_val_bpb": score.bpb}
-        how = f" stride:{c.sliding_eval_stride}" if row.name == "sliding" else ""
-        how += f" temperature:{t:g}" if row.name != "roundtrip" else ""
-        log(f"{row.name}{how} val_loss:{score.loss:.6f} val_bpb:{score.bpb:.6f}")
-        if row.name == "adapted":
-            result["adapted_seconds"] = now() - started
-            log(f"adapted: {result['adapted_seconds']:.1f} s of the {EVAL_SECONDS} s of evaluation")
+    """Scores of PASSES for the weights read from the artifact. `calibration`: training tokens that
+    the temperature is chosen on (None: temperature 1)."""
+    started, chosen = now(), (c.temp_calib or 1.0,) * 2  # with states reset, and carried
+    if c.temp_scaling and not c.temp_calib:
+        if calibration is None:
+            log("temperature: 1 (no unseen training tokens to choose one on)")
+        else:
+            chosen = search_temperatures(evaluator.on(calibration), c)
+    result = dict(temperature=chosen[0] if c.temp_scaling else None,
+                  sliding_stride=c.sliding_eval_stride if c.sliding_eval else None,
+                  temperature_seconds=now() - started)
+    if c.temp_scaling and c.eval_state == "carry":
+        result["carried_temperature"] = chosen[1]
+    for name, (asked, carried, score) in PASSES.items():
+        result[f"{name}_val_bpb"] = None
+        if asked(c):
+            started, t = now(), chosen[carried(c)] if c.temp_scaling else 1.0
+            loss, bpb = score(evaluator, c, t)
+            result |= {f"{name}_val_loss": loss, f"{name}_val_bpb": bpb}
+            how = f" stride:{c.sliding_eval_stride}" if name == "sliding" else ""
+            how += f" temperature:{t:g}" if name != "roundtrip" else ""
+            log(f"{name}{how} val_loss:{loss:.6f} val_bpb:{bpb:.6f}")
+            if name == "adapted":
+                log(f"adapted: {now() - started:.1f} s of the {EVAL_SECONDS} s of evaluation")
     if result["roundtrip_val_bpb"] > 8 and shards_source(c.data_path) is None:
         log("warning: more than 8 bits per byte: are these shards of the model's tokenizer? No "
             f"source.json in DATA_PATH={c.data_path} says it")
-    if c.temp_scaling:
-        result["temperature"] = chosen[False]
-        result |= dict(carried_temperature=chosen[True]) if carries(c) else {}
-    result["sliding_stride"] = c.sliding_eval_stride if c.sliding_eval else None
     return result
-
-
-def search_temperatures(chooser: Evaluator, c: Config) -> dict[bool, float]:
-    """The best temperature with states reset (False) and, if the scores ask for it, carried."""
-    chosen = {False: best_temperature(chooser.standard), True: 1.0}
-    if carries(c):
-        chosen[True] = best_temperature(functools.partial(chooser.carried, overlap=c.overlap))
-    return chosen
 
 
 # Statistics of the latent: tensors in, numbers out; nan for values that are not finite.
 
 def effective_rank(x: Tensor) -> float:
-    """exp of the entropy of the covariance's normalized eigenvalues, from 1 to L; x (...,L). Roy &
-    Vetterli 2007, https://ieeexplore.ieee.org/document/7098875."""
+    """exp of the entropy of the covariance's normalized eigenvalues, from 1 to L; x (...,L).
+    https://ieeexplore.ieee.org/document/7098875"""
     covariance = torch.cov(x.float().flatten(0, -2).T).double().reshape(x.size(-1), -1)
     if not bool(covariance.isfinite().all()):
         return math.nan
     values = torch.linalg.eigvalsh(covariance).clamp(min=0)
-    share = values / values.sum().clamp(min=1e-30)
-    return float(torch.exp(-(share * share.clamp(min=1e-30).log()).sum()))
+    return float(torch.special.entr(values / values.sum().clamp(min=1e-30)).sum().exp())
 
 
 def within_share(x: Tensor) -> float:
-    """Share of the variance of x (B,T,L) that lies within sequences: 0 if each is constant, near 1
-    if they are alike."""
+    """Share of the variance of x (B,T,L) within sequences: near 1 if sequences are alike."""
     x = x.double()
-    within = (x - x.mean(1, keepdim=True)).square().mean()
-    return float(within / (x - x.mean((0, 1))).square().mean().clamp(min=1e-30))
+    within, whole = (x.var(dims, correction=0).mean() for dims in (1, (0, 1)))
+    return float(within / whole.clamp(min=1e-30))
 
 
 def lag1_autocorrelation(x: Tensor) -> float:
-    """sum (x_t - m)(x_{t+1} - m) / sqrt(sum (x_t - m)^2 sum (x_{t+1} - m)^2) of x (B,T,L), m its
-    mean."""
+    """Cosine of x_t - m and x_{t+1} - m, over all of x (B,T,L) with its mean m."""
     x = x.double() - x.double().mean((0, 1))
-    a, b = x[:, :-1], x[:, 1:]
-    return float((a * b).sum() / (a.square().sum() * b.square().sum()).sqrt().clamp(min=1e-30))
+    return float(F.cosine_similarity(x[:, :-1].flatten(), x[:, 1:].flatten(), dim=0))
 
 
 def latent_statistics(name: str, x: Tensor) -> dict[str, float]:
     """The three statistics above of x (B,T,L), under `name`."""
-    return {f"{name}_effective_rank": effective_rank(x), f"{name}_within_share": within_share(x),
-            f"{name}_lag1_autocorrelation": lag1_autocorrelation(x)}
+    return {f"{name}_{statistic.__name__}": statistic(x)
+            for statistic in (effective_rank, within_share, lag1_autocorrelation)}
 
 
 def predictability(prediction: Tensor, target: Tensor) -> float:
     """1 - MSE / variance of the target, each (B,S,L): 1 perfect, 0 no better than the mean."""
-    target = target.double()
-    variance = (target - target.mean((0, 1))).square().mean().clamp(min=1e-30)
-    return float(1 - (prediction.double() - target).square().mean() / variance)
+    variance = target.double().var((0, 1), correction=0).mean().clamp(min=1e-30)
+    return float(1 - F.mse_loss(prediction.double(), target.double()) / variance)
 
 
 def gradient_shares(leaf: Tensor, terms: dict[str, Tensor]) -> dict[str, float]:
-    """Norm of each weighted term's gradient in `leaf` relative to that of "ce", and its cosine with
-    it. terms: name -> weighted loss, a function of leaf."""
+    """Norm of each weighted loss's gradient in `leaf` relative to that of "ce", and their cosine."""
     grads = {name: torch.autograd.grad(loss, leaf, retain_graph=True)[0].double().flatten()
              for name, loss in terms.items()}
     ce, shares = grads.pop("ce"), {}
-    reference = ce.norm().clamp(min=1e-30)
     for name, grad in grads.items():
-        norm = grad.norm()
-        shares[f"{name}_grad_ratio"] = float(norm / reference)
-        shares[f"{name}_grad_cosine"] = float(grad @ ce / (norm.clamp(min=1e-30) * reference))
+        shares[f"{name}_grad_ratio"] = float(grad.norm() / ce.norm().clamp(min=1e-30))
+        shares[f"{name}_grad_cosine"] = float(F.cosine_similarity(grad, ce, dim=0, eps=1e-30))
     return shares
 
 
 def linear_probe(h: Tensor, targets: Tensor, lengths: Tensor, vocab_size: int, steps: int,
                  seed: int) -> float:
-    """Bits per byte of a linear classifier on frozen h (n,D), trained on the first 80% of the
-    positions with `steps` steps of Adam (1e-3, batch 4096) and scored on the last 20%. targets
-    (n,) ids, lengths (n,) their bytes."""
-    cut, generator, nll = int(0.8 * len(h)), torch.Generator().manual_seed(seed), 0.0
-    h = h.float()
+    """Bits per byte of a linear classifier on frozen h (n,D): trained on 80% of the positions by
+    Adam, scored on the rest. targets (n,) ids, lengths (n,) their bytes."""
+    h, cut, generator = h.float(), int(0.8 * len(h)), torch.Generator().manual_seed(seed)
     weight = torch.zeros(vocab_size, h.size(-1), device=h.device, requires_grad=True)
     bias = torch.zeros(vocab_size, device=h.device, requires_grad=True)
     adam = torch.optim.Adam([weight, bias], lr=1e-3)
     for _ in HEARTBEAT.follow(range(steps), "probe step"):
-        batch = torch.randint(cut, (min(4096, cut),), generator=generator).to(h.device)
         adam.zero_grad()
+        batch = torch.randint(cut, (min(4096, cut),), generator=generator).to(h.device)
         with torch.enable_grad():
             token_loss_fused(h[batch], weight, bias, targets[batch])[0].backward()
         adam.step()
-    for part, ids in zip(h[cut:].split(1024), targets[cut:].split(1024)):
-        nll += float(F.cross_entropy(F.linear(part, weight, bias).detach(), ids, reduction="sum"))
+    nll = sum(float(F.cross_entropy(F.linear(part, weight, bias).detach(), ids, reduction="sum"))
+              for part, ids in zip(h[cut:].split(1024), targets[cut:].split(1024)))
     return float(nll / math.log(2) / lengths[cut:].sum().clamp(min=1))
 
 
 @torch.no_grad()
 def input_moments(model: nn.Module, batches: Iterable, forward: Callable) -> dict[str, Tensor]:
     """Mean of x x^T (C,C) in fp64 over the inputs x of every Linear layer, by the layer's name."""
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
+    sums, counts = {}, {}
 
     def add(name: str, _: nn.Module, inputs: tuple) -> None:
         x = inputs[0].detach().reshape(-1, inputs[0].size(-1)).float()
@@ -4530,12 +4440,10 @@ def input_moments(model: nn.Module, batches: Iterable, forward: Callable) -> dic
 
     hooks = [layer.register_forward_pre_hook(functools.partial(add, name))
              for name, layer in model.named_modules() if isinstance(layer, Linear)]
-    try:
-        for batch in batches:
-            forward(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for batch in batches:
+        forward(batch)
+    for hook in hooks:
+        hook.remove()
     return {name: total / counts[name] for name, total in sums.items()}
 
 
@@ -5554,41 +5462,18 @@ def plot_curves(folder: Path) -> None:
 # evaluation alone and generation: from an artifact, on any machine
 # ------------------------------------------------------------------------------
 
-def config_of_artifact(c: Config, header: Any) -> Config:
-    """The user's knobs with the artifact's model knobs in their place; UserError if those make no
-    model."""
-    model = header.get("model") if isinstance(header, dict) else None
+def config_of_artifact(c: Config, header: dict) -> Config:
+    """The user's knobs with the artifact's model knobs in their place, and training off."""
+    model, knobs = header.get("model"), Config.knobs()
     if not isinstance(model, dict) or set(model) != set(Config.tagged("model")):
         raise UserError(f"ARTIFACT={c.artifact}: its header describes no model of this script")
-    knobs = Config.knobs()
     values = {name.lower(): parse_knob(name, knobs[name], format_knob(value))
               for name, value in model.items()}
-    training_off = dict(train_batch_tokens=c.micro_batches * values["train_seq_len"],
-                        loss_schedule="joint", ce_weight=1.0, jepa_weight=0.0, sigreg_lambda=0.0,
-                        jepa_cov=0.0, carry_state=False,
-                        sliding_eval_stride=min(c.sliding_eval_stride, values["train_seq_len"]))
-    return dataclasses.replace(c, **values, **training_off).validate()
-
-
-def meta_model(c: Config, shapes: dict[str, tuple], runtime: Runtime) -> LanguageModel:
-    """The model of a configuration on the meta device (no memory); UserError unless its parameters
-    have the names and shapes of the artifact's tensors."""
-    fault = UserError(f"{c.artifact}: its tensors are not those of the model in its header")
-    if c.num_layers > len(shapes):  # before so many blocks are made
-        raise fault
-    kernels, note = choose_kernels(c, runtime)
-    if note and runtime.main:
-        say(note)
-    try:
-        with torch.device("meta"):
-            model = LanguageModel(c, kernels)
-            parts = whole_tensors({name: torch.empty(shape) for name, shape in shapes.items()},
-                                  c.artifact)
-    except (RuntimeError, ValueError, OverflowError):
-        raise fault from None
-    if shapes_of(dict(model.named_parameters())) != shapes_of(parts):
-        raise fault
-    return model
+    length = values["train_seq_len"]
+    values |= dict(train_batch_tokens=c.micro_batches * length, loss_schedule="joint", ce_weight=1.0,
+                   jepa_weight=0.0, sigreg_lambda=0.0, jepa_cov=0.0, carry_state=False,
+                   sliding_eval_stride=min(c.sliding_eval_stride, length))
+    return dataclasses.replace(c, **values).validate()
 
 
 def open_artifact(c: Config, runtime: Runtime) -> tuple[Config, LanguageModel, Vocabulary, dict]:
@@ -5599,22 +5484,29 @@ def open_artifact(c: Config, runtime: Runtime) -> tuple[Config, LanguageModel, V
                         f"MODE={c.mode} ARTIFACT=runs/<RUN_ID>/model.jepa")
     header, shapes = artifact_outline(c.artifact)
     own = config_of_artifact(c, header)
-    model = meta_model(own, shapes, runtime)
-    tensors = whole_tensors(read_artifact(c.artifact)[1], c.artifact)
+    kernels, note = choose_kernels(own, runtime)
+    if note and runtime.main:
+        say(note)
+    with parsing(c.artifact), torch.device("meta"):
+        require(own.num_layers <= len(shapes), "it has fewer tensors than blocks")
+        model = LanguageModel(own, kernels)
+        parts = whole_tensors({name: torch.empty(shapes[name]) for name in shapes}, c.artifact)
+        require(shapes_of(dict(model.named_parameters())) == shapes_of(parts),
+                "its tensors are not those of the model in its header")
     vocabulary = Vocabulary.unpack(header.get("vocabulary"), own.vocab_size)
     if own.tokenizer == "byte" or own.tokenizer_path:
         known = load_vocabulary(own)
-        source = vocabulary.source or known.source
+        source = vocabulary.source or known.source  # artifacts of v0.1 name none
         if dataclasses.replace(vocabulary, source=source).pack() != known.pack():
             other = "bytes" if own.tokenizer == "byte" else f"TOKENIZER_PATH={c.tokenizer_path}"
             raise UserError(f"{c.artifact}: its byte counts are not those of {other}; take the "
                             "artifact as its run wrote it, and the tokenizer of its training")
+    tensors = whole_tensors(read_artifact(c.artifact)[1], c.artifact)
     for name, role, _ in named_roles(model):
-        dtype = runtime.dtype if role in (*MATRICES, EMBEDDING, HEAD) else torch.float32
-        value = tensors[name].to(runtime.device, dtype)
-        path, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
-    return own, model.to(runtime.device), vocabulary, header  # tables of constants, too
+        low = role in (*MATRICES, EMBEDDING, HEAD)
+        tensors[name] = tensors[name].to(runtime.device, runtime.dtype if low else torch.float32)
+    model.load_state_dict(tensors, strict=False, assign=True)  # the rest are tables of constants
+    return own, model.requires_grad_(False).to(runtime.device), vocabulary, header
 
 
 def evaluate_alone(c: Config) -> dict[str, Any]:
@@ -5623,33 +5515,29 @@ def evaluate_alone(c: Config) -> dict[str, Any]:
     with Runtime(c) as runtime:
         own, model, vocabulary, header = open_artifact(c, runtime)
         check_source(own, vocabulary)
-        started, position = now(), header.get("position")
-        if position is not None and type(position) is not int:
-            raise UserError(f"ARTIFACT={c.artifact}: its data position is no number")
-        log = lambda line: print(line, flush=True) if runtime.main else None
+        log = lambda line: say(line) if runtime.main else None
+        started, position, calibration = now(), header.get("position"), None
         forward = compiled(model, own.compile_mode) if runtime.cuda else model
         evaluator = Evaluator(model, load_validation(own), vocabulary, own.train_seq_len,
                               max(1, own.val_batch_size // own.micro_batches), runtime, forward)
-        calibration = None
-        if own.temp_scaling and not own.temp_calib and position is not None:
+        if own.temp_scaling and not own.temp_calib and isinstance(position, int):
             try:
                 stream = TokenStream(find_shards(own.data_path, "train"), own.vocab_size)
                 calibration = calibration_tokens(stream, position, own.train_seq_len)
             except UserError as error:
                 log(f"no temperature search: {error}; TEMP_CALIB sets a temperature")
-        facts = dict(artifact=str(c.artifact), artifact_bytes=os.path.getsize(c.artifact),
-                     artifact_sha256=file_hash(c.artifact), eval_params=count_parameters(model),
-                     val_tokens=evaluator.targets, val_bytes=evaluator.bytes)
-        log(f"artifact: {c.artifact} ({facts['artifact_bytes']:,} bytes), "
-            f"{facts['eval_params']:,} parameters; {evaluator.targets:,} validation tokens = "
-            f"{evaluator.bytes:,} bytes")
+        size, device = os.path.getsize(c.artifact), runtime.describe()["device"]
+        log(f"artifact: {c.artifact} ({size:,} bytes), {count_parameters(model):,} parameters; "
+            f"{evaluator.targets:,} validation tokens = {evaluator.bytes:,} bytes")
         if own.tokenizer == "bpe" and not own.tokenizer_path:
             log("byte counts: as the artifact says; TOKENIZER_PATH checks them")
         scores, seconds = final_scores(evaluator, own, calibration, log), now() - started
         best = min(value for name, value in scores.items() if name.endswith("_bpb") and value)
-        log(f"evaluated in {seconds:.1f} s on {runtime.describe()['device']}: {best:.4f} bits per byte")
-        return scores | facts | dict(eval_seconds=seconds, world_size=runtime.world,
-                                     device=runtime.describe()["device"])
+        log(f"evaluated in {seconds:.1f} s on {device}: {best:.4f} bits per byte")
+        return scores | dict(
+            artifact=str(c.artifact), artifact_bytes=size, artifact_sha256=file_hash(c.artifact),
+            eval_params=count_parameters(model), val_tokens=evaluator.targets,
+            val_bytes=evaluator.bytes, eval_seconds=seconds, world_size=runtime.world, device=device)
 
 
 def choose_token(logits: Tensor, temperature: float, top_k: int, top_p: float,
@@ -5665,25 +5553,19 @@ def choose_token(logits: Tensor, temperature: float, top_k: int, top_p: float,
     return int(ids[torch.multinomial(ranked * allowed, 1, generator=generator)])
 
 
-class TextDecoder:
-    """Token ids to text as they come: whole UTF-8 characters, a replacement character for bytes
-    that make none."""
-
-    def __init__(self, pieces=None):
-        self.pieces, self.ids, self.shown = pieces, [], ""
-        self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def feed(self, token: int, last: bool = False) -> str:
-        """Text that `token` completes ("" within a character). last=True also gives what is left
-        over; token -1 adds nothing."""
-        if self.pieces is None:
-            return self.utf8.decode(bytes([token]) if token >= 0 else b"", final=last)
-        self.ids += [token] if token >= 0 else []
-        text = self.pieces.decode(self.ids)
-        if not last and text.endswith("\N{REPLACEMENT CHARACTER}"):  # within a character
-            return ""
-        new, self.shown = text[len(self.shown):], text
-        return new
+def stream_text(tokens: Iterable[int], pieces=None, prompt: Sequence[int] = ()) -> Iterator[str]:
+    """Text of ids after a prompt's, as they come: whole UTF-8 characters, and a replacement
+    character for bytes that make none. pieces: a SentencePiece model; None: the ids are bytes."""
+    decode = pieces.decode if pieces else lambda ids: bytes(ids).decode("utf-8", "replace")
+    ids = list(prompt)
+    shown = decode(ids)
+    for token in tokens:
+        ids.append(token)
+        text = decode(ids)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else within a character
+            yield text[len(shown):]
+            shown = text
+    yield decode(ids)[len(shown):]
 
 
 @torch.no_grad()
@@ -5708,98 +5590,69 @@ def sample(c: Config) -> None:
             raise UserError("MODE=sample: one process; start it without torchrun")
         own, model, vocabulary, _ = open_artifact(c, runtime)
         pieces = load_sentencepiece(c.tokenizer_path) if own.tokenizer == "bpe" else None
-        bos = vocabulary.bos_id
+        bos, silent = vocabulary.bos_id, vocabulary.boundary.clone()
+        silent[bos] = False  # the end of the document may be drawn; padding and unknown ids never
         body = pieces.encode(c.prompt) if pieces else [b for b in c.prompt.encode() if b != bos]
-        silent = vocabulary.boundary.clone()  # padding, unknown and unused ids are never drawn
-        silent[bos] = False                   # the end of the document may be
+        generator = torch.Generator()
+        choose = lambda logits: choose_token(logits.cpu().masked_fill(silent, -math.inf),
+                                             c.temperature, c.top_k, c.top_p, generator)
         for index in range(c.num_samples):
-            generator, decoder = torch.Generator().manual_seed(c.seed + index), TextDecoder(pieces)
-            choose = lambda logits, generator=generator: choose_token(
-                logits.cpu().masked_fill(silent, -math.inf), c.temperature, c.top_k, c.top_p,
-                generator)
+            generator.manual_seed(c.seed + index)
             if c.num_samples > 1:
                 print(f"--- sample {index + 1}")
             print(c.prompt, end="", flush=True)
-            for token in body if pieces is not None else ():
-                decoder.feed(token)
-            for token in generate(model, [bos, *body], c.sample_tokens, runtime, choose, bos):
-                print(decoder.feed(token), end="", flush=True)
-            print(decoder.feed(-1, last=True), flush=True)
+            tokens = generate(model, [bos, *body], c.sample_tokens, runtime, choose, bos)
+            for text in stream_text(tokens, pieces, body):
+                print(text, end="", flush=True)
+            print()
 
 
 # ------------------------------------------------------------------------------
 # describe, bench, main
 # ------------------------------------------------------------------------------
 
-COMPONENTS = {
-    "in_proj": r"mixer\.in_proj", "out_proj": r"mixer\.out_proj",
-    "attention q, k, v": r"mixer\.[qkv]_proj", "MLP fc": r"mlp\.up", "MLP down": r"mlp\.down",
-    "embedding": r"^token_embed|^lm_head_correction",
-    "embedding projections": r"^embed_proj|^adapter", "head": r"^lm_head$",
-    "predictor": r"^jepa\.(fc|out)", "projections of the latent": r"^jepa\.", "scalars": ""}
-
-
-def component(name: str) -> str:
-    return next(label for label, pattern in COMPONENTS.items() if re.search(pattern, name))
-
-
-class Drift(NamedTuple):
-    """How far training moves weights from their initial values: rates times powers of the sum of LR
-    scales. A fit to runs of 40 to 300 steps (RESULTS.md, Storage); only the shape of the
-    distributions matters for the predicted bytes."""
-    matrix: float = 1.25          # RMS of a Muon matrix per LR, times path ** matrix_path
-    matrix_path: float = 0.66     # above 0.5: momentum makes steps correlated
-    unit_spread: float = 0.33     # log-normal spread of MLP units behind a squaring activation
-    shared: float = 1.16          # common direction of a tied embedding's rows, per LR
-    shared_vocab: float = 0.15    # growth of that direction with the vocabulary
-    shared_path: float = 0.22
-    row: float = 0.16             # own movement of an embedding's row, per LR
-    row_vocab: float = 0.1
-    row_path: float = 0.55
-    row_spread: float = 0.4       # log-normal spread over rows, and below over columns
-    column_spread: float = 0.2
-    scalar_path: float = 0.4      # vectors: movement per LR
-    bias_shift: float = -2.5      # mean of vocab_bias: rare tokens all go down
+def assumed_steps(c: Config) -> int:
+    """Steps that a run of this configuration may do, by a rough speed of PROFILE's machine."""
+    host_gpu = c.device != "cpu" and torch.cuda.is_available()
+    gpu = host_gpu if c.profile == "auto" else c.profile == "gpu"
+    by_clock = int((10.0 if gpu else 2.5) * c.max_wallclock_seconds)
+    return max(1, min(c.iterations, by_clock or c.iterations))
 
 
 def synthetic_weights(c: Config, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor): synthetic weights distributed like trained ones of this configuration."""
-    drift, draw = Drift(), torch.Generator().manual_seed(0)
-    host_gpu = c.device != "cpu" and torch.cuda.is_available()
-    gpu = host_gpu if c.profile == "auto" else c.profile == "gpu"
-    by_clock = int((10.0 if gpu else 2.5) * c.max_wallclock_seconds)  # rough steps a second
-    steps = max(1, min(c.iterations, by_clock or c.iterations))
+    """(name, tensor): synthetic weights distributed like trained ones of this configuration. The
+    constants are a fit to runs of 40 to 300 steps (RESULTS.md, Storage): how far weights move, by
+    learning rate and path, the sum of LR scales. Only the distributions' shape matters here."""
+    draw, steps, rates = torch.Generator().manual_seed(0), assumed_steps(c), base_rates(c)
     scales = np.array([lr_scale(Progress(i, i / steps, steps - i), c) for i in range(steps)])
     normal = lambda *shape: torch.empty(shape).normal_(generator=draw)
 
-    @functools.cache
     def decayed(lr: float, decay: float) -> tuple[float, float]:
         """What weight decay leaves of the sum of LR scales, and of the initial weights."""
         left = np.cumprod((1 - lr * decay * scales).clip(0)[::-1])[::-1]
         return float((scales * left).sum()), float(left[0])
 
-    rates = base_rates(c)
     for name, role, w in named_roles(model):
         w, owner = w.detach(), owner_of(role, c)
         lr = rates[owner]
         if owner == "matrix":
             path, start = decayed(lr, c.muon_wd)
-            walk = drift.matrix * lr * path ** drift.matrix_path * w.size(1) ** -0.5
-            if name.endswith("mlp.down.weight"):
-                walk = walk * (drift.unit_spread * normal(1, w.size(1))).exp()
+            # a random walk has power 0.5; momentum makes steps correlated
+            walk = 1.25 * lr * path ** 0.66 * w.size(1) ** -0.5
+            if name.endswith("mlp.down.weight"):  # units behind a squaring activation differ
+                walk = walk * (0.33 * normal(1, w.size(1))).exp()
             yield name, start * w + walk * normal(*w.shape)
         elif role in (EMBEDDING, HEAD, CORRECTION):
             path, start = decayed(lr, c.adam_wd)
             rows, columns = w.shape
-            shared = drift.shared * rows ** drift.shared_vocab * path ** drift.shared_path
+            shared = 1.16 * rows ** 0.15 * path ** 0.22  # common direction of a tied embedding's rows
             shared = (shared if role == EMBEDDING and c.tie_embeddings else 0) * normal(1, columns)
-            spread = drift.row_spread * normal(rows, 1) + drift.column_spread * normal(1, columns)
-            row = drift.row * rows ** drift.row_vocab * path ** drift.row_path
+            spread = 0.4 * normal(rows, 1) + 0.2 * normal(1, columns)
+            row = 0.16 * rows ** 0.1 * path ** 0.55
             yield name, start * w + lr * (shared + row * spread.exp() * normal(rows, columns))
         else:
-            shift = drift.bias_shift if name == "vocab_bias" else 0.0
-            path = scales.sum() ** drift.scalar_path
-            yield name, w + lr * path * (shift + normal(*w.shape))
+            shift = -2.5 if name == "vocab_bias" else 0.0  # rare tokens all go down
+            yield name, w + lr * scales.sum() ** 0.4 * (shift + normal(*w.shape))
 
 
 def estimated_bytes(c: Config, model: nn.Module | None = None) -> int:
@@ -5810,11 +5663,8 @@ def estimated_bytes(c: Config, model: nn.Module | None = None) -> int:
 
 
 def largest_fit(c: Config, name: str, step: int, budget: int) -> int | None:
-    """The largest value of a size knob, in steps, whose artifact fits `budget` bytes; None if none
-    does."""
-    def fits(value: int) -> bool:
-        return value >= step and estimated_bytes(dataclasses.replace(c, **{name: value})) <= budget
-
+    """The largest multiple of `step` for a size knob whose artifact fits `budget` bytes, if any."""
+    fits = lambda value: estimated_bytes(dataclasses.replace(c, **{name: value})) <= budget
     low, high = 0, step
     while fits(high):
         low, high = high, 2 * high
@@ -5824,38 +5674,8 @@ def largest_fit(c: Config, name: str, step: int, budget: int) -> int | None:
     return low or None
 
 
-def describe(c: Config) -> dict[str, Any]:
-    """MODE=describe: knobs with their sources, parameters by component, expected bytes."""
-    check_memory(c, cuda=False)
-    model, jepa = build_models(c)
-    plan, by_grid, rows = storage_plan(model, c), {}, {}
-    print((c.render() if c.all else c.render_changed()) + "\n")
-    everything = named_roles(model) + (named_roles(jepa, "jepa.") if jepa is not None else [])
-    for name, _, parameter in everything:
-        grid, count = plan.get(name, "not stored"), parameter.numel()
-        rows.setdefault((component(name), grid), []).append(count)
-        if name in plan:
-            by_grid[grid] = by_grid.get(grid, 0) + count
-    print(f"{'component':<28}{'storage':<14}{'tensors':>8}{'parameters':>14}")
-    by_component: dict[str, int] = {}
-    for (label, grid), counts in sorted(rows.items(), key=lambda row: -sum(row[1])):
-        print(f"{label:<28}{grid:<14}{len(counts):>8}{sum(counts):>14,}")
-        by_component[label] = by_component.get(label, 0) + sum(counts)
-    stored, extra = count_parameters(model), count_parameters(jepa)
-    estimate, code = estimated_bytes(c, model), len(shipped_script(source_text()))
-    fit = describe_fit(c, SIZE_LIMIT - code) if c.fit else None
-    fits = estimate + code <= SIZE_LIMIT
-    print(f"\nstored {stored:,} + training-only {extra:,} parameters; artifact about {estimate:,} "
-          f"bytes (entropy of weights as training leaves them) + code {code:,} bytes: "
-          f"{'FITS' if fits else 'OVER'} {SIZE_LIMIT:,}")
-    return dict(eval_params=stored, train_only_params=extra, estimated_artifact_bytes=estimate,
-                code_bytes=code, fits=fits, parameters_by_storage=by_grid,
-                parameters_by_component=by_component, tokens_per_step=c.train_batch_tokens,
-                micro_batches=c.micro_batches, largest_fit=fit)
-
-
 def describe_fit(c: Config, budget: int) -> dict[str, int | None]:
-    """FIT=1: the largest MODEL_DIM, and the largest MLP_MULT, that fit with all else as it is."""
+    """FIT=1: the largest MODEL_DIM and the largest MLP_MULT that fit, all else as it is."""
     width = HEADDIM // math.gcd(HEADDIM, c.expand)
     width = math.lcm(width, 2 * c.num_heads) if "a" in c.pattern else width
     steps = {"MODEL_DIM": width} | ({"MLP_MULT": 1} if c.mlp_mult else {})
@@ -5865,11 +5685,35 @@ def describe_fit(c: Config, budget: int) -> dict[str, int | None]:
     return fit
 
 
+def describe(c: Config) -> dict[str, Any]:
+    """MODE=describe: knobs with their sources, parameters by kind, expected bytes."""
+    check_memory(c.validate(), cuda=False)
+    model, jepa = build_models(c)
+    plan, rows, by_storage = storage_plan(model, c), {}, {}
+    print((c.render() if c.all else c.render_changed()) + "\n")
+    for name, _, parameter in named_roles(model) + (named_roles(jepa, "jepa.") if jepa else []):
+        large = parameter.numel() >= 1024 and parameter.ndim > 1
+        kind = re.sub(r"\.\d+\.", ".*.", name) if large else "small tensors"
+        rows.setdefault((kind, plan.get(name, "not stored")), []).append(parameter.numel())
+    print(f"{'parameter':<32}{'storage':<14}{'tensors':>8}{'parameters':>14}")
+    for (kind, grid), sizes in sorted(rows.items(), key=lambda row: -sum(row[1])):
+        print(f"{kind:<32}{grid:<14}{len(sizes):>8}{sum(sizes):>14,}")
+        by_storage[grid] = by_storage.get(grid, 0) + sum(sizes)
+    stored, extra = count_parameters(model), count_parameters(jepa)
+    estimate, code = estimated_bytes(c, model), len(shipped_script(source_text()))
+    fit = describe_fit(c, SIZE_LIMIT - code) if c.fit else None
+    fits = estimate + code <= SIZE_LIMIT
+    print(f"\nstored {stored:,} + training-only {extra:,} parameters; artifact about {estimate:,} "
+          f"bytes (entropy of weights as training leaves them) + code {code:,} bytes: "
+          f"{'FITS' if fits else 'OVER'} {SIZE_LIMIT:,}")
+    return dict(eval_params=stored, train_only_params=extra, estimated_artifact_bytes=estimate,
+                code_bytes=code, fits=fits, parameters_by_storage=by_storage, largest_fit=fit)
+
+
+@dataclass
 class SyntheticStream:
     """Random tokens in place of shards: MODE=bench needs no data."""
-
-    def __init__(self, vocab_size: int):
-        self.vocab_size = vocab_size
+    vocab_size: int
 
     def __len__(self) -> int:
         return 1 << 40
@@ -5878,112 +5722,76 @@ class SyntheticStream:
         return np.random.default_rng(position).integers(0, self.vocab_size, count)
 
 
-class PartClock:
-    """Milliseconds of named pieces of work, the device's queue included."""
-
-    def __init__(self, runtime: Runtime):
-        self.runtime, self.times = runtime, {}
-
-    def __call__(self, name: str, work: Callable) -> Any:
-        self.runtime.synchronize()
+def timed(times: dict[str, list], name: str, work: Callable, runtime: Runtime) -> Callable:
+    """`work`, whose milliseconds, the device's queue included, are appended to times[name]."""
+    def wrapped(*args, **options) -> Any:
+        runtime.synchronize()
         started = now()
-        value = work()
-        self.runtime.synchronize()
-        self.times.setdefault(name, []).append(1e3 * (now() - started))
+        value = work(*args, **options)
+        runtime.synchronize()
+        times.setdefault(name, []).append(1e3 * (now() - started))
         return value
+    return wrapped
 
 
-def bench(c: Config, runtime: Runtime) -> dict[str, Any]:
-    """MODE=bench: median ms per step on random tokens, then the share of its parts.
-
-    Whole steps are timed first; then again with a wait between the parts, which gives the shares.
-    On CUDA a profile names the largest kernels. The share of one H100 in the published runs:
-    TRAIN_BATCH_TOKENS=65536 MICRO_BATCHES=1."""
-    runtime.main_first(lambda: check_memory(c, runtime.cuda))
-    trainer, clock = Trainer(c, runtime, SyntheticStream(c.vocab_size)), PartClock(runtime)
-    trainer.run_phases()
-    steps, warm = min(c.iterations, 50 if runtime.cuda else 5), 10 if runtime.cuda else 1
-    progress = Progress(0, 0.5, steps)
-    for step in range(-warm, steps):
-        clock("step", lambda: trainer.train_step(progress))
+def bench(c: Config) -> dict[str, Any]:
+    """MODE=bench: median ms per step on random tokens, then of its parts, with a wait between them;
+    on CUDA, the largest kernels of a step."""
+    with Runtime(c.validate()) as runtime:
+        runtime.main_first(lambda: check_memory(c, runtime.cuda))
+        trainer, times = Trainer(c, runtime, SyntheticStream(c.vocab_size)), {}
+        trainer.run_phases()
+        step = timed(times, "step", trainer.train_step, runtime)
+        steps, warm = min(c.iterations, 50 if runtime.cuda else 5), 10 if runtime.cuda else 1
+        for _ in progress_bar(range(warm + steps), "step", runtime.main):
+            step(Progress(0, 0.5, steps))
+        ms, peak = float(np.median(times.pop("step")[warm:])), runtime.peak_memory()
+        kernels = largest_kernels(trainer) if runtime.cuda else None
+        weights, rounds = trainer.weights, max(1, min(steps, 10) // 2)
+        for name, owner, method in (
+                ("snap", weights, "load"), ("data", trainer, "step_inputs"),
+                ("forward", trainer, "losses"), ("gradient sums", weights, "finish_gradients"),
+                ("optimizer", trainer.optimizer, "step")):
+            setattr(owner, method, timed(times, name, getattr(owner, method), runtime))
+        for _ in range(rounds):
+            step(Progress(0, 0.5, steps))
+        parts = {name: float(np.median(np.array(values).reshape(rounds, -1).sum(1)))
+                 for name, values in times.items()}
+        total = parts.pop("step")
+        parts["backward"] = total - sum(parts.values())
+        speed = 1e3 * c.train_batch_tokens / ms
         if runtime.main:
-            print(f"step {step}: {clock.times['step'][-1]:.1f} ms", file=sys.stderr)
-    peak, per_step = runtime.peak_memory(), float(np.median(clock.times.pop("step")[warm:]))
-    rounds = max(1, min(steps, 10) // 2)
-    for _ in range(rounds):
-        time_parts(trainer, progress, clock)
-    per_part = {name: float(np.median(np.array(times).reshape(rounds, -1).sum(1)))
-                for name, times in clock.times.items()}
-    total, flops = sum(per_part.values()), flops_per_token(c) * c.train_batch_tokens
-    if runtime.main:
-        print(f"{'part':<16}{'ms':>10}{'share':>8}")
-        for name, ms in sorted(per_part.items(), key=lambda row: -row[1]):
-            print(f"{name:<16}{ms:>10.2f}{ms / total:>8.1%}")
-        print(f"{per_step:.1f} ms per step of {c.train_batch_tokens:,} tokens, median of {steps}: "
-              f"{1e3 * c.train_batch_tokens / per_step:,.0f} tokens a second; peak memory "
-              f"{peak / 1e9:.2f} GB; scan: {trainer.kernels.name}")
-    report = dict(ms_per_step=per_step, tokens_per_second=1e3 * c.train_batch_tokens / per_step,
-                  steps=steps, tokens_per_step=c.train_batch_tokens, peak_memory_bytes=peak,
-                  parts_ms=per_part, shares={name: ms / total for name, ms in per_part.items()},
-                  model_tflops=flops / per_step * 1e-9, mfu_of_h100=None,
-                  gemm_floor_ms_at_800_tflops=None, largest_kernels=None,
-                  scan=trainer.kernels.name, compile_mode=c.compile_mode, **runtime.describe())
-    if runtime.cuda:  # 989: peak bf16 TFLOP/s of an H100; 800: what a large product reaches
-        report |= dict(mfu_of_h100=flops / per_step * 1e-9 / 989 / runtime.world,
-                       gemm_floor_ms_at_800_tflops=flops / 800e12 * 1e3 / runtime.world,
-                       largest_kernels=largest_kernels(trainer, progress))
-    return report
+            print(f"{'part':<16}{'ms':>10}{'share':>8}")
+            for name, part in sorted(parts.items(), key=lambda row: -row[1]):
+                print(f"{name:<16}{part:>10.2f}{part / total:>8.1%}")
+            print(f"{ms:.1f} ms per step of {c.train_batch_tokens:,} tokens, median of {steps}: "
+                  f"{speed:,.0f} tokens a second; peak memory {peak / 1e9:.2f} GB; scan: "
+                  f"{trainer.kernels.name}")
+        return dict(ms_per_step=ms, tokens_per_second=speed, steps=steps, parts_ms=parts,
+                    tokens_per_step=c.train_batch_tokens, peak_memory_bytes=peak,
+                    largest_kernels=kernels, scan=trainer.kernels.name,
+                    compile_mode=c.compile_mode, **runtime.describe())
 
 
-def time_parts(trainer: Trainer, progress: Progress, clock: PartClock) -> None:
-    """The lines of Trainer.train_step, one by one under the clock."""
-    c, weights = trainer.config, loss_weights(progress.fraction, trainer.config)
-    numbers = trainer.runtime.to_device(torch.tensor(weights[:len(TERMS)]))
-    clock("snap", lambda: trainer.weights.load(qat=qat_on(progress.fraction, c.qat_fraction)))
-    for micro in trainer.micros:
-        inputs = clock("data", functools.partial(trainer.step_inputs, progress.step, micro))
-        trainer.weights.begin_micro(last=micro == trainer.micros[-1])
-        forward = functools.partial(trainer.losses, *inputs, numbers, trainer.states[micro],
-                                    weights.active)
-        loss = clock("forward", forward)[0]
-        clock("backward", (loss / c.micro_batches).backward)
-    clock("gradient sums", trainer.weights.finish_gradients)
-    clock("optimizer", lambda: trainer.optimizer.step(1.0, c.muon_momentum))
-    trainer.weights.zero_grad()
-
-
-def largest_kernels(trainer: Trainer, progress: Progress) -> list[dict[str, Any]]:
+def largest_kernels(trainer: Trainer) -> list[dict[str, Any]]:
     """The five kernels of one step that take the most GPU time, with their share of all."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        trainer.train_step(progress)
+        trainer.train_step(Progress(0, 0.5, 1))
         trainer.runtime.synchronize()
-    rows = [(event.key, event.self_device_time_total) for event in profile.key_averages()]
-    total = sum(time for _, time in rows) or 1
+    rows = [(event.self_device_time_total, event.key) for event in profile.key_averages()]
+    total = sum(time for time, _ in rows) or 1
     return [dict(kernel=name[:100], ms=time / 1e3, share=time / total)
-            for name, time in sorted(rows, key=lambda row: -row[1])[:5]]
+            for time, name in sorted(rows, reverse=True)[:5]]
 
 
-def flops_per_token(c: Config) -> float:
-    """Floating-point operations of matrix products per trained token, forward and backward (three
-    times the forward pass)."""
-    model, jepa = build_models(dataclasses.replace(c, seed=0))
-    products = sum(p.numel() for _, role, p in named_roles(model) if role in (*MATRICES, HEAD))
-    products += c.vocab_size * c.embed if c.tie_embeddings else 0
-    if c.jepa_on and jepa is not None:
-        for name, role, p in named_roles(jepa):
-            if role in MATRICES:  # the projector runs once, the predictor once per horizon
-                products += p.numel() * (1 if "projector" in name else c.jepa_steps)
-    return 6 * (products + sum(MIXERS[letter].flops(c) for letter in c.pattern))
-
-
-def train(c: Config) -> dict[str, Any]:
+def train(c: Config) -> None:
     """MODE=train. However the run ends once its log is open, the log's last line says it."""
-    with Runtime(c) as runtime:
+    with Runtime(c.validate()) as runtime:
         run = Run(c, runtime)
         try:
             run.open()
             run.train()
-            return run.finish()
+            run.finish()
         except BaseException as end:
             if run.folder is not None:
                 kind = "" if isinstance(end, (UserError, RunStopped)) else f"{type(end).__name__}: "
@@ -5992,32 +5800,21 @@ def train(c: Config) -> dict[str, Any]:
             raise
 
 
-def run_mode(config: Config) -> dict | None:
-    """Do what MODE asks for; returns the JSON report of describe, bench and eval."""
-    if config.mode in ("train", "eval", "bench") and int(os.environ.get("RANK", 0)) == 0:
-        HEARTBEAT.start()
-    if config.mode == "train":
-        train(config.validate())
-        return None
-    if config.mode == "describe":
-        return describe(config.validate())
-    if config.mode == "bench":
-        with Runtime(config.validate()) as runtime:
-            return bench(config, runtime)
-    return evaluate_alone(config) if config.mode == "eval" else sample(config)
+MODES = dict(train=train, describe=describe, bench=bench, eval=evaluate_alone, sample=sample)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Dispatch on MODE. Exit codes: 0 done, 1 a run that diverged, 2 wrong input (a line each on
     stderr), 128 + n stopped by signal n."""
-    argv = sys.argv[1:] if argv is None else argv
-    rank = int(os.environ.get("RANK", 0))
+    argv, rank = sys.argv[1:] if argv is None else argv, int(os.environ.get("RANK", 0))
     try:
-        if any(argument in ("-h", "--help") for argument in argv):
+        if {"-h", "--help"} & set(argv):
             print(help_text(), flush=True)
             return 0
         config = Config.from_env(dict(os.environ), argv)
-        report = run_mode(config)
+        if config.mode in ("train", "eval", "bench") and rank == 0:
+            HEARTBEAT.start()
+        report = MODES[config.mode](config)
         if report is not None and rank == 0 and (config.json or not sys.stdout.isatty()):
             print(json.dumps(report), flush=True)
         return 0

@@ -397,6 +397,20 @@ def test_on_a_terminal_reports_are_text_and_json_on_request(tmp_path, artifact):
     assert summary.endswith(f"{json.loads(report)['roundtrip_val_bpb']:.4f} bits per byte")
 
 
+@pytest.mark.parametrize("profile,gpu_here,rate", [
+    ("gpu", False, 10), ("gpu", True, 10), ("cpu", False, 2.5), ("cpu", True, 2.5), ("auto", False, 2.5),
+    ("auto", True, 10)])
+def test_describe_assumes_the_steps_of_the_profile_and_not_of_the_host(monkeypatch, profile, gpu_here, rate):
+    """Ten steps a second on a GPU, 2.5 on a CPU; the host decides only under PROFILE=auto."""
+    config = tj.Config(profile=profile, max_wallclock_seconds=40, iterations=10_000, tokenizer="byte", vocab_size=256,
+                       model_dim=64, num_layers=1, expand=1, mlp_mult=1, d_state=8).validate()
+    monkeypatch.setattr(tj.torch.cuda, "is_available", lambda: gpu_here)
+    scale, steps = tj.lr_scale, []
+    monkeypatch.setattr(tj, "lr_scale", lambda progress, c: steps.append(progress.step) or scale(progress, c))
+    assert tj.estimated_bytes(config) > 0
+    assert steps == list(range(int(40 * rate)))
+
+
 @pytest.mark.parametrize("mode", ["eval", "sample"])
 def test_a_stride_longer_than_the_artifacts_sequences_is_shortened(tmp_path, artifact, mode):
     path = tmp_path / "model.jepa"

@@ -135,8 +135,7 @@ def test_forbidden_ids_are_never_drawn():
 # -- text ---------------------------------------------------------------------------------------------------------
 
 def streamed(ids, pieces=None):
-    decoder = tj.TextDecoder(pieces)
-    parts = [decoder.feed(token) for token in ids] + [decoder.feed(-1, last=True)]
+    parts = list(tj.stream_text(ids, pieces))
     return parts, "".join(parts)
 
 
