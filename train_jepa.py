@@ -3729,7 +3729,8 @@ def write_container(path, kind: str, meta: dict, sections: list[tuple[Section, A
 
 
 def entry_count(header: dict) -> int:
-    return max(len(header["sections"]), len(header["meta"].get("tensors", ())))
+    tables = (header["meta"].get(name, ()) for name in ("tensors", "streams"))
+    return max(map(len, (header["sections"], *tables)))
 
 
 def inflate(data, raw: int) -> bytes:
@@ -4027,9 +4028,9 @@ def entropy_bytes(symbols: np.ndarray) -> float:
 
 def artifact_streams(config: dict, tensors: dict, given=None) -> tuple[dict, list, list]:
     """Meta, streams and encoded arrays of an artifact; the arguments are `write_artifact`'s."""
-    streams, encoded = [], []
+    streams, encoded, given = [], [], given or {}
     for name, (w, grid) in tensors.items():
-        arrays = (given or {}).get(name) or encode(w, grid, name)
+        arrays = given[name] if name in given else encode(w, grid, name)
         encoded.append({key: t.cpu() for key, t in arrays.items()})
     move_streams([grid for _, grid in tensors.values()], encoded, streams, reading=False)
     meta = {"config": config,
@@ -4051,9 +4052,9 @@ def estimate_bytes(tensors: dict[str, tuple[Tensor, Grid]], config: dict | None 
 def write_artifact(path, config: dict, tensors: dict[str, tuple[Tensor, Grid]],
                    codecs: Iterable[str] = CODECS, given=None) -> dict:
     """Store tensors {name: (weights, grid)} and a JSON-able config; the same input makes the same
-    file. given: arrays of tensors already rounded, by name. Returns a report: codec, codec_bytes (of
-    each codec that is installed), bytes (of the file), entropy_bytes (that the tensors need one by
-    one: entropy of the symbols, all else at full width)."""
+    file. given: arrays of tensors already rounded, by name. Returns a report: codec, codec_bytes
+    (by each codec), bytes (of the file), entropy_bytes (of the symbols, tensor by tensor; all else
+    at full width)."""
     meta, streams, encoded = artifact_streams(config, tensors, given)
     data = np.concatenate([*streams, np.empty(0, np.uint8)])
     sections, report = pack(data, meta["streams"], codecs)
@@ -4076,11 +4077,12 @@ def read_artifact(path) -> tuple[dict, dict[str, Tensor], dict[str, Grid]]:
         need = sum(max(math.prod(shape), rows_columns(shape)[0]) for _, _, shape in table)
         require(need <= MAX_ELEMENTS, f"{need} weights are more than {MAX_ELEMENTS}")
         require(sum(lengths) == sum(raws) <= 4 * need + 16, "streams and sections disagree")
-        streams = np.split(unpack(sections, lengths), np.cumsum(lengths)[:-1]) if lengths else []
+        streams = np.split(unpack(sections, lengths), np.cumsum(lengths))  # and an empty one
         arrays = [encode(torch.zeros(shape), grid) for _, grid, shape in table]  # to be filled
         move_streams([grid for _, grid, _ in table], arrays, streams, reading=True)
         tensors = {name: decode(a, grid, shape) for (name, grid, shape), a in zip(table, arrays)}
-        require(len(tensors) == len(table) and not streams, "streams and tensors disagree")
+        require(len(tensors) == len(table), "a tensor name occurs twice")
+        require(len(streams) == 1, "it has more streams than its tensors")
         require(all(map(all_finite, tensors.values())), "it holds NaN or infinity")
         return meta["config"], tensors, {name: grid for name, grid, _ in table}
 
