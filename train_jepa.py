@@ -3499,7 +3499,7 @@ class Weights:
         self.sums.append(self.runtime.sum_(group.grad, wait=False))
 
     def begin_micro(self, last: bool) -> None:
-        """Before a backward pass; the step's last one starts the sums over ranks on its way."""
+        """Before a backward pass; the step's last one starts the sums over ranks."""
         self.last_micro = last
         for group in self.groups:
             if group.touched:
@@ -3655,7 +3655,7 @@ class Optimizer:
         return norm, ok
 
     def reset_after_warmup(self, everything: bool) -> None:
-        """After the warm-up steps: all counters go to 0, with `everything` all moments, too."""
+        """After the warm-up steps: counters go to 0, with `everything` moments, too."""
         for name, tensor in self.state().items():
             if everything or name.startswith(("step/", "skipped")):
                 tensor.zero_()
@@ -3711,8 +3711,7 @@ def parsing(path) -> Iterator[None]:
 
 
 def write_container(path, kind: str, meta: dict, sections: list[tuple[Section, Any]]) -> int:
-    """Write the file all or nothing and return its bytes. A payload is bytes-like, or a function
-    that makes it, so that not all copies live at once."""
+    """Write the file of sections and payloads (bytes-like), all or nothing; its size in bytes."""
     header = dict(kind=kind, meta=meta, sections=[section._asdict() for section, _ in sections])
     text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
     if len(text) > MAX_HEADER[kind] or entry_count(header) > MAX_ENTRIES[kind]:
@@ -3721,7 +3720,6 @@ def write_container(path, kind: str, meta: dict, sections: list[tuple[Section, A
     head = PREFIX.pack(MAGIC, VERSION, len(packed), len(text)) + packed
     with replacing(Path(path)) as file:
         for part in (head, *(payload for _, payload in sections)):
-            part = part() if callable(part) else part
             digest.update(part)
             file.write(part)
         file.write(digest.digest())
@@ -3777,7 +3775,7 @@ def write_tensors(path, kind: str, meta: dict, tensors: dict[str, Tensor]) -> in
     for name, t in tensors.items():
         dtype = str(t.dtype).removeprefix("torch.")
         assert dtype in DTYPES, f"{name} has dtype {dtype}, which is not stored"
-        payload = lambda t=t: t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        payload = t.detach().cpu().reshape(-1).view(torch.uint8).numpy()
         sections.append((Section(name, "raw", t.nbytes, t.nbytes, dtype, list(t.shape)), payload))
     meta = json.loads(json.dumps(meta), parse_constant=lambda name: None)
     return write_container(path, kind, meta, sections)
@@ -3996,7 +3994,7 @@ def move_streams(grids: list[Grid], arrays: list[dict[str, Tensor]], streams: li
         require(streams and len(streams[0]) == len(stream), "streams and shapes disagree")
         return streams.pop(0)
 
-    for grid in dict.fromkeys(grids):
+    for grid in dict.fromkeys(grids):  # in order of appearance
         members = [a for a, other in zip(arrays, grids) if other == grid]
         if grid.symbols:
             pairs, stored = grid.top < 16, [a["q"].view(torch.uint8).numpy() for a in members]
@@ -4026,9 +4024,9 @@ def entropy_bytes(symbols: np.ndarray) -> float:
     return float((counts * bits).sum() / 8)
 
 
-def artifact_streams(config: dict, tensors: dict, given=None) -> tuple[dict, list, list]:
+def artifact_streams(config: dict, tensors: dict, given: dict) -> tuple[dict, list, list]:
     """Meta, streams and encoded arrays of an artifact; the arguments are `write_artifact`'s."""
-    streams, encoded, given = [], [], given or {}
+    streams, encoded = [], []
     for name, (w, grid) in tensors.items():
         arrays = given[name] if name in given else encode(w, grid, name)
         encoded.append({key: t.cpu() for key, t in arrays.items()})
@@ -4039,9 +4037,9 @@ def artifact_streams(config: dict, tensors: dict, given=None) -> tuple[dict, lis
     return meta, streams, encoded
 
 
-def estimate_bytes(tensors: dict[str, tuple[Tensor, Grid]], config: dict | None = None) -> int:
+def estimate_bytes(tensors: dict[str, tuple[Tensor, Grid]]) -> int:
     """Artifact bytes predicted from the entropies of its streams, nothing compressed."""
-    meta, streams, _ = artifact_streams(config or {}, tensors)
+    meta, streams, _ = artifact_streams({}, tensors, {})
     counts = [np.bincount(stream, minlength=256) for stream in streams]
     tables = zlib.compress(b"".join(frequencies(n).astype("<u2").tobytes() for n in counts), 9)
     header = zlib.compress(json.dumps(meta).encode(), 9)
@@ -4055,7 +4053,7 @@ def write_artifact(path, config: dict, tensors: dict[str, tuple[Tensor, Grid]],
     file. given: arrays of tensors already rounded, by name. Returns a report: codec, codec_bytes
     (by each codec), bytes (of the file), entropy_bytes (of the symbols, tensor by tensor; all else
     at full width)."""
-    meta, streams, encoded = artifact_streams(config, tensors, given)
+    meta, streams, encoded = artifact_streams(config, tensors, given or {})
     data = np.concatenate([*streams, np.empty(0, np.uint8)])
     sections, report = pack(data, meta["streams"], codecs)
     size = write_container(path, "artifact", meta, sections)

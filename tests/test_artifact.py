@@ -192,7 +192,7 @@ def test_estimate_predicts_the_file(tmp_path):
             )
             for i in range(5)
         }
-        estimate = tj.estimate_bytes(tensors, CONFIG)
+        estimate = tj.estimate_bytes(tensors)
         real = tj.write_artifact(tmp_path / "m", CONFIG, tensors, ("rans", "zlib"))["bytes"]
         assert abs(estimate / real - 1) < 0.02, (grid, estimate, real)
 
