@@ -3194,11 +3194,6 @@ def round_compensated(w: Tensor, grid: RowGrid, moments: Tensor) -> tuple[dict[s
 # optimizers: each parameter in one group; Muon for matrices, AdamW for the rest
 # ------------------------------------------------------------------------------
 
-# An odd polynomial a x + b x^3 + c x^5 that moves singular values to about [0.7, 1.2].
-QUINTIC = (3.4445, -4.7750, 2.0315)  # https://kellerjordan.github.io/posts/muon/
-
-
-@functools.cache
 def matmul_dtype(device_type: str) -> torch.dtype:
     """bf16 where the hardware multiplies it, else fp32, which is faster on such a CPU."""
     fast = device_type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -3206,12 +3201,11 @@ def matmul_dtype(device_type: str) -> torch.dtype:
 
 
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
-    """About U V^T of the SVDs of matrices (k,rows,cols), by Newton-Schulz, in matmul_dtype.
-
-    Tall matrices are multiplied from the right: their rows stay as they are aligned."""
+    """About U V^T of the SVDs of matrices (k,rows,cols), by Newton-Schulz, in matmul_dtype."""
+    a, b, c = 3.4445, -4.7750, 2.0315  # a x + b x^3 + c x^5 moves singular values to [0.7, 1.2]
     x = matrices.to(matmul_dtype(matrices.device.type))
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    tall, (a, b, c) = x.size(-2) > x.size(-1), QUINTIC
+    tall = x.size(-2) > x.size(-1)
     for _ in range(steps):
         gram = x.mT @ x if tall else x @ x.mT
         poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
@@ -3238,7 +3232,6 @@ class Group:
     state: dict[str, Tensor] = field(default_factory=dict)
     touched: bool = False   # whether autograd reached it in this step
     waiting: int = 0        # parameters without a gradient yet in this micro-batch
-    work: Any = None        # pending sum over ranks
 
     def stack(self, which: str) -> Tensor:
         """master, compute or average; the master as long as there is no average."""
@@ -3261,17 +3254,30 @@ def owner_of(role: str, c: Config) -> str:
 def base_rates(c: Config) -> dict[str, float]:
     """Base learning rate of each owner."""
     embed = c.tied_embed_lr if c.embed_style == "tied" and c.tie_embeddings else c.embed_lr
-    return dict(matrix=c.matrix_lr, embed=embed, head=c.head_lr, scalar=c.scalar_lr,
-                state=c.scalar_lr)
+    return dict(matrix=c.matrix_lr, embed=embed, head=c.head_lr, scalar=c.scalar_lr, state=c.scalar_lr)
 
 
-def checked_tensor(tensors: dict[str, Tensor], name: str, reference: Tensor) -> Tensor:
-    """tensors[name], read from a file, after checking shape and dtype, which the kernels do not
-    check. KeyError where it is missing, ValueError where it is another's."""
-    tensor = tensors[name]
-    if tensor.shape != reference.shape or tensor.dtype != reference.dtype:
-        raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}")
-    return tensor
+@torch.no_grad()
+def restore_views(views: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    """Copy a file's tensors into the views of their names; KeyError where one is missing, ValueError
+    where its shape or dtype, which the kernels do not check, is another."""
+    for name, view in views.items():
+        tensor = tensors[name]
+        if tensor.shape != view.shape or tensor.dtype != view.dtype:
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}")
+        view.copy_(tensor)
+
+
+def fused_snaps(groups: list[Group]) -> list[FusedSnap]:
+    """A launch per dtype that snaps all stored masters; none if a grid has no kernel."""
+    jobs: dict[torch.dtype, list] = {}
+    for group in groups:
+        pairs = grid_pairs(group.compute, group.master, group.grid) if group.grid else ()
+        for compute, master, grid in pairs:
+            if grid.fused is None:
+                return []
+            jobs.setdefault(compute.dtype, []).append((master, compute, *grid.fused))
+    return [FusedSnap(items) for items in jobs.values()]
 
 
 class Weights:
@@ -3280,29 +3286,28 @@ class Weights:
     def __init__(self, stored: nn.Module, extra: nn.Module | None, plan: dict[str, str],
                  config: Config, runtime: Runtime):
         self.runtime, self.last_micro = runtime, False
-        self.kernel_snap = runtime.cuda  # by the kernel, until it is found wrong
-        self.fused_snap: list[FusedSnap] | None = None
+        self.sums: list[Any] = []  # pending, over ranks
         members: dict[tuple, dict[str, nn.Parameter]] = {}  # by what a group has in common
         everything = named_roles(stored) + (named_roles(extra, "jepa.") if extra else [])
         for name, role, parameter in everything:
-            key = owner_of(role, config), plan.get(name, ""), tuple(parameter.shape)
+            key = owner_of(role, config), plan.get(name, ""), parameter.shape
             members.setdefault(key, {})[name] = parameter
-        self.groups = [self._make(*key[:2], named) for key, named in members.items()]
-        unique = len({id(parameter) for *_, parameter in everything})
-        assert unique == len(everything), "a parameter without exactly one owner"
-
-    def _make(self, owner: str, grid: str, named: dict[str, nn.Parameter]) -> Group:
-        master = torch.stack([parameter.detach().float() for parameter in named.values()])
-        master = master.to(self.runtime.device)
-        dtype = self.runtime.dtype if owner in ("matrix", "embed", "head") else torch.float32
-        compute, grad = master.to(dtype, copy=True), torch.zeros_like(master)
-        raw = grad if dtype == torch.float32 else torch.zeros_like(compute)
-        group = Group(list(named), owner, grid, master, compute, grad, raw)
-        arrived = functools.partial(self._arrived, group)
-        for index, parameter in enumerate(named.values()):
-            parameter.data, parameter.grad = compute[index], raw[index]
-            parameter.register_post_accumulate_grad_hook(arrived)
-        return group
+        unique = {id(parameter) for *_, parameter in everything}
+        assert len(unique) == len(everything), "a parameter without exactly one owner"
+        self.groups: list[Group] = []
+        for (owner, grid, _), named in members.items():
+            master = torch.stack([parameter.detach().float() for parameter in named.values()])
+            master = master.to(runtime.device)
+            dtype = runtime.dtype if owner in ("matrix", "embed", "head") else torch.float32
+            compute, grad = master.to(dtype, copy=True), torch.zeros_like(master)
+            raw = grad if dtype == torch.float32 else torch.zeros_like(compute)
+            group = Group(list(named), owner, grid, master, compute, grad, raw)
+            arrived = functools.partial(self._arrived, group)
+            for index, parameter in enumerate(named.values()):
+                parameter.data, parameter.grad = compute[index], raw[index]
+                parameter.register_post_accumulate_grad_hook(arrived)
+            self.groups.append(group)
+        self.fused_snap = fused_snaps(self.groups) if runtime.cuda else []
 
     def _arrived(self, group: Group, _: nn.Parameter) -> None:
         """Autograd has added a gradient; after the group's last one, its sum over ranks starts."""
@@ -3313,10 +3318,10 @@ class Weights:
 
     def _send(self, group: Group) -> None:
         group.collect()
-        group.work = self.runtime.sum_(group.grad, wait=False)
+        self.sums.append(self.runtime.sum_(group.grad, wait=False))
 
     def begin_micro(self, last: bool) -> None:
-        """Before a backward pass; the step's last one starts the sums over ranks on its way."""
+        """Before a backward pass; the step's last one starts the sums over ranks."""
         self.last_micro = last
         for group in self.groups:
             if group.touched:
@@ -3328,10 +3333,9 @@ class Weights:
         for group in self.groups:
             if group.touched and group.waiting > 0:  # the loss left out some of its parameters
                 self._send(group)
-        for group in self.groups:
-            if group.work is not None:
-                group.work.wait()
-                group.work = None
+        for work in filter(None, self.sums):
+            work.wait()
+        self.sums.clear()
 
     def zero_grad(self) -> None:
         for group in self.groups:
@@ -3342,51 +3346,33 @@ class Weights:
     @torch.no_grad()
     def load(self, which: str = "master", qat: bool = False) -> None:
         """Write masters or averages into the compute weights, on the storage grid under `qat`."""
-        if which == "master" and qat and self.kernel_snap and self.snap_fused():
-            return
-        for group in self.groups:
-            if qat and group.grid:
-                for out, w, grid in grid_pairs(group.compute, group.stack(which), group.grid):
-                    snap(w, grid, out=out)
-            else:
-                group.compute.copy_(group.stack(which))
-
-    def snap_fused(self) -> bool:
-        """Masters onto their grids in one launch per dtype; False if a grid has no kernel."""
-        if self.fused_snap is None:
-            jobs = [pair for group in self.groups if group.grid
-                    for pair in grid_pairs(group.compute, group.master, group.grid)]
-            if any(grid.fused is None for *_, grid in jobs):
-                return False
-            by_dtype: dict[torch.dtype, list] = {}
-            for compute, master, grid in jobs:
-                job = master, compute, *grid.fused
-                by_dtype.setdefault(compute.dtype, []).append(job)
-            self.fused_snap = [FusedSnap(items) for items in by_dtype.values()]
-        for snap_all in self.fused_snap:
+        fused = self.fused_snap if qat and which == "master" else []
+        for snap_all in fused:
             snap_all()
         for group in self.groups:
-            if not group.grid:
-                group.compute.copy_(group.master)
-        return True
+            if not (qat and group.grid):
+                group.compute.copy_(group.stack(which))
+            elif not fused:
+                for out, w, grid in grid_pairs(group.compute, group.stack(which), group.grid):
+                    snap(w, grid, out=out)
 
-    @torch.no_grad()
     def snap_fault(self) -> str:
-        """What is wrong with the kernel: it must equal `snap` on the weights bit for bit. "" if
-        nothing; else it is not used again."""
+        """What is wrong with the kernel, which must equal `snap` on the weights bit for bit and
+        else is not used again; "" if nothing."""
         try:
-            if not self.snap_fused():
-                return ""
-            found = [group.compute.clone() for group in self.groups]
-            self.runtime.synchronize()
-            self.kernel_snap = False
             self.load(qat=True)
-            self.kernel_snap = all(map(torch.equal, found, [g.compute for g in self.groups]))
-            return "" if self.kernel_snap else "differs from the grid of the artifact"
+            snapped = [group.compute.clone() for group in self.groups]
+            self.runtime.synchronize()
+            fused, self.fused_snap = self.fused_snap, []
+            self.load(qat=True)
+            if all(map(torch.equal, snapped, [group.compute for group in self.groups])):
+                self.fused_snap = fused
+                return ""
+            return "differs from the grid of the artifact"
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            self.kernel_snap = False
+            self.fused_snap = []
             return error_text(error)
 
     @torch.no_grad()
@@ -3403,19 +3389,12 @@ class Weights:
         return {name: view for group in self.groups
                 for name, view in zip(group.names, group.stack(which))}
 
-    @torch.no_grad()
     def restore(self, which: str, tensors: dict[str, Tensor]) -> None:
-        """Put back what `tensors` gave, masters or averages; errors of `checked_tensor`."""
+        """Put back what `tensors` gave, masters or averages; errors of `restore_views`."""
         for group in self.groups:
             if which == "average" and group.average is None:
                 group.average = torch.empty_like(group.master)
-        for name, view in self.tensors(which).items():
-            view.copy_(checked_tensor(tensors, name, view))
-
-    @torch.no_grad()
-    def norm(self) -> Tensor:
-        """Global gradient norm (0-dim, on the device: no host sync)."""
-        return torch.stack([group.grad.norm() for group in self.groups if group.touched]).norm()
+        restore_views(self.tensors(which), tensors)
 
 
 class Muon:
@@ -3431,31 +3410,25 @@ class Muon:
     def update(self, groups: list[Group], scale: float, momentum: float, ok: Tensor) -> None:
         """Update the masters at LR `scale`; where ok (0-dim) is 0, nothing changes. Each rank
         orthogonalizes its share of a group; gathers overlap the next group."""
-        c = self.config
-        lr = c.matrix_lr * scale
-        pending = [(group, *self.runtime.gather(self._share(group, momentum, ok)))
-                   for group in groups]
-        for group, update, work in pending:
+        c, lr, gathered = self.config, self.config.matrix_lr * scale, []
+        for group in groups:
+            grad, buffer = torch.where(ok > 0, group.grad, 0.0), group.state["momentum"]
+            buffer.mul_(1 - ok * (1 - momentum)).add_(grad)
+            count = -(-len(group.names) // self.runtime.world)
+            share = slice(self.runtime.rank * count, (self.runtime.rank + 1) * count)
+            update = grad[share].add(buffer[share], alpha=momentum)
+            if missing := count - len(update):  # the last ranks may have fewer, or none
+                update = F.pad(update, (0, 0, 0, 0, 0, missing))
+            if c.row_norm:
+                update = rms_norm(update, FP32_EPS)
+            gathered.append(self.runtime.gather(orthogonalize(update, c.muon_backend_steps)))
+        for group, (update, work) in zip(groups, gathered):
             if work is not None:
                 work.wait()
             rows, columns = group.master.shape[-2:]
             group.master.mul_(1 - lr * c.muon_wd * ok)
             factor = -lr * max(1, rows / columns) ** 0.5 * ok
             group.master.add_(update[:len(group.names)].float() * factor)
-
-    def _share(self, group: Group, momentum: float, ok: Tensor) -> Tensor:
-        """Update the momentum; orthogonalized updates of this rank's matrices (n,rows,columns)."""
-        c, world, rank = self.config, self.runtime.world, self.runtime.rank
-        grad, buffer = torch.where(ok > 0, group.grad, 0.0), group.state["momentum"]
-        buffer.mul_(1 - ok * (1 - momentum)).add_(grad)
-        count = -(-len(group.names) // world)
-        share = slice(rank * count, (rank + 1) * count)  # the last ranks may have fewer, or none
-        update = grad[share].add(buffer[share], alpha=momentum)
-        if missing := count - len(update):
-            update = F.pad(update, (0, 0, 0, 0, 0, missing))
-        if c.row_norm:
-            update = rms_norm(update, FP32_EPS)
-        return orthogonalize(update, c.muon_backend_steps)
 
 
 class Optimizer:
@@ -3467,51 +3440,48 @@ class Optimizer:
         self.weights, self.config = weights, config
         c, rates, zero = config, base_rates(config), torch.zeros((), device=weights.runtime.device)
         self.skipped, self.skipped_in_row = zero.clone(), zero.clone()  # steps without an update
-        self.matrix = Muon(c, weights.runtime)
-        self.matrix_groups = [group for group in weights.groups if group.owner == "matrix"]
-        for group in self.matrix_groups:
-            self.matrix.init(group)
-        self.adam_groups = [group for group in weights.groups if group.owner != "matrix"]
+        self.matrix, self.adam_groups = Muon(c, weights.runtime), []
+        for group in weights.groups:
+            if group.owner == "matrix":
+                self.matrix.init(group)
+            else:
+                self.adam_groups.append(group)
+                moments = {key: torch.zeros_like(group.master) for key in ("exp_avg", "exp_avg_sq")}
+                group.state = dict(step=zero.clone(), **moments)
         self.adam = torch.optim.AdamW(
             [dict(params=[nn.Parameter(group.master)], base_lr=rates[group.owner],
                   weight_decay=0.0 if group.owner == "state" else c.adam_wd)
              for group in self.adam_groups],
             lr=1.0, betas=(c.beta1, c.beta2), eps=c.adam_eps, fused=True)
         for group, settings in zip(self.adam_groups, self.adam.param_groups):
-            moments = {key: torch.zeros_like(group.master) for key in ("exp_avg", "exp_avg_sq")}
-            group.state = dict(step=zero.clone(), **moments)
             self.adam.state[settings["params"][0]] = group.state  # the same dict, and tensors
 
     @torch.no_grad()
     def step(self, scale: float, momentum: float, clip: bool = True) -> tuple[Tensor, Tensor]:
         """Update the masters at LR `scale`; the gradient norm and whether it is finite (0-dim)."""
-        c, norm = self.config, self.weights.norm()
+        c, touched = self.config, [group for group in self.weights.groups if group.touched]
+        norm = torch.stack([group.grad.norm() for group in touched]).norm()
         ok = torch.isfinite(norm).float()
         limit = c.grad_clip_norm if clip and c.grad_clip_norm else math.inf
         factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-        for group in self.weights.groups:
-            if group.touched:
-                group.grad.mul_(factor)
-        matrices = [group for group in self.matrix_groups if group.touched]
+        for group in touched:
+            group.grad.mul_(factor)
+        matrices = [group for group in touched if group.owner == "matrix"]
         self.matrix.update(matrices, scale, momentum, ok)
         for group, settings in zip(self.adam_groups, self.adam.param_groups):
             settings["lr"] = settings["base_lr"] * scale
             settings["params"][0].grad = group.grad if group.touched else None
         self.adam.found_inf = 1 - ok  # 1: the fused kernel leaves weights, moments, counters alone
-        self.adam.grad_scale = None
         self.adam.step()
         self.skipped += 1 - ok
         self.skipped_in_row = (self.skipped_in_row + 1) * (1 - ok)
         return norm, ok
 
     def reset_after_warmup(self, everything: bool) -> None:
-        """After the warm-up steps: Adam's counters go to 0, with `everything` all moments, too."""
-        for group in self.weights.groups:
-            for key, tensor in group.state.items():
-                if everything or key == "step":
-                    tensor.zero_()
-        self.skipped.zero_()
-        self.skipped_in_row.zero_()
+        """After the warm-up steps: counters go to 0, with `everything` moments, too."""
+        for name, tensor in self.state().items():
+            if everything or name.startswith(("step/", "skipped")):
+                tensor.zero_()
 
     def state(self) -> dict[str, Tensor]:
         """Moments and counters by name, for the checkpoint (views, not copies)."""
@@ -3521,12 +3491,6 @@ class Optimizer:
                 parts = tensor if tensor.ndim else [tensor]  # a counter: by the first name
                 tensors |= {f"{key}/{name}": part for name, part in zip(group.names, parts)}
         return tensors
-
-    @torch.no_grad()
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what `state` gave; errors of `checked_tensor`."""
-        for name, tensor in self.state().items():
-            tensor.copy_(checked_tensor(tensors, name, tensor))
 
 
 # ------------------------------------------------------------------------------
@@ -3539,9 +3503,8 @@ MAGIC, VERSION, PREFIX = b"JEPAFILE", 2, struct.Struct("<8sIII")
 Section = namedtuple("Section", "name codec stored raw dtype shape")  # bytes in the file, decoded
 MAX_ENTRIES = dict(artifact=1 << 12, checkpoint=1 << 15)  # full-size models need 230 and 1,200
 MAX_HEADER = {kind: 256 * entries for kind, entries in MAX_ENTRIES.items()}  # bytes of JSON
-MAX_DEPTH = 8            # of its nesting
-MAX_ELEMENTS = 1 << 27   # stored weights of one artifact
-PIECE = 1 << 19          # raw bytes per section of the codecs that work on pieces
+MAX_DEPTH = 8           # of its nesting
+MAX_ELEMENTS = 1 << 27  # stored weights of one artifact
 DTYPES = {name: getattr(torch, name) for name in (
     "float32", "float64", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8")}
 
@@ -3551,58 +3514,57 @@ def require(ok, fault: str) -> None:
         raise ValueError(fault)
 
 
+def printable(content, length: int = 60) -> str:
+    """The beginning of a file's content, or of an error that may quote it, in printable ASCII."""
+    return ascii(str(content))[1:-1][:length]
+
+
 @contextlib.contextmanager
 def parsing(path) -> Iterator[None]:
     """Turns whatever a damaged or foreign file raises in the parser into one UserError."""
     try:
         yield
-    except UserError as error:  # of Grid.parse or a caller's check
-        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+    except UserError as error:  # an unknown grid, a codec that is not installed
+        raise UserError(f"{path}: {error}") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # each codec has its own class of errors
         reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-        raise UserError(f"{path}: damaged or foreign file ({ascii(reason)[1:-1][:80]})") from error
+        raise UserError(f"{path}: damaged or foreign file ({printable(reason)})") from error
 
 
 def write_container(path, kind: str, meta: dict, sections: list[tuple[Section, Any]]) -> int:
-    """Writes the file all or nothing and returns its size in bytes. A payload is bytes-like, or a
-    function that makes it, so that one copy of one tensor lives at a time."""
-    entries = [section._asdict() for section, _ in sections]
-    header = {"kind": kind, "meta": meta, "sections": entries}
+    """Write the file of sections and payloads (bytes-like), all or nothing; its size in bytes."""
+    header = dict(kind=kind, meta=meta, sections=[section._asdict() for section, _ in sections])
     text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
     if len(text) > MAX_HEADER[kind] or entry_count(header) > MAX_ENTRIES[kind]:
         raise UserError(f"{path}: {entry_count(header)} tensors are too many for one file")
     packed, digest = zlib.compress(text, 9), hashlib.sha256()
+    head = PREFIX.pack(MAGIC, VERSION, len(packed), len(text)) + packed
     with replacing(Path(path)) as file:
-        def put(data) -> None:
-            digest.update(data)
-            file.write(data)
-        put(PREFIX.pack(MAGIC, VERSION, len(packed), len(text)) + packed)
-        for section, payload in sections:
-            payload = memoryview(payload() if callable(payload) else payload).cast("B")
-            assert len(payload) == section.stored, section
-            put(payload)
+        for part in (head, *(payload for _, payload in sections)):
+            digest.update(part)
+            file.write(part)
         file.write(digest.digest())
         return file.tell()
 
 
 def entry_count(header: dict) -> int:
-    return max(len(header["sections"]), len(header["meta"].get("tensors", ())))
+    tables = (header["meta"].get(name, ()) for name in ("tensors", "streams"))
+    return max(map(len, (header["sections"], *tables)))
 
 
 def inflate(data, raw: int) -> bytes:
     """zlib data of exactly `raw` bytes; no more are ever made."""
     out = zlib.decompressobj().decompress(data, raw + 1)
-    require(len(out) == raw, "zlib data have another size than the file says")
+    require(len(out) == raw, "zlib data of another size")
     return out
 
 
 def read_container(path, kind: str) -> tuple[dict, list[tuple[Section, memoryview]]]:
     """Meta and [(section, payload)] of a whole file; any fault is a UserError."""
-    with parsing(path), open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)
-                             ) as file:  # a FIFO must not wait for its writer
-        data = memoryview(file.read(os.fstat(file.fileno()).st_size))
+    with parsing(path), open(path, "rb") as file:
+        data = memoryview(file.read())
         require(data[:8] == MAGIC, "it does not begin with JEPAFILE")
         require(hashlib.sha256(data[:-32]).digest() == data[-32:], "checksum differs")
         _, version, stored, raw = PREFIX.unpack_from(data)
@@ -3615,41 +3577,31 @@ def read_container(path, kind: str) -> tuple[dict, list[tuple[Section, memoryvie
             section = Section(**entry)
             sections.append((section, data[start:start + section.stored]))
             start += section.stored
-        require(start == len(data) - 32, "section sizes do not add up to the file's")
+        require(start == len(data) - 32, "its sections have another size")
         return header["meta"], sections
 
 
 def parse_header(text: bytes, kind: str) -> dict:
-    """Strict JSON, its nesting bounded before it is parsed."""
-    plain = np.frombuffer(re.sub(rb"(?s)\\.", b"", text), np.uint8)
-    outside = np.cumsum(plain == ord('"')) % 2 == 0  # of strings
-    opened, closed = (np.isin(plain, list(marks)) & outside for marks in (b"[{", b"]}"))
-    depth = np.cumsum(opened.astype(np.int64) - closed).max(initial=0)
-    require(depth <= MAX_DEPTH, "its header is nested too deep")
+    """JSON of bounded nesting, without NaN and infinity."""
+    plain = re.sub(rb'"[^"]*"?', b"", re.sub(rb"(?s)\\.", b"", text))  # without strings
+    steps = ((mark in b"[{") - (mark in b"]}") for mark in plain)
+    require(max(itertools.accumulate(steps, initial=0)) <= MAX_DEPTH, "its header is nested too deep")
     header = json.loads(text.decode(), parse_constant=int)  # int refuses NaN and Infinity
-    require(header["kind"] == kind, f"its kind is {ascii(header['kind'])[:40]}, not {kind!r}")
+    require(header["kind"] == kind, f"its kind is {header['kind']!r:.20}, not {kind!r}")
     require(entry_count(header) <= MAX_ENTRIES[kind], "it has too many entries")
     return header
 
 
-def without_nonfinite(value):
-    """Data for JSON, which has no NaN and infinity: None in their place."""
-    if isinstance(value, dict):
-        return {key: without_nonfinite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nonfinite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def write_tensors(path, kind: str, meta: dict, tensors: dict[str, Tensor]) -> int:
-    """Uncompressed tensors of any device (checkpoints). NaN and infinity in meta become null."""
+    """Uncompressed tensors of any device; NaN and infinity in meta become null."""
     sections = []
     for name, t in tensors.items():
-        dtype, size = str(t.dtype).removeprefix("torch."), t.nbytes
+        dtype = str(t.dtype).removeprefix("torch.")
         assert dtype in DTYPES, f"{name} has dtype {dtype}, which is not stored"
-        payload = lambda t=t: t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        sections.append((Section(name, "raw", size, size, dtype, list(t.shape)), payload))
-    return write_container(path, kind, without_nonfinite(meta), sections)
+        payload = t.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+        sections.append((Section(name, "raw", t.nbytes, t.nbytes, dtype, list(t.shape)), payload))
+    meta = json.loads(json.dumps(meta), parse_constant=lambda name: None)
+    return write_container(path, kind, meta, sections)
 
 
 def read_tensors(path, kind: str) -> tuple[dict, dict[str, Tensor]]:
@@ -3698,38 +3650,34 @@ def rans_encode(data: np.ndarray, lengths) -> bytes:
 
     Symbol i of a row belongs to coder i. Two symbols are coded between renormalizations, whose
     32-bit words go to one common list; coding runs backwards so that decoding runs forwards.
-    Layout: bytes of the zlib'd tables u32, tables, coder states u64, words u32.
-    """
+    Layout: bytes of the zlib'd tables u32, tables, coder states u64, words u32."""
     cuts = np.cumsum([0, *lengths])
     tables = [frequencies(np.bincount(data[a:b], minlength=256)) for a, b in zip(cuts, cuts[1:])]
     tables = np.array(tables, np.int64).reshape(-1, 256)
     starts = np.cumsum(tables, 1) - tables
-    coders = rans_coders(len(data))
-    x, words = np.full(coders, LOW, np.int64), []
-    for stream, a, b, c in reversed(list(rans_steps(lengths, coders))):
+    x, words = np.full(rans_coders(len(data)), LOW, np.int64), []
+    for stream, a, b, c in reversed(list(rans_steps(lengths, len(x)))):
         first, second = data[a:b], data[b:c]
         f, g = tables[stream][first], tables[stream][second]
         top = x[:b - a]
         limit = f << BITS
         limit[:c - b] = f[:c - b] * g
         full = np.flatnonzero(top >> (63 - 2 * BITS) >= limit)
-        words.append(top[full].astype(np.uint32))  # the low 32 bits
+        words.append(top[full].astype("<u4").tobytes())  # the low 32 bits
         top[full] >>= 32
         for symbol, freq in ((second, g), (first, f)):
             state = x[:len(symbol)]
             state += state // freq * ((1 << BITS) - freq) + starts[stream][symbol]
-    table = tables.astype("<u2").view(np.uint8).reshape(-1, 2).T  # high bytes apart
-    table = zlib.compress(np.ascontiguousarray(table).tobytes(), 9)
-    words = [w.astype("<u4").tobytes() for w in reversed(words)]
-    return b"".join([struct.pack("<I", len(table)), table, x.astype("<u8").tobytes(), *words])
+    table = tables.astype("<u2").view(np.uint8).reshape(-1, 2).T.tobytes()  # high bytes apart
+    table = zlib.compress(table, 9)
+    return b"".join([struct.pack("<I", len(table)), table, x.astype("<u8").tobytes(), *words[::-1]])
 
 
 def rans_decode(payload, lengths) -> np.ndarray:
     """Inverse of rans_encode: uint8 (sum of lengths,)."""
     coders, head = rans_coders(sum(lengths)), 4 + int.from_bytes(payload[:4], "little")
-    tables = inflate(payload[4:head], 512 * len(lengths))
-    tables = np.frombuffer(tables, np.uint8).reshape(2, -1).astype(np.int64)
-    tables = (tables[0] + tables[1] * 256).reshape(-1, 256)
+    tables = np.frombuffer(inflate(payload[4:head], 512 * len(lengths)), np.uint8)
+    tables = tables.reshape(2, -1).T.copy().view("<u2").astype(np.int64).reshape(-1, 256)
     whole = tables.sum(1) == np.where(np.array(lengths) > 0, 1 << BITS, 0)
     x = np.frombuffer(payload, "<i8", coders, head).astype(np.int64)
     words = np.frombuffer(payload, "<u4", offset=head + 8 * coders).astype(np.int64)
@@ -3755,9 +3703,10 @@ def rans_decode(payload, lengths) -> np.ndarray:
 
 
 # A row per codec; of equal sizes the first wins. encode(piece) gives bytes, decode(bytes, limit) at
-# most about `limit` bytes of the piece. whole: it takes all streams at once, and their lengths in
-# place of the limit. module: None if its package is missing.
+# most about `limit` bytes of the piece. module: None if its package is missing. whole: all streams
+# are one piece; encode takes their lengths, too, and decode takes them in place of the limit.
 Codec = namedtuple("Codec", "encode decode module whole", defaults=(False,))
+PIECE = 1 << 19  # bytes of a piece
 LZMA2 = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 1 << 22, "lc": 0, "lp": 0, "pb": 0}]
 CODECS = {
     "rans": Codec(rans_encode, rans_decode, np, whole=True),
@@ -3784,42 +3733,36 @@ def pack(data: np.ndarray, lengths: list[int], codecs: Iterable[str]) -> tuple[l
     coded = {name: list(payloads) for name, payloads in jobs.items()}
     sizes = {name: sum(map(len, payloads)) for name, payloads in coded.items()}
     best = min(sizes, key=sizes.get)
-    sections = []
-    for part, payload in zip(parts[rows[best].whole][0], coded[best]):
-        name, raw = str(len(sections)), len(part)
-        sections.append((Section(name, best, len(payload), raw, "uint8", [raw]), payload))
+    sections = [(Section(str(i), best, len(payload), len(part), "uint8", [len(part)]), payload)
+                for i, (part, payload) in enumerate(zip(parts[rows[best].whole][0], coded[best]))]
     return sections, {"codec": best, "codec_bytes": sizes}
 
 
 def unpack(sections: list[tuple[Section, memoryview]], lengths: list[int]) -> np.ndarray:
     """Inverse of `pack`: the streams laid end to end."""
-    def decoded(section: Section, payload: memoryview):
+    parts = []
+    for section, payload in sections:
         codec = CODECS[section.codec]
         if codec.module is None:
             raise UserError(f"codec {section.codec} is missing: install brotli and zstandard")
-        require(not codec.whole or len(sections) == 1, "rans data in pieces")
-        return codec.decode(payload, lengths if codec.whole else section.raw + 1)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        data = b"".join(pool.map(decoded, *zip(*sections)))
+        parts.append(codec.decode(payload, lengths if codec.whole else section.raw + 1))
+    data = np.frombuffer(b"".join(parts), np.uint8)
     require(len(data) == sum(lengths), "data have another size than the header says")
-    return np.frombuffer(data, np.uint8)
+    return data
 
 
 # Streams of each grid: which tensors are transposed, the class of each row, the symbols of each
-# class; then scales or plain values, a stream per byte. Rows with similar histograms share a class.
+# class (rows with similar histograms); then scales or plain values, a stream per byte.
 CLASSES = 16
 
 
 def row_classes(rows: list[np.ndarray], pairs: bool) -> tuple[np.ndarray, float]:
     """Class of each row of uint8 symbols, and the bits that coding them takes, tables included:
     entropy-constrained clustering (Chou et al. 1989, https://doi.org/10.1109/29.17498)."""
-    def histogram(q: np.ndarray) -> np.ndarray:
-        cells = np.arange(len(q), dtype=np.int64)[:, None] * width + q
-        return np.bincount(cells.ravel(), minlength=len(q) * width).reshape(len(q), width)
-
     width = 1 + max((int(q.max()) for q in rows if q.size), default=0)
-    counts = np.concatenate([histogram(q) for q in rows]).astype(np.float32)
+    cells = [np.arange(len(q), dtype=np.int64)[:, None] * width + q for q in rows]
+    counts = [np.bincount(c.ravel(), minlength=len(c) * width).reshape(-1, width) for c in cells]
+    counts = np.concatenate(counts).astype(np.float32)
     total = counts.sum(0)
     used = (total > 0).sum()
     table_bits = 10.0 * (used ** 2 if pairs else used)
@@ -3847,86 +3790,53 @@ def by_columns(q: np.ndarray, pairs: bool) -> bool:
     return bool(q.size) and row_classes([q.T], pairs)[1] < row_classes([q], pairs)[1]
 
 
-def symbol_streams(symbols: list[np.ndarray], pairs: bool) -> list[np.ndarray]:
-    """Streams of the uint8 symbols (R, C) of all tensors of a grid."""
-    turned = np.array([by_columns(q, pairs) for q in symbols], np.uint8)
-    symbols = [q.T if turn else q for q, turn in zip(symbols, turned)]
-    ids = row_classes(symbols, pairs)[0]
-    owners = np.split(ids, np.cumsum([len(q) for q in symbols])[:-1])
-    streams = [turned, ids]
-    for c in range(CLASSES):
-        stream = np.concatenate([q[owner == c].ravel() for q, owner in zip(symbols, owners)])
-        if pairs:
-            stream = np.append(stream, np.zeros(len(stream) % 2, np.uint8))
-            stream = stream[::2] << 4 | stream[1::2]
-        streams.append(stream)
-    return streams
+def move_parts(parts: list[tuple[np.ndarray, Any]], pairs: bool, move: Callable) -> None:
+    """Move array[index] of all (array, index) as one stream, two symbols to a byte if `pairs`."""
+    pieces = [array[index] for array, index in parts]
+    stream = np.concatenate([piece.ravel() for piece in pieces])
+    if pairs:
+        stream = np.append(stream, np.zeros(len(stream) % 2, np.uint8))
+        stream = stream[::2] << 4 | stream[1::2]
+    moved = move(stream)
+    if moved is stream:  # it was written
+        return
+    if pairs:
+        moved = np.stack((moved >> 4, moved & 15), 1).reshape(-1)
+    ends = np.cumsum([piece.size for piece in pieces])
+    for (array, index), piece, values in zip(parts, pieces, np.split(moved, ends)):
+        array[index] = values.reshape(piece.shape)
 
 
-def read_symbols(take: Callable, shapes: list[tuple[int, int]], pairs: bool) -> list[np.ndarray]:
-    """Inverse of `symbol_streams`; take(length) gives the next stream."""
-    turned = take(len(shapes))
-    symbols = [np.empty(shape[::-1] if turn else shape, np.uint8)
-               for shape, turn in zip(shapes, turned)]
-    ids = take(sum(map(len, symbols)))
-    require(turned.max() < 2 and ids.max(initial=0) < CLASSES, "a class is out of range")
-    owners = np.split(ids, np.cumsum([len(q) for q in symbols])[:-1])
-    for c in range(CLASSES):
-        sizes = [np.count_nonzero(owner == c) * q.shape[1] for q, owner in zip(symbols, owners)]
-        stream = take((sum(sizes) + 1) // 2 if pairs else sum(sizes))
-        if pairs:
-            stream = np.stack((stream >> 4, stream & 15), 1).reshape(-1)
-        for q, owner, part in zip(symbols, owners, np.split(stream, np.cumsum(sizes))):
-            q[owner == c] = part.reshape(-1, q.shape[1]) if part.size else 0
-    return [np.ascontiguousarray(q.T) if turn else q for q, turn in zip(symbols, turned)]
+def move_streams(grids: list[Grid], arrays: list[dict[str, Tensor]], streams: list[np.ndarray],
+                 reading: bool) -> None:
+    """Append the streams of all tensors' arrays to `streams`, or fill the arrays from there."""
+    def move(stream: np.ndarray) -> np.ndarray:
+        if not reading:
+            streams.append(stream)
+            return stream
+        require(streams and len(streams[0]) == len(stream), "streams and shapes disagree")
+        return streams.pop(0)
 
-
-def grid_groups(table: list) -> dict[Grid, list[int]]:
-    """Indices of each grid's tensors; table: [(name, grid, shape)]."""
-    groups: dict[Grid, list[int]] = {}
-    for i, (_, grid, _) in enumerate(table):
-        groups.setdefault(grid, []).append(i)
-    return groups
-
-
-def build_streams(table: list, encoded: list[dict[str, Tensor]]) -> list[np.ndarray]:
-    """The uint8 streams of all tensors' arrays."""
-    streams = []
-    for grid, members in grid_groups(table).items():
-        arrays = [encoded[i] for i in members]
+    for grid in dict.fromkeys(grids):  # in order of appearance
+        members = [a for a, other in zip(arrays, grids) if other == grid]
         if grid.symbols:
-            symbols = [a["q"].cpu().view(torch.int8) + grid.qmax for a in arrays]
-            symbols = [q.view(torch.uint8).numpy() for q in symbols]
-            streams += symbol_streams(symbols, grid.top < 16)
+            pairs, stored = grid.top < 16, [a["q"].view(torch.uint8).numpy() for a in members]
+            symbols = [q + np.uint8(grid.qmax) for q in stored]
+            turned = [not reading and by_columns(q, pairs) for q in symbols]
+            turned = move(np.array(turned, np.uint8))
+            views = [q.T if turn else q for q, turn in zip(symbols, turned)]
+            ends = np.cumsum([len(q) for q in views])
+            ids = move(np.empty(ends[-1], np.uint8) if reading else row_classes(views, pairs)[0])
+            require(turned.max() < 2 and ids.max(initial=0) < CLASSES, "a class is out of range")
+            for c in range(CLASSES):
+                move_parts(list(zip(views, np.split(ids == c, ends))), pairs, move)
+            for q, symbol in zip(stored, symbols) if reading else ():
+                require(symbol.max(initial=0) <= grid.top, "a symbol is out of range")
+                q[:] = symbol - np.uint8(grid.qmax)
         if grid.dtype:
-            values = torch.cat([a[grid.values].reshape(-1) for a in arrays]).cpu()
-            planes = values.view(torch.uint8).numpy().reshape(-1, values.itemsize).T
-            streams += list(planes[::-1])  # the high bytes first
-    return streams
-
-
-def read_streams(table: list, lengths: list[int], data: np.ndarray) -> list[dict[str, Tensor]]:
-    """Inverse of `build_streams`, from the streams laid end to end."""
-    streams, arrays = iter(np.split(data, np.cumsum(lengths)[:-1])), [{} for _ in table]
-
-    def take(length: int) -> np.ndarray:
-        stream = next(streams)
-        require(len(stream) == length, "stream lengths and tensor shapes disagree")
-        return stream
-
-    for grid, members in grid_groups(table).items():
-        shapes = [rows_columns(table[i][2]) for i in members]
-        if grid.symbols:
-            for i, q in zip(members, read_symbols(take, shapes, grid.top < 16)):
-                require(q.max(initial=0) <= grid.top, "a symbol is out of range")
-                arrays[i]["q"] = torch.from_numpy((q - np.uint8(grid.qmax)).view(np.int8))
-        if grid.dtype:
-            sizes = [rows if grid.symbols else rows * columns for rows, columns in shapes]
-            planes = [take(sum(sizes)) for _ in range(grid.dtype.itemsize)]
-            values = torch.from_numpy(np.stack(planes[::-1], 1).reshape(-1)).view(grid.dtype)
-            for i, part in zip(members, values.split(sizes)):
-                arrays[i][grid.values] = part
-    return arrays
+            values = [a[grid.values].reshape(-1, 1).view(torch.uint8).numpy() for a in members]
+            for byte in reversed(range(grid.dtype.itemsize)):
+                move_parts([(v, np.s_[:, byte]) for v in values], False, move)
 
 
 def entropy_bytes(symbols: np.ndarray) -> float:
@@ -3937,77 +3847,63 @@ def entropy_bytes(symbols: np.ndarray) -> float:
     return float((counts * bits).sum() / 8)
 
 
-def artifact_streams(config: dict, tensors: dict, given=None) -> tuple[dict, list, int]:
-    """Meta and streams of an artifact, and the bytes that its tensors need one by one: entropy of
-    the symbols, all else at full width. given: arrays of tensors already rounded, by name."""
-    table = [(name, grid, list(w.shape)) for name, (w, grid) in tensors.items()]
-    encoded = [(given or {}).get(name) or encode(*tensors[name], name) for name in tensors]
-    streams = build_streams(table, encoded)
-    meta = {"config": config, "tensors": [(name, str(grid), shape) for name, grid, shape in table],
+def artifact_streams(config: dict, tensors: dict, given: dict) -> tuple[dict, list, list]:
+    """Meta, streams and encoded arrays of an artifact; the arguments are `write_artifact`'s."""
+    streams, encoded = [], []
+    for name, (w, grid) in tensors.items():
+        arrays = given[name] if name in given else encode(w, grid, name)
+        encoded.append({key: t.cpu() for key, t in arrays.items()})
+    move_streams([grid for _, grid in tensors.values()], encoded, streams, reading=False)
+    meta = {"config": config,
+            "tensors": [(name, str(grid), list(w.shape)) for name, (w, grid) in tensors.items()],
             "streams": [len(stream) for stream in streams]}
-    need = 0.0
-    for key, t in (array for arrays in encoded for array in arrays.items()):
-        need += entropy_bytes(t.cpu().view(torch.uint8).numpy()) if key == "q" else t.nbytes
-    return meta, streams, round(need)
+    return meta, streams, encoded
 
 
-def estimate_bytes(tensors: dict[str, tuple[Tensor, Grid]], config: dict | None = None) -> dict:
-    """Artifact bytes predicted from entropies, nothing compressed: {"bytes", "entropy_bytes"}."""
-    meta, streams, entropy = artifact_streams(config or {}, tensors)
+def estimate_bytes(tensors: dict[str, tuple[Tensor, Grid]]) -> int:
+    """Artifact bytes predicted from the entropies of its streams, nothing compressed."""
+    meta, streams, _ = artifact_streams({}, tensors, {})
     counts = [np.bincount(stream, minlength=256) for stream in streams]
     tables = zlib.compress(b"".join(frequencies(n).astype("<u2").tobytes() for n in counts), 9)
     header = zlib.compress(json.dumps(meta).encode(), 9)
     states = 4 * rans_coders(sum(map(len, streams)))
-    total = sum(map(entropy_bytes, streams)) + len(tables) + len(header) + 150 + states
-    return {"bytes": round(total), "entropy_bytes": entropy}
+    return round(sum(map(entropy_bytes, streams)) + len(tables) + len(header) + 150 + states)
 
 
 def write_artifact(path, config: dict, tensors: dict[str, tuple[Tensor, Grid]],
                    codecs: Iterable[str] = CODECS, given=None) -> dict:
-    """Stores tensors {name: (weights, grid)} and a JSON-able config; the same input makes the same
-    file. Returns a report: codec, codec_bytes (payload of each codec that is installed), bytes (of
-    the file), entropy_bytes. given, entropy_bytes: see artifact_streams."""
-    meta, streams, entropy = artifact_streams(config, tensors, given)
+    """Store tensors {name: (weights, grid)} and a JSON-able config; the same input makes the same
+    file. given: arrays of tensors already rounded, by name. Returns a report: codec, codec_bytes
+    (by each codec), bytes (of the file), entropy_bytes (of the symbols, tensor by tensor; all else
+    at full width)."""
+    meta, streams, encoded = artifact_streams(config, tensors, given or {})
     data = np.concatenate([*streams, np.empty(0, np.uint8)])
     sections, report = pack(data, meta["streams"], codecs)
     size = write_container(path, "artifact", meta, sections)
-    return report | {"bytes": size, "entropy_bytes": entropy}
-
-
-def parse_table(meta: dict, raws: list[int]) -> list[tuple[str, Grid, list[int]]]:
-    """The tensor table of an artifact whose sections decode to so many bytes, bounds checked."""
-    table, lengths = [], meta["streams"]
-    require(isinstance(meta["config"], dict), "its configuration has another form")
-    for name, grid, shape in meta["tensors"]:
-        require(isinstance(name, str) and len(shape) <= 8, "a tensor's entry has another form")
-        table.append((name, Grid.parse(grid), shape))
-    sizes = [n for _, _, shape in table for n in shape] + raws + lengths
-    require(all(type(n) is int and 0 <= n < 1 << 40 for n in sizes), "a size is out of range")
-    need = sum(max(math.prod(shape), rows_columns(shape)[0]) for _, _, shape in table)
-    require(need <= MAX_ELEMENTS, f"{need} weights are more than {MAX_ELEMENTS}")
-    counts = [(2 + CLASSES) * grid.symbols + (grid.dtype.itemsize if grid.dtype else 0)
-              for grid in grid_groups(table)]
-    require(len(lengths) == sum(counts) and sum(lengths) == sum(raws) <= 4 * need + 16,
-            "streams, tensors and sections disagree")
-    return table
-
-
-def artifact_outline(path) -> tuple[dict, dict[str, tuple]]:
-    """Configuration and {name: shape} of an artifact whose checksum and sizes hold, undecoded."""
-    meta, sections = read_container(path, "artifact")
-    with parsing(path):
-        table = parse_table(meta, [section.raw for section, _ in sections])
-        return meta["config"], {name: tuple(shape) for name, _, shape in table}
+    need = [entropy_bytes(t.view(torch.uint8).numpy()) if key == "q" else t.nbytes
+            for found in encoded for key, t in found.items()]
+    return report | {"bytes": size, "entropy_bytes": round(sum(need))}
 
 
 def read_artifact(path) -> tuple[dict, dict[str, Tensor], dict[str, Grid]]:
     """(config, {name: fp32 grid values}, {name: grid}); any fault is a UserError."""
     meta, sections = read_container(path, "artifact")
     with parsing(path):
-        table = parse_table(meta, [section.raw for section, _ in sections])
-        arrays = read_streams(table, meta["streams"], unpack(sections, meta["streams"]))
+        lengths, raws = meta["streams"], [section.raw for section, _ in sections]
+        table = [(name, Grid.parse(grid), shape) for name, grid, shape in meta["tensors"]]
+        right = all(isinstance(name, str) and len(shape) <= 8 for name, _, shape in table)
+        require(right and isinstance(meta["config"], dict), "an entry has another form")
+        sizes = [n for _, _, shape in table for n in shape] + raws + lengths
+        require(all(type(n) is int and 0 <= n < 1 << 40 for n in sizes), "a size is out of range")
+        need = sum(max(math.prod(shape), rows_columns(shape)[0]) for _, _, shape in table)
+        require(need <= MAX_ELEMENTS, f"{need} weights are more than {MAX_ELEMENTS}")
+        require(sum(lengths) == sum(raws) <= 4 * need + 16, "streams and sections disagree")
+        streams = np.split(unpack(sections, lengths), np.cumsum(lengths))  # and an empty one
+        arrays = [encode(torch.zeros(shape), grid) for _, grid, shape in table]  # to be filled
+        move_streams([grid for _, grid, _ in table], arrays, streams, reading=True)
         tensors = {name: decode(a, grid, shape) for (name, grid, shape), a in zip(table, arrays)}
         require(len(tensors) == len(table), "a tensor name occurs twice")
+        require(len(streams) == 1, "it has more streams than its tensors")
         require(all(map(all_finite, tensors.values())), "it holds NaN or infinity")
         return meta["config"], tensors, {name: grid for name, grid, _ in table}
 
@@ -4021,40 +3917,31 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep = folder, keep
-        self.thread: threading.Thread | None = None
-        self.fault: BaseException | None = None
+        self.writer, self.writing = ThreadPoolExecutor(1, "checkpoint"), None
 
     def paths(self) -> list[Path]:
         """Existing checkpoints, newest first; UserError if the folder cannot be read."""
-        try:
-            names = sorted(os.listdir(self.folder), reverse=True)
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise UserError(f"{self.folder}: cannot be read ({error.strerror})") from error
+        with parsing(self.folder):
+            names = sorted(os.listdir(self.folder), reverse=True) if self.folder.exists() else []
         return [self.folder / name for name in names if re.fullmatch(r"step_\d+\.ckpt", name)]
 
     def probe(self) -> None:
         """Make the folder; UserError if no file can be made there."""
-        probe = self.folder / ".probe"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            probe.write_bytes(b"")
-            probe.unlink()
+            (self.folder / ".probe").write_bytes(b"")
+            (self.folder / ".probe").unlink()
         except OSError as error:
-            raise UserError(f"CHECKPOINT_DIR: {self.folder} cannot be written ({error.strerror})"
-                            ) from error
+            fault = f"CHECKPOINT_DIR: {self.folder} cannot be written ({error.strerror})"
+            raise UserError(fault) from error
 
     def save(self, step: int, meta: dict, tensors: dict[str, Tensor]) -> None:
         """Copy the tensors, then write in a background thread; raises an earlier write's error."""
         self.wait()
         snapshot = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        self.thread = threading.Thread(target=self.write, args=(step, meta, snapshot),
-                                       name="checkpoint")
-        self.thread.start()
+        self.writing = self.writer.submit(self.write, step, meta, snapshot)
 
     def write(self, step: int, meta: dict, tensors: dict[str, Tensor]) -> None:
-        """The thread: writes, then removes the oldest files. Any error is kept for `wait`."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in self.folder.glob(".step_*.tmp"):  # by a writer that was killed
@@ -4064,22 +3951,17 @@ class Checkpoints:
             for old in by_age[self.keep:]:  # by step, a damaged newer one would outlive this one
                 old.unlink()
         except OSError as error:
-            reason = error.strerror or error
-            self.fault = UserError(f"{self.folder}: no checkpoint of step {step} ({reason})")
-        except BaseException as error:
-            self.fault = error
+            raise UserError(f"{self.folder}: no checkpoint of step {step} "
+                            f"({error.strerror or error})") from error
 
     def wait(self) -> None:
         """Until the last write is on disk; raises its error."""
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
-        if self.fault is not None:
-            fault, self.fault = self.fault, None
-            raise fault
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
 
     def newest(self, note: Callable[[str], None]) -> tuple[dict, dict[str, Tensor]] | None:
-        """Meta and tensors of the newest sound checkpoint, None without any; `note` is told of damaged
+        """Meta and tensors of the newest sound checkpoint, None without any; `note` hears of damaged
         ones. UserError if all are damaged, or one cannot be read: nothing may replace them then."""
         faults = []
         for path in self.paths():
@@ -4089,10 +3971,10 @@ class Checkpoints:
                 if isinstance(error.__cause__, OSError):  # no damage: it may be readable later
                     raise UserError(f"{error}; make it readable, or OVERWRITE=1 starts over") from error
                 faults.append(str(error))
-                continue
-            for fault in faults:
-                note(f"checkpoint passed over: {fault}")
-            return newest
+            else:
+                for fault in faults:
+                    note(f"checkpoint passed over: {fault}")
+                return newest
         if faults:
             raise UserError(f"no checkpoint can be used ({'; '.join(faults)}); OVERWRITE=1 starts over")
         return None
@@ -5168,11 +5050,9 @@ class Run:
         trainer.weights.restore("master", part("master/"))
         if meta["averaged"]:
             trainer.weights.restore("average", part("average/"))
-        trainer.optimizer.load_state(part("optimizer/"))
-        trainer.directions.copy_(checked_tensor(tensors, "directions", trainer.directions))
+        restore_views(trainer.optimizer.state(), part("optimizer/"))
+        restore_views({"directions": trainer.directions} | self.named_states(), tensors)
         torch.set_rng_state(tensors["rng"])
-        for name, tensor in self.named_states().items():
-            tensor.copy_(checked_tensor(tensors, name, tensor))
         trainer.position, trainer.tokens = int(meta["position"]), int(meta["tokens"])
         self.step, self.clock = int(meta["step"]), Stopwatch(float(meta["seconds"]))
         self.stage = meta["stage"]
@@ -5467,7 +5347,7 @@ def config_of_artifact(c: Config, header: dict) -> Config:
     model, knobs = header.get("model"), Config.knobs()
     if not isinstance(model, dict) or set(model) != set(Config.tagged("model")):
         raise UserError(f"ARTIFACT={c.artifact}: its header describes no model of this script")
-    values = {name.lower(): parse_knob(name, knobs[name], format_knob(value))
+    values = {name.lower(): parse_knob(name, knobs[name], printable(format_knob(value), 256))
               for name, value in model.items()}
     length = values["train_seq_len"]
     values |= dict(train_batch_tokens=c.micro_batches * length, loss_schedule="joint", ce_weight=1.0,
@@ -5478,20 +5358,20 @@ def config_of_artifact(c: Config, header: dict) -> Config:
 
 def open_artifact(c: Config, runtime: Runtime) -> tuple[Config, LanguageModel, Vocabulary, dict]:
     """Read ARTIFACT strictly and build its model on this device: configuration, model, vocabulary,
-    header. Nothing large is made or decoded before header and shapes agree."""
+    header."""
     if not c.artifact:
         raise UserError(f"ARTIFACT: MODE={c.mode} needs the model.jepa of a run: bash run_jepa_bpe.sh "
                         f"MODE={c.mode} ARTIFACT=runs/<RUN_ID>/model.jepa")
-    header, shapes = artifact_outline(c.artifact)
+    header, parts, _ = read_artifact(c.artifact)
     own = config_of_artifact(c, header)
     kernels, note = choose_kernels(own, runtime)
     if note and runtime.main:
         say(note)
+    tensors = whole_tensors(parts, c.artifact)
     with parsing(c.artifact), torch.device("meta"):
-        require(own.num_layers <= len(shapes), "it has fewer tensors than blocks")
+        require(own.num_layers <= len(tensors), "it has fewer tensors than blocks")
         model = LanguageModel(own, kernels)
-        parts = whole_tensors({name: torch.empty(shapes[name]) for name in shapes}, c.artifact)
-        require(shapes_of(dict(model.named_parameters())) == shapes_of(parts),
+        require(shapes_of(dict(model.named_parameters())) == shapes_of(tensors),
                 "its tensors are not those of the model in its header")
     vocabulary = Vocabulary.unpack(header.get("vocabulary"), own.vocab_size)
     if own.tokenizer == "byte" or own.tokenizer_path:
@@ -5501,11 +5381,10 @@ def open_artifact(c: Config, runtime: Runtime) -> tuple[Config, LanguageModel, V
             other = "bytes" if own.tokenizer == "byte" else f"TOKENIZER_PATH={c.tokenizer_path}"
             raise UserError(f"{c.artifact}: its byte counts are not those of {other}; take the "
                             "artifact as its run wrote it, and the tokenizer of its training")
-    tensors = whole_tensors(read_artifact(c.artifact)[1], c.artifact)
     for name, role, _ in named_roles(model):
         low = role in (*MATRICES, EMBEDDING, HEAD)
         tensors[name] = tensors[name].to(runtime.device, runtime.dtype if low else torch.float32)
-    model.load_state_dict(tensors, strict=False, assign=True)  # the rest are tables of constants
+    model.load_state_dict(tensors, assign=True)
     return own, model.requires_grad_(False).to(runtime.device), vocabulary, header
 
 
@@ -5659,7 +5538,7 @@ def estimated_bytes(c: Config, model: nn.Module | None = None) -> int:
     """Expected bytes of this configuration's trained artifact, from entropies."""
     model = model or build_models(c)[0]
     tensors = artifact_tensors(synthetic_weights(c, model), storage_plan(model, c))
-    return estimate_bytes(tensors)["bytes"]
+    return estimate_bytes(tensors)
 
 
 def largest_fit(c: Config, name: str, step: int, budget: int) -> int | None:

@@ -432,11 +432,11 @@ def test_broken_snap_is_replaced(choose, monkeypatch):
     with K.Runtime(c) as runtime:
         model, _ = K.build_models(c)
         weights = K.Weights(model, None, K.storage_plan(model, c), c, runtime)
-        weights.kernel_snap = True
-        assert weights.snap_fault() == "" and weights.kernel_snap
+        weights.fused_snap = K.fused_snaps(weights.groups)
+        assert weights.snap_fault() == "" and weights.fused_snap
         for launch, text in ((lambda *a, **k: None, "differs"), (raising("no such type"), "RuntimeError: no such")):
             monkeypatch.setattr(K, "snap_rows", Broken(launch))
-            weights.kernel_snap, weights.fused_snap = True, None
+            weights.fused_snap = K.fused_snaps(weights.groups)
             weights.load()
-            assert text in weights.snap_fault() and not weights.kernel_snap
+            assert text in weights.snap_fault() and not weights.fused_snap
             weights.load(qat=True)  # by PyTorch, once a kernel has failed

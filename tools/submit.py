@@ -53,13 +53,13 @@ from train_jepa import (  # noqa: E402
     Config,
     UserError,
     Vocabulary,
-    artifact_outline,
     differences,
     file_hash,
     format_knob,
     knob,
     load_vocabulary,
     parse_knob,
+    read_artifact,
     shipped_script,
     source_text,
     write_atomically,
@@ -149,7 +149,7 @@ def check_vocabulary(run: RunRecord) -> None:
     BPB is a sum of losses over the bytes that the artifact itself claims for the tokens."""
     config = Config(**{name.lower(): run.config[name]
                        for name in ("TOKENIZER", "TOKENIZER_PATH", "VOCAB_SIZE")})
-    header, _ = artifact_outline(run.path / "model.jepa")
+    header, *_ = read_artifact(run.path / "model.jepa")
     claimed = header.get("vocabulary") if isinstance(header, dict) else None
     own = load_vocabulary(config).pack()
     if Vocabulary.unpack(claimed, config.vocab_size).pack() != own:
