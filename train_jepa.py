@@ -5002,8 +5002,8 @@ class Run:
         self.log = self.folder.log
         if saved:
             notes.append(f"resumed at step {self.step} after {self.clock.seconds():.1f} s of training")
-            notes += [f"changed since the checkpoint: {line}"
-                      for line in differences(saved["config"], c.named())]
+            changes = differences(saved["config"], c.named())
+            notes += [f"changed since the checkpoint: {change}" for change in changes]
         for note in notes if saved else [*notes, *self.head()]:
             self.log(note)
         self.folder.write_json("config.json", c.named())
@@ -5064,9 +5064,8 @@ class Run:
     def head(self) -> Iterator[str]:
         """The log's first lines: source, configuration, machine, sizes."""
         c, trainer, evaluator, source = self.config, self.trainer, self.evaluator, source_text()
-        digest = hashlib.sha256(source.encode()).hexdigest()
-        self.log(f"{source}\nscript: {len(source.encode())} bytes, sha256 {digest}\n\n{c.render()}\n",
-                 console=False)
+        size, digest = len(source.encode()), hashlib.sha256(source.encode()).hexdigest()
+        self.log(f"{source}\nscript: {size} bytes, sha256 {digest}\n\n{c.render()}\n", console=False)
         yield "machine: " + ", ".join(f"{k} {value}" for k, value in self.runtime.describe().items())
         yield (f"run: {self.folder.path}  parameters: {count_parameters(trainer.model):,} stored + "
                f"{count_parameters(trainer.jepa):,} training-only")
@@ -5239,9 +5238,9 @@ class Run:
                     stage=self.stage, journals=self.folder.sizes(), fixed=c.fixed(), config=c.named(),
                     averaged=any(name.startswith("average/") for name in tensors),
                     validated=self.validated, score=self.score)
-        own = {name: t.cpu() for name, t in tensors.items() if name.startswith("state/")}
-        for states in self.runtime.collect(own) if c.carry_state else ():
-            tensors |= states
+        if c.carry_state:
+            own = {name: t.cpu() for name, t in tensors.items() if name.startswith("state/")}
+            tensors |= {k: t for states in self.runtime.collect(own) for k, t in states.items()}
         return meta, tensors | {"rng": torch.get_rng_state()}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -5470,8 +5469,7 @@ def plot_curves(folder: Path) -> None:
         if name == "val_bpb" and len(points) > 2:  # the untrained model would flatten the rest
             points = points[1:]
         if points:
-            marker = "." if len(points) < 40 else None
-            panels[panel].plot(*zip(*points), label=name, color=color, marker=marker)
+            panels[panel].plot(*zip(*points), label=name, color=color, marker=".")
     for panel, title in zip(panels, titles):
         panel.set(xlabel="step", title=title)
         panel.grid(alpha=0.3)
@@ -5480,7 +5478,6 @@ def plot_curves(folder: Path) -> None:
         panels[1].legend(frameon=False)
     figure.suptitle(folder.name)
     figure.savefig(folder / "curves.png", dpi=120)
-    plt.close(figure)
 
 
 # ------------------------------------------------------------------------------
