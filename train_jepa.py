@@ -4746,8 +4746,8 @@ def memory_need(c: Config, cuda: bool) -> float:
     latents = c.latent * (2 + c.predictor_hidden_mult) * c.jepa_steps if c.jepa_on else 0
     states = 4 * c.d_inner * c.d_state * mambas  # bytes per sequence
     training = tokens * (size * (kept + latents) + states / (c.ssd_chunk or 64))
-    training *= 2 if c.compile_mode == "off" else 1  # eager: autograd keeps more of the steps between
-    phases = 0  # of SIGReg: in its backward pass six such tensors live, or four, or none if compiled
+    training *= 2 if c.compile_mode == "off" else 1  # eager: autograd keeps what lies between
+    phases = 0  # of SIGReg: its backward pass holds six such tensors; compiled, none
     if c.latent_on and c.anti_weight > 0 and c.anticollapse == "sigreg":
         phases = 4 * c.micro_sequences * min(c.train_seq_len, 64) * c.num_proj * c.sigreg_knots
     training += phases * {"off": 6, "aot_eager": 4}.get(c.compile_mode, 0)
@@ -4758,21 +4758,23 @@ def memory_need(c: Config, cuda: bool) -> float:
     limit = c.val_max_tokens or math.inf
     batch = min(c.val_batch_size // c.micro_batches, limit)
     if c.sliding_eval:
-        batch = max(batch, c.train_seq_len * min(c.sliding_batch_size, limit / c.sliding_eval_stride))
+        windows = min(c.sliding_batch_size, limit / c.sliding_eval_stride)
+        batch = max(batch, c.train_seq_len * windows)
     validation = batch * size * (L * D + kept / L) / 2  # skips, and half of a layer
     report = 6 * phases * min(1, limit / tokens) if c.diagnostics else 0  # is never compiled
     return need + max(training, validation, report) + 32 * weights  # two good states besides
 
 
 def check_memory(c: Config, cuda: bool) -> None:
-    """UserError if MODE needs more than this machine has; it names the size furthest above its default."""
+    """UserError if MODE needs more than there is; it names the size furthest above its default."""
     need, memory = memory_need(c, cuda), machine_memory(cuda)
     need *= 1 if cuda else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if need > memory:
-        excess = lambda name: getattr(c, name.lower()) / (Config.knobs()[name].default or c.model_dim)
+        values, knobs = c.named(), Config.knobs()
+        excess = lambda name: values[name] / (knobs[name].default or c.model_dim)
         name = max(Config.tagged("size"), key=excess)
         amount = f"about {need / 1e9:,.1f} GB of memory" if need < 1e18 else "memory beyond measure"
-        raise UserError(f"{name}={getattr(c, name.lower())}: MODE={c.mode} needs {amount}, and "
+        raise UserError(f"{name}={values[name]}: MODE={c.mode} needs {amount}, and "
                         f"{memory / 1e9:,.1f} GB are here; lower it, or another size")
 
 
@@ -4792,7 +4794,7 @@ def compiled(function: Callable, mode: str) -> Callable:
 
 
 class Trainer:
-    """Model, optimizer and data of a run, and the step that joins them."""
+    """Model, optimizer and data, and the step that joins them."""
 
     def __init__(self, config: Config, runtime: Runtime, stream: TokenStream):
         c = self.config = config
@@ -4808,7 +4810,8 @@ class Trainer:
         if runtime.cuda and c.kernel_check != "0" and (fault := self.weights.snap_fault()):
             self.note = f"{self.note}\n{replaced('snap', fault, c.kernel_check)}".strip()
         self.optimizer = Optimizer(self.weights, c)
-        self.batches = Batches(stream, c.micro_batches, c.micro_sequences, c.train_seq_len, c.in_lanes)
+        self.batches = Batches(stream, c.micro_batches, c.micro_sequences, c.train_seq_len,
+                               c.in_lanes)
         share = c.micro_batches // runtime.world
         self.micros = range(runtime.rank * share, (runtime.rank + 1) * share)  # those of this rank
         # CARRY_STATE: the mixers' states of each micro-batch. Zeros at the start, not None: the
@@ -4823,13 +4826,14 @@ class Trainer:
     def _losses(self, x: Tensor, y: Tensor, positions: Tensor, weights: Tensor, states,
                 active: Active) -> tuple[Tensor, Tensor, list | None]:
         """One graph: weighted sum of TERMS, the terms for the log, states under CARRY_STATE."""
-        h, states = self.model(x, self.runtime.dtype, states)
-        terms = loss_terms(self.config, self.model, self.jepa, h, y, positions, self.directions, active)
+        c, model = self.config, self.model
+        h, states = model(x, self.runtime.dtype, states)
+        terms = loss_terms(c, model, self.jepa, h, y, positions, self.directions, active)
         total = sum(weight * terms[name] for weight, name in zip(weights, TERMS) if name in terms)
         shown = terms | ({"ce": terms["nll"]} if "ce" in terms else {})
         zero = h.new_zeros((), dtype=torch.float32)
         parts = torch.stack([shown.get(name, zero).detach() for name in TERMS])
-        return total, parts, map_states(torch.detach, states) if self.config.carry_state else None
+        return total, parts, map_states(torch.detach, states) if c.carry_state else None
 
     def step_inputs(self, step: int, micro: int) -> tuple[Tensor, Tensor, Tensor]:
         """x, y (B,T) and SIGReg's positions (S,) of one micro-batch, on the device."""
@@ -4839,8 +4843,7 @@ class Trainer:
         return tuple(map(self.runtime.to_device, (x, y, positions)))
 
     def read_ahead(self) -> str:
-        """Read this rank's batches of the next step, so that all ranks can still save and end together
-        if a shard fails: returns its fault, or ""."""
+        """Read the next step's batches while all ranks can still save; returns a shard's fault."""
         try:
             self.ahead = {(self.position, i): self.batches(self.position, i) for i in self.micros}
         except UserError as fault:
@@ -4863,8 +4866,7 @@ class Trainer:
         return parts
 
     def train_step(self, progress: Progress) -> Tensor:
-        """Storage grid, batches, losses, gradients, update. Returns this rank's share of TERMS, then
-        the gradient norm."""
+        """Returns this rank's share of TERMS, then the gradient norm."""
         c, before = self.config, dict(self.states)
         self.weights.load(qat=qat_on(progress.fraction, c.qat_fraction))
         parts = self.accumulate(progress.step, loss_weights(progress.fraction, c))
@@ -4880,8 +4882,7 @@ class Trainer:
         return torch.cat((parts, norm.view(1)))
 
     def choose_threads(self) -> str:
-        """On a busy CPU, set the fastest number of threads: two that wait for each other may be slower
-        than one. Returns a line for the log, or ""."""
+        """On a busy CPU, set the fastest number of threads; returns a line for the log, or ""."""
         limit, seconds, threads = torch.get_num_threads(), {}, 1
         settled = self.runtime.cuda or self.runtime.world > 1 or "OMP_NUM_THREADS" in os.environ
         if settled or not busy_machine(1):
@@ -4896,12 +4897,12 @@ class Trainer:
         torch.set_num_threads(best := min(seconds, key=seconds.get))
         measured = ", ".join(f"{count}: {time:.2f} s" for count, time in seconds.items())
         return "" if best == limit else (
-            f"threads: {best} instead of {limit}, measured on this busy machine ({measured}); last bits "
-            f"may differ for it; OMP_NUM_THREADS={limit} sets their number")
+            f"threads: {best} instead of {limit}, measured on this busy machine ({measured}); last "
+            f"bits may differ for it; OMP_NUM_THREADS={limit} sets their number")
 
     def warm_up(self) -> None:
-        """Steps at the base rates, without QAT and clip. Weights, data position and randomness are
-        then rolled back; the optimizer's moments stay."""
+        """Steps at the base rates, without QAT and clip; the optimizer's moments stay, all else is
+        rolled back."""
         c = self.config
         masters = [group.master.clone() for group in self.weights.groups]
         position, states, rng = self.position, dict(self.states), torch.get_rng_state()
@@ -4975,7 +4976,8 @@ class Run:
         self.vocabulary = load_vocabulary(c)
         check_source(c, self.vocabulary)
         validation = load_validation(c)
-        self.trainer = Trainer(c, runtime, TokenStream(find_shards(c.data_path, "train"), c.vocab_size))
+        stream = TokenStream(find_shards(c.data_path, "train"), c.vocab_size)
+        self.trainer = Trainer(c, runtime, stream)
         self.evaluator = Evaluator(
             self.trainer.model, validation, self.vocabulary, c.train_seq_len,
             max(1, c.val_batch_size // c.micro_batches), runtime, self.trainer.forward)
@@ -5001,8 +5003,8 @@ class Run:
         self.folder = RunFolder(path, runtime.main, journals)
         self.log = self.folder.log
         if saved:
-            notes.append(f"resumed at step {self.step} after {self.clock.seconds():.1f} s of training")
-            changes = differences(saved["config"], c.named())
+            seconds, changes = self.clock.seconds(), differences(saved["config"], c.named())
+            notes.append(f"resumed at step {self.step} after {seconds:.1f} s of training")
             notes += [f"changed since the checkpoint: {change}" for change in changes]
         for note in notes if saved else [*notes, *self.head()]:
             self.log(note)
@@ -5025,15 +5027,16 @@ class Run:
     def catch(self, number: int, frame) -> None:
         """A flag for the loop; a second SIGINT ends at once, any signal in the final evaluation."""
         if self.evaluating:
-            raise RunStopped(f"stopped by {signal.Signals(number).name} in the final evaluation; the "
-                             "same command repeats it", 128 + number)
+            name = signal.Signals(number).name
+            raise RunStopped(f"stopped by {name} in the final evaluation; the same command "
+                             "repeats it", 128 + number)
         if self.caught and number == signal.SIGINT:
             os._exit(128 + number)
         self.caught = number
 
     def claim(self, path: Path, note: Callable[[str], None]) -> None:
         """Rank 0 makes and locks the folder. A finished run is refused; OVERWRITE=1 removes it."""
-        c, names = self.config, "log.txt metrics.jsonl config.json model.jepa result.json curves.png"
+        names = "log.txt metrics.jsonl config.json model.jepa result.json curves.png".split()
         try:
             path.mkdir(parents=True, exist_ok=True)
             self.lock = open(path / ".lock", "a+", encoding="utf-8")  # as long as it is open
@@ -5041,48 +5044,51 @@ class Run:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 self.lock.seek(0)
-                raise UserError(f"RUN_ID={path.name}: {path} is in use by {self.lock.read() or 'a run'}; "
-                                "stop that run, or choose another RUN_ID") from None
+                holder = self.lock.read() or "another run"
+                raise UserError(f"RUN_ID={path.name}: {path} is in use by {holder}; stop that run, "
+                                "or choose another RUN_ID") from None
             except OSError as error:
                 note(f"{path}: no file locks here ({error.strerror}); two runs must not share it")
             self.lock.truncate(0)
             self.lock.write(f"process {os.getpid()} of {os.getppid()} on {platform.node()}")
             self.lock.flush()
             old = list(path.glob(".*.tmp"))  # by a process that was killed
-            if c.overwrite and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-                old += [path / name for name in names.split()] + self.checkpoints.paths()
+            if self.config.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+                old += [path / name for name in names] + self.checkpoints.paths()
             elif (path / "result.json").exists():
                 raise UserError(f"RUN_ID={path.name}: {path} holds a finished run; choose another "
                                 "RUN_ID, or OVERWRITE=1")
             for file in old:
                 file.unlink(missing_ok=True)
         except OSError as error:
-            raise UserError(f"{error.filename or path}: cannot be used ({error.strerror})") from error
-        if c.checkpoint_dir:
+            place = error.filename or path
+            raise UserError(f"{place}: cannot be used ({error.strerror})") from error
+        if self.config.checkpoint_dir:
             self.checkpoints.probe()
 
     def head(self) -> Iterator[str]:
         """The log's first lines: source, configuration, machine, sizes."""
         c, trainer, evaluator, source = self.config, self.trainer, self.evaluator, source_text()
         size, digest = len(source.encode()), hashlib.sha256(source.encode()).hexdigest()
-        self.log(f"{source}\nscript: {size} bytes, sha256 {digest}\n\n{c.render()}\n", console=False)
-        yield "machine: " + ", ".join(f"{k} {value}" for k, value in self.runtime.describe().items())
+        text = f"{source}\nscript: {size} bytes, sha256 {digest}\n\n{c.render()}\n"
+        self.log(text, console=False)
+        yield "machine: " + ", ".join(f"{k} {x}" for k, x in self.runtime.describe().items())
         yield (f"run: {self.folder.path}  parameters: {count_parameters(trainer.model):,} stored + "
                f"{count_parameters(trainer.jepa):,} training-only")
-        yield (f"data: {len(trainer.stream):,} training tokens, {evaluator.targets:,} validation tokens = "
-               f"{evaluator.bytes:,} bytes; documents begin with token {self.vocabulary.bos_id} (0 bytes)")
+        yield (f"data: {len(trainer.stream):,} training tokens, {evaluator.targets:,} validation "
+               f"tokens = {evaluator.bytes:,} bytes")
         if trainer.note:
             yield trainer.note
-        yield (f"scan: {trainer.kernels.name}; compile: {c.compile_mode}; step: {c.train_batch_tokens:,} "
-               f"tokens in {c.micro_batches} micro-batches on {self.runtime.world} rank(s)")
+        yield (f"scan: {trainer.kernels.name}; compile: {c.compile_mode}; step: "
+               f"{c.train_batch_tokens:,} tokens in {c.micro_batches} micro-batches on "
+               f"{self.runtime.world} rank(s)")
         if not self.runtime.cuda and (busy := busy_machine()):
-            yield (f"busy: {busy}; other processes slow this run down, and under a time limit it does "
-                   "fewer steps")
+            yield f"busy: {busy}; other processes slow this run down: fewer steps in a limited time"
         if c.warmup_steps:
             yield f"warm-up: {c.warmup_steps} steps, rolled back afterwards"
 
     def measure_reserve(self) -> float:
-        """Seconds of what reads training data after the last step, by one batch, and a quarter more."""
+        """1.25 times the seconds of what reads training data after the last step, by one batch."""
         c, runtime, total = self.config, self.runtime, 0.0
         batch = self.evaluator.sequences * c.train_seq_len
         search = lambda count: search_temperatures(self.evaluator.on(self.next_tokens(count)), c)
@@ -5106,7 +5112,7 @@ class Run:
             seconds, fault = clock.seconds() if runtime.main else -math.inf, trainer.read_ahead()
             elapsed, caught, bad = runtime.agree(seconds, self.caught, bool(fault))
             progress = measure_progress(self.step, c.iterations, elapsed, cap)
-            finished = progress.fraction >= 1
+            fraction, finished = progress.fraction, progress.fraction >= 1
             due = finished or c.val_loss_every and self.step % c.val_loss_every == 0
             if due and self.step != self.validated:
                 self.validate(elapsed)
@@ -5114,12 +5120,12 @@ class Run:
                 break
             if caught or bad:
                 self.leave(int(caught), fault)
-            stage = loss_weights(progress.fraction, c).stage
+            stage = loss_weights(fraction, c).stage
             if stage != self.stage and not c.joint:
-                self.log(f"stage: {stage} begins at step {self.step} (progress {progress.fraction:.3f})")
+                self.log(f"stage: {stage} begins at step {self.step} (progress {fraction:.3f})")
             self.stage = stage
             self.remember(elapsed)
-            HEARTBEAT.doing = f"step {self.step + 1}, {100 * progress.fraction:.0f}% of the training"
+            HEARTBEAT.doing = f"step {self.step + 1}, {100 * fraction:.0f}% of the training"
             parts = trainer.train_step(progress)
             self.step += 1
             if self.step % c.train_log_every == 0 or self.step <= 10:
@@ -5140,7 +5146,8 @@ class Run:
         self.trainer.weights.load("average")
         self.score, self.validated = self.evaluator.standard()[0], self.step
         loss, bpb = self.score
-        self.log(f"step:{self.step} val_loss:{loss:.4f} val_bpb:{bpb:.4f} train_time:{elapsed:.1f}s")
+        self.log(f"step:{self.step} val_loss:{loss:.4f} val_bpb:{bpb:.4f} "
+                 f"train_time:{elapsed:.1f}s")
         latent = self.latent_report() if self.config.diagnostics else {}
         self.folder.metric(kind="validation", step=self.step, val_loss=loss, val_bpb=bpb,
                            seconds=elapsed, **latent)
@@ -5152,15 +5159,15 @@ class Run:
         self.save(self.clock.seconds())
         self.checkpoints.wait()
         if caught:
-            raise RunStopped(f"stopped by {signal.Signals(caught).name} after step {self.step}; the "
-                             f"same command with RUN_ID={self.folder.path.name} goes on from there",
-                             128 + caught)
+            name, run_id = signal.Signals(caught).name, self.folder.path.name
+            raise RunStopped(f"stopped by {name} after step {self.step}; the same command with "
+                             f"RUN_ID={run_id} goes on from there", 128 + caught)
         faults = [text for text in self.runtime.collect(fault) if text]
         raise UserError(f"{faults[0]}; the state of step {self.step} is saved")
 
     def checkpoint_due(self, progress: Progress, elapsed: float) -> bool:
-        """After CHECKPOINT_EVERY steps; without it every ten minutes of a run longer than thirty.
-        Not in a row of steps that were skipped."""
+        """Every CHECKPOINT_EVERY steps, or ten minutes of a run longer than thirty; not while steps
+        are skipped."""
         every = self.config.checkpoint_every
         due = bool(every) and self.step % every == 0
         if not every and elapsed - self.saved_at >= 600 and elapsed > 1800 * progress.fraction:
@@ -5170,7 +5177,7 @@ class Run:
         return due and not self.trainer.optimizer.skipped_in_row
 
     def log_step(self, progress: Progress, parts: Tensor) -> None:
-        """The step:... line and metrics. Only here does the loop wait for the device."""
+        """Only here does the loop wait for the device."""
         c, fraction, seconds = self.config, progress.fraction, self.clock.seconds()
         self.runtime.sum_(parts[:-1])
         *values, norm = parts.tolist()
@@ -5180,14 +5187,15 @@ class Run:
         left = int(seconds * (1 - fraction) / max(fraction, 1e-9))
         eta = f" eta:{left // 60}:{left % 60:02d}" if fraction > 1e-4 else ""
         self.log(f"step:{self.step} {100 * fraction:.0f}%{eta} {shown} grad_norm:{norm:.3f} "
-                 f"lr_scale:{scale:.3f} time:{seconds:.1f}s step_avg:{1e3 * seconds / self.step:.1f}ms "
+                 f"lr_scale:{scale:.3f} time:{seconds:.1f}s "
+                 f"step_avg:{1e3 * seconds / self.step:.1f}ms "
                  f"tok/s:{self.trainer.tokens / max(seconds, 1e-9):.0f}")
         self.folder.metric(kind="train", step=self.step, progress=fraction,
-                           **dict(zip(TERMS, values)), grad_norm=norm, lr_scale=scale, seconds=seconds,
-                           skipped=int(self.trainer.optimizer.skipped))
+                           **dict(zip(TERMS, values)), grad_norm=norm, lr_scale=scale,
+                           seconds=seconds, skipped=int(self.trainer.optimizer.skipped))
 
     def remember(self, elapsed: float) -> None:
-        """Keep copies of two recent states: at least the older one was followed by a finite step."""
+        """Keep copies of two recent states: a finite step followed at least the older one."""
         every = self.config.train_log_every if self.runtime.cuda else self.config.nonfinite_limit
         if self.step % every == 0 and not self.trainer.optimizer.skipped_in_row:
             meta, tensors = self.snapshot(elapsed)
@@ -5195,8 +5203,8 @@ class Run:
             self.good = [*self.good[-1:], (self.step, meta, copies)]
 
     def guard(self, progress: Progress, force: bool) -> None:
-        """End after NONFINITE_LIMIT non-finite steps in a row, with the last good state as newest
-        checkpoint; the failing batch is run once more, to name terms and layers."""
+        """End after NONFINITE_LIMIT non-finite steps in a row, the last good state saved; the failing
+        batch is run once more, to name terms and layers."""
         trainer, c, fraction = self.trainer, self.config, progress.fraction
         if self.runtime.cuda and not force or trainer.optimizer.skipped_in_row < c.nonfinite_limit:
             return
@@ -5221,9 +5229,10 @@ class Run:
             self.checkpoints.wait()
         raise RunStopped(
             f"stopped at step {self.step}: {skipped} steps in a row had a non-finite gradient; "
-            f"terms: {', '.join(terms) or 'all finite'}; layers: {', '.join(layers[:4]) or 'none'}; "
-            f"the last good state, of step {good[0]}, is saved: lower rates and "
-            f"RESUME_AFTER_DIVERGENCE=1 RUN_ID={self.folder.path.name} go on from it", 1)
+            f"terms: {', '.join(terms) or 'all finite'}; "
+            f"layers: {', '.join(layers[:4]) or 'none'}; the last good state, of step {good[0]}, "
+            "is saved: lower rates and RESUME_AFTER_DIVERGENCE=1 "
+            f"RUN_ID={self.folder.path.name} go on from it", 1)
 
     def save(self, seconds: float) -> None:
         """Hand a snapshot to the checkpoint writer."""
@@ -5232,12 +5241,12 @@ class Run:
             self.checkpoints.save(self.step, meta, tensors)
 
     def snapshot(self, seconds: float) -> tuple[dict, dict[str, Tensor]]:
-        """Everything a checkpoint holds: meta data for JSON, and tensors (views, on their device)."""
+        """Everything a checkpoint holds: meta data for JSON, and tensors (views)."""
         c, trainer, tensors = self.config, self.trainer, self.tensors()
-        meta = dict(step=self.step, seconds=seconds, position=trainer.position, tokens=trainer.tokens,
-                    stage=self.stage, journals=self.folder.sizes(), fixed=c.fixed(), config=c.named(),
+        meta = dict(step=self.step, stage=self.stage, validated=self.validated, score=self.score,
+                    position=trainer.position, tokens=trainer.tokens, seconds=seconds,
                     averaged=any(name.startswith("average/") for name in tensors),
-                    validated=self.validated, score=self.score)
+                    journals=self.folder.sizes(), fixed=c.fixed(), config=c.named())
         if c.carry_state:
             own = {name: t.cpu() for name, t in tensors.items() if name.startswith("state/")}
             tensors |= {k: t for states in self.runtime.collect(own) for k, t in states.items()}
@@ -5246,8 +5255,9 @@ class Run:
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint that `restore` writes into."""
         weights = self.trainer.weights
+        averaged = weights.groups[0].average is not None
         parts = {"master": weights.tensors(), "optimizer": self.trainer.optimizer.state(),
-                 "average": weights.tensors("average") if weights.groups[0].average is not None else {},
+                 "average": weights.tensors("average") if averaged else {},
                  "state": {f"{micro}/{layer}/{index}": tensor  # CARRY_STATE, of this rank
                            for micro, states in self.trainer.states.items()
                            for layer, state in enumerate(states or ())
@@ -5266,8 +5276,8 @@ class Run:
                 free += Config.tagged("grid")
             free += Config.tagged("rate") if c.resume_after_divergence else []
             if lines := differences(meta["fixed"], c.fixed(), but=free):
-                raise UserError(f"RUN_ID={path.name}: its checkpoint was made with other settings; undo "
-                                "these, or start another RUN_ID:\n  " + "\n  ".join(lines))
+                raise UserError(f"RUN_ID={path.name}: its checkpoint was made with other settings; "
+                                "undo these, or start another RUN_ID:\n  " + "\n  ".join(lines))
             if meta["averaged"]:  # makes room
                 trainer.weights.average(c.swa_decay, torch.ones(()))
             for name, tensor in self.tensors().items():
@@ -5288,12 +5298,12 @@ class Run:
         return meta
 
     def finish(self) -> dict[str, Any]:
-        """After the last step: diagnostics, artifact, all scores of the file read back, result.json."""
+        """After the last step: diagnostics, artifact, scores of the file read back, result.json."""
         c, trainer, runtime, started = self.config, self.trainer, self.runtime, now()
         for name, weight in trainer.weights.tensors("average").items():
             if not all_finite(weight):
-                raise RunStopped(f"the last steps diverged: {name} holds NaN or infinity and cannot "
-                                 "be stored; lower the learning rates", 1)
+                raise RunStopped(f"the last steps diverged: {name} holds NaN or infinity; lower "
+                                 "the learning rates", 1)
         trainer.weights.load("average")
         diagnostics = self.latent_report() if c.diagnostics else {}
         if c.diagnostics and c.probe_steps:
@@ -5311,15 +5321,17 @@ class Run:
         seconds, moments = self.clock.seconds(), self.moments_seconds
         data_seconds = seconds + moments + scores["temperature_seconds"]
         if cap := c.max_wallclock_seconds:
-            self.log(f"clock: training {seconds:.1f} s + moments {moments:.1f} s + temperature search "
-                     f"{scores['temperature_seconds']:.1f} s = {data_seconds:.1f} s: "
+            self.log(f"clock: training {seconds:.1f} s + moments {moments:.1f} s + temperature "
+                     f"search {scores['temperature_seconds']:.1f} s = {data_seconds:.1f} s: "
                      f"{'WITHIN' if data_seconds <= cap else 'OVER'} {cap:g} s")
-        self.log("size: artifact {artifact_bytes:,} ({codec}) + code {code_bytes:,} = {total_bytes:,} "
-                 "bytes: {} {:,}".format("FITS" if sizes["fits"] else "OVER", SIZE_LIMIT, **sizes))
+        self.log("size: artifact {artifact_bytes:,} ({codec}) + code {code_bytes:,} = "
+                 "{total_bytes:,} bytes: {} {:,}".format(
+                     "FITS" if sizes["fits"] else "OVER", SIZE_LIMIT, **sizes))
         machine, (val_loss, val_bpb) = runtime.describe(), self.score
         result = dict(
-            run_id=self.folder.path.name, steps=self.step, train_seconds=seconds, val_loss=val_loss,
-            val_bpb=val_bpb, data_seconds=data_seconds, ms_per_step=1e3 * seconds / max(self.step, 1),
+            run_id=self.folder.path.name, steps=self.step, val_loss=val_loss, val_bpb=val_bpb,
+            train_seconds=seconds, data_seconds=data_seconds,
+            ms_per_step=1e3 * seconds / max(self.step, 1),
             tokens_per_second=trainer.tokens / max(seconds, 1e-9), **sizes, **scores,
             artifact_sha256=file_hash(path), eval_seconds=now() - started, seed=c.seed,
             script_sha256=hashlib.sha256(source_text().encode()).hexdigest(),
@@ -5337,8 +5349,8 @@ class Run:
         self.log(f"done: {self.folder.path}  roundtrip_val_bpb:{bpb:.6f} "
                  f"eval_time:{result['eval_seconds']:.1f}s")
         if not math.isfinite(bpb):
-            raise RunStopped("the final score is not finite: the stored model predicts nothing; lower "
-                             "the learning rates, or mend LOGIT_SOFTCAP and the like", 1)
+            raise RunStopped("the final score is not finite: the stored model predicts nothing; "
+                             "lower the learning rates, or mend LOGIT_SOFTCAP and the like", 1)
         return result
 
     def write_model(self) -> dict[str, Any]:
@@ -5356,14 +5368,14 @@ class Run:
         report = self.runtime.main_first(write)
         size, codec, sizes = (report[key] for key in ("bytes", "codec", "codec_bytes"))
         listed = ", ".join(f"{name} {count:,}" for name, count in sizes.items())
-        self.log(f"artifact: {size:,} bytes with {codec} ({listed}); entropy {report['entropy_bytes']:,}")
+        self.log(f"artifact: {size:,} bytes with {codec} ({listed}); "
+                 f"entropy {report['entropy_bytes']:,}")
         code = len(shipped_script(source_text()))
         return dict(artifact_bytes=size, code_bytes=code, total_bytes=size + code,
                     fits=size + code <= SIZE_LIMIT, codec=codec, codec_bytes=sizes)
 
     def unseen_position(self) -> int | None:
-        """Where unseen training tokens begin. None after a full epoch: calibrating on seen tokens
-        biases the temperature low."""
+        """Where unseen training tokens begin; None after an epoch: seen ones bias the temperature."""
         position = self.trainer.position
         return position if position + CALIBRATION < self.trainer.batches.span() else None
 
@@ -5373,7 +5385,7 @@ class Run:
         return calibration_tokens(stream, position, self.config.train_seq_len, count)
 
     def layer_moments(self, count: int) -> dict[str, Tensor]:
-        """`input_moments` over training tokens, on the plain grid: near to what the layers will see."""
+        """`input_moments` over training tokens, on the plain grid: near what layers will see."""
         model, runtime = self.trainer.model, self.runtime
         self.trainer.weights.load("average", qat=True)
         sequences = self.next_tokens(count)[:-1].view(-1, self.config.train_seq_len)
@@ -5416,8 +5428,8 @@ class Run:
         report |= dict(z_dim=z.size(-1), sigreg=value, sigreg_over_null=value / null)
         for k, pair in enumerate(rollout(jepa, z, c.jepa_steps) if c.jepa_on else (), 1):
             report[f"predictability_{k}"] = predictability(*pair)
-        weights = loss_weights(0.0 if c.joint else 0.5, dataclasses.replace(c, sigreg_schedule=False))
-        weights = weights._replace(ce=1.0)
+        unramped = dataclasses.replace(c, sigreg_schedule=False)
+        weights = loss_weights(0.0 if c.joint else 0.5, unramped)._replace(ce=1.0)
         with torch.enable_grad():
             leaf = h.detach().requires_grad_()
             terms = loss_terms(c, trainer.model, jepa, leaf, y, positions, trainer.directions,
@@ -5453,7 +5465,7 @@ def shapes_of(tensors: dict[str, Tensor]) -> dict[str, tuple]:
 
 
 def plot_curves(folder: Path) -> None:
-    """curves.png over steps: cross-entropy, latent terms, validation BPB; none without matplotlib."""
+    """curves.png: cross-entropy, latent terms and BPB over steps; none without matplotlib."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
@@ -5461,7 +5473,7 @@ def plot_curves(folder: Path) -> None:
     plt.switch_backend("Agg")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     figure, panels = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
-    titles = ("Cross-entropy, nats per token", "Latent terms, unweighted", "Validation, bits per byte")
+    titles = "Cross-entropy, nats per token", "Latent terms", "Validation, bits per byte"
     curves = ((0, "ce", "#0072B2"), (1, "jepa", "#E69F00"), (1, "anti", "#009E73"),
               (1, "cov", "#CC79A7"), (2, "val_bpb", "#D55E00"))  # colors of Okabe and Ito
     for panel, name, color in curves:
