@@ -42,7 +42,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
-import itertools
 import json
 import lzma
 import math
@@ -4334,69 +4333,67 @@ def input_moments(model: nn.Module, batches: Iterable, forward: Callable) -> dic
 # ------------------------------------------------------------------------------
 
 def count_parameters(module: nn.Module | None) -> int:
-    return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
+    return sum(p.numel() for p in module.parameters()) if module is not None else 0
 
 
 def build_models(c: Config, kernels: Kernels | None = None
                  ) -> tuple[LanguageModel, JepaHead | None]:
-    """The stored model and the training-only head (None when every latent term is off), both
-    initialized from SEED."""
+    """The stored model and the head for training only (None: no latent term), drawn from SEED."""
     torch.manual_seed(c.seed)
     model = LanguageModel(c, kernels)
     return model, JepaHead(c) if c.latent_on else None
 
 
 def memory_need(c: Config, cuda: bool) -> float:
-    """Rough bytes of memory that MODE needs on one rank, rather too few than too many: weights and
-    what training keeps of each, activations of a micro-batch or of a batch of validation. Infinite
-    where a shape overflows."""
+    """Rough bytes of memory that MODE needs on one rank, rather too few than too many."""
     try:
         with torch.device("meta"):  # shapes only
             weights = sum(map(count_parameters, build_models(c)))
     except (RuntimeError, OverflowError, TypeError, ValueError):
-        return math.inf
+        return math.inf  # a shape overflows
     if c.mode == "describe":
         return 12 * weights  # initial, synthetic, symbols
-    T, D, tokens = c.train_seq_len, c.model_dim, c.micro_tokens
-    value = 2 if c.dtype == "bf16" or cuda and c.dtype == "auto" else 4  # bytes
-    mixers = {"m": 6 * c.d_inner + 4 * c.d_state, "a": 4 * D}  # values per token that autograd keeps
-    layers = [4 * D + mixers[letter] + (2 * c.mlp_mult * D if index % c.mlp_every == 0 else 0)
-              for index, letter in enumerate(c.pattern)]
-    states = 4 * c.d_inner * c.d_state * c.pattern.count("m")  # bytes per sequence
+    L, D, mambas, tokens = c.num_layers, c.model_dim, c.pattern.count("m"), c.micro_tokens
+    size = 2 if c.dtype == "bf16" or cuda and c.dtype == "auto" else 4
+    kept = (8 * L * D + mambas * (6 * c.d_inner + 4 * c.d_state - 4 * D)  # by autograd, per token
+            + 2 * c.mlp_mult * D * len(range(0, L, c.mlp_every)))
     latents = c.latent * (2 + c.predictor_hidden_mult) * c.jepa_steps if c.jepa_on else 0
-    training = tokens * (value * (sum(layers) + latents) + states / (c.ssd_chunk or 64))
-    if c.latent_on:
-        training += 4 * c.micro_sequences * min(T, 64) * c.num_proj * c.sigreg_knots
-    training *= 2 if c.compile_mode == "off" else 1  # eager: autograd keeps more of the steps between
-    if c.carry_state:
-        training += states * c.micro_sequences * c.micro_batches
-    need = 4 * c.num_proj * c.latent + 16 * c.train_batch_tokens + 100 * c.micro_batches
+    states = 4 * c.d_inner * c.d_state * mambas  # bytes per sequence
+    training = tokens * (size * (kept + latents) + states / (c.ssd_chunk or 64))
+    training *= 2 if c.compile_mode == "off" else 1  # eager: autograd keeps what lies between
+    phases = 0  # of SIGReg: its backward pass holds six such tensors; compiled, none
+    if c.latent_on and c.anti_weight > 0 and c.anticollapse == "sigreg":
+        phases = 4 * c.micro_sequences * min(c.train_seq_len, 64) * c.num_proj * c.sigreg_knots
+    training += phases * {"off": 6, "aot_eager": 4}.get(c.compile_mode, 0)
+    training += states * c.micro_sequences * c.micro_batches if c.carry_state else 0
+    need = 4 * c.num_proj * c.latent + 16 * c.train_batch_tokens
     if c.mode == "bench":
         return need + training + 16 * weights  # fp32 masters, compute weights, gradients, moments
     limit = c.val_max_tokens or math.inf
     batch = min(c.val_batch_size // c.micro_batches, limit)
     if c.sliding_eval:
-        batch = max(batch, T * min(c.sliding_batch_size, limit / c.sliding_eval_stride))
-    validation = batch * value * (D * len(layers) + max(layers)) / 2  # skips, and half of a layer
-    need += 16 * c.rounding_tokens if c.rounding == "compensated" else 0
-    return need + max(training, validation) + 32 * weights  # two good states besides
+        windows = min(c.sliding_batch_size, limit / c.sliding_eval_stride)
+        batch = max(batch, c.train_seq_len * windows)
+    validation = batch * size * (L * D + kept / L) / 2  # skips, and half of a layer
+    report = 6 * phases * min(1, limit / tokens) if c.diagnostics else 0  # is never compiled
+    return need + max(training, validation, report) + 32 * weights  # two good states besides
 
 
 def check_memory(c: Config, cuda: bool) -> None:
-    """UserError if MODE needs more memory than this machine has, before anything large is made; the
-    size knob that is furthest above its default is named."""
+    """UserError if MODE needs more than there is; it names the size furthest above its default."""
     need, memory = memory_need(c, cuda), machine_memory(cuda)
     need *= 1 if cuda else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if need > memory:
-        excess = lambda name: getattr(c, name.lower()) / (Config.knobs()[name].default or c.model_dim)
+        values, knobs = c.named(), Config.knobs()
+        excess = lambda name: values[name] / (knobs[name].default or c.model_dim)
         name = max(Config.tagged("size"), key=excess)
         amount = f"about {need / 1e9:,.1f} GB of memory" if need < 1e18 else "memory beyond measure"
-        raise UserError(f"{name}={getattr(c, name.lower())}: MODE={c.mode} needs {amount}, and "
-                        f"{memory / 1e9:,.1f} GB are here; lower it, or another of the sizes")
+        raise UserError(f"{name}={values[name]}: MODE={c.mode} needs {amount}, and "
+                        f"{memory / 1e9:,.1f} GB are here; lower it, or another size")
 
 
 def keyed_generator(*key: int) -> torch.Generator:
-    """A random generator that depends on the key alone: equal on every rank and after a resume."""
+    """Depends on the key alone: equal on every rank and after a resume."""
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> 1))
 
@@ -4411,7 +4408,7 @@ def compiled(function: Callable, mode: str) -> Callable:
 
 
 class Trainer:
-    """Model, optimizer and data of a run, and the step that joins them."""
+    """Model, optimizer and data, and the step that joins them."""
 
     def __init__(self, config: Config, runtime: Runtime, stream: TokenStream):
         c = self.config = config
@@ -4421,9 +4418,8 @@ class Trainer:
         self.plan = storage_plan(self.model, c)
         directions = torch.randn(c.num_proj, c.latent, generator=keyed_generator(c.seed, 1))
         self.directions = F.normalize(directions, dim=-1).to(runtime.device)
-        self.model.to(runtime.device)
-        if self.jepa is not None:
-            self.jepa.to(runtime.device)
+        for module in filter(None, (self.model, self.jepa)):
+            module.to(runtime.device)
         self.weights = Weights(self.model, self.jepa, self.plan, c, runtime)
         if runtime.cuda and c.kernel_check != "0" and (fault := self.weights.snap_fault()):
             self.note = f"{self.note}\n{replaced('snap', fault, c.kernel_check)}".strip()
@@ -4443,38 +4439,33 @@ class Trainer:
 
     def _losses(self, x: Tensor, y: Tensor, positions: Tensor, weights: Tensor, states,
                 active: Active) -> tuple[Tensor, Tensor, list | None]:
-        """Weighted sum of TERMS, the terms without gradient (cross-entropy without z-loss), and the
-        mixers' states under CARRY_STATE; one graph."""
-        h, states = self.model(x, self.runtime.dtype, states)
-        terms = loss_terms(self.config, self.model, self.jepa, h, y, positions, self.directions,
-                           active)
+        """One graph: weighted sum of TERMS, the terms for the log, states under CARRY_STATE."""
+        c, model = self.config, self.model
+        h, states = model(x, self.runtime.dtype, states)
+        terms = loss_terms(c, model, self.jepa, h, y, positions, self.directions, active)
         total = sum(weight * terms[name] for weight, name in zip(weights, TERMS) if name in terms)
         shown = terms | ({"ce": terms["nll"]} if "ce" in terms else {})
         zero = h.new_zeros((), dtype=torch.float32)
         parts = torch.stack([shown.get(name, zero).detach() for name in TERMS])
-        return total, parts, map_states(torch.detach, states) if self.config.carry_state else None
+        return total, parts, map_states(torch.detach, states) if c.carry_state else None
 
     def step_inputs(self, step: int, micro: int) -> tuple[Tensor, Tensor, Tensor]:
-        """x, y (B,T) and SIGReg's positions of one micro-batch, on the device; randomness follows
-        from (seed, step, micro-batch)."""
+        """x, y (B,T) and SIGReg's positions (S,) of one micro-batch, on the device."""
         x, y = self.ahead.pop((self.position, micro), None) or self.batches(self.position, micro)
         generator = keyed_generator(self.config.seed, 2, step, micro)
         positions = torch.randint(x.size(1), (min(64, x.size(1)),), generator=generator)
         return tuple(map(self.runtime.to_device, (x, y, positions)))
 
     def read_ahead(self) -> str:
-        """Read this rank's batches of the next step. Returns the fault of a shard, or "": the step
-        has not begun then, and all ranks can save and end together."""
+        """Read the next step's batches while all ranks can still save; returns a shard's fault."""
         try:
-            self.ahead = {(self.position, micro): self.batches(self.position, micro)
-                          for micro in self.micros}
+            self.ahead = {(self.position, i): self.batches(self.position, i) for i in self.micros}
         except UserError as fault:
             return str(fault)
         return ""
 
     def accumulate(self, step: int, weights: LossWeights, keep_states: bool = True) -> Tensor:
-        """Gradients of this rank's micro-batches, summed over ranks; returns this rank's share of
-        the mean of TERMS."""
+        """Gradients, summed over ranks; returns this rank's share of the mean of TERMS."""
         c, parts = self.config, torch.zeros(len(TERMS), device=self.runtime.device)
         numbers = self.runtime.to_device(torch.tensor(weights[:len(TERMS)]))
         for micro in self.micros:
@@ -4489,8 +4480,7 @@ class Trainer:
         return parts
 
     def train_step(self, progress: Progress) -> Tensor:
-        """One optimizer step: storage grid, batches, losses, gradients, update. Returns this rank's
-        share of TERMS, then the gradient norm."""
+        """Returns this rank's share of TERMS, then the gradient norm."""
         c, before = self.config, dict(self.states)
         self.weights.load(qat=qat_on(progress.fraction, c.qat_fraction))
         parts = self.accumulate(progress.step, loss_weights(progress.fraction, c))
@@ -4506,13 +4496,11 @@ class Trainer:
         return torch.cat((parts, norm.view(1)))
 
     def choose_threads(self) -> str:
-        """On a busy CPU, the number of threads that makes forward and backward fastest: two that wait
-        for each other may be slower than one. Returns a line for the log, "" if nothing changed."""
-        limit = torch.get_num_threads()
+        """On a busy CPU, set the fastest number of threads; returns a line for the log, or ""."""
+        limit, seconds, threads = torch.get_num_threads(), {}, 1
         settled = self.runtime.cuda or self.runtime.world > 1 or "OMP_NUM_THREADS" in os.environ
         if settled or not busy_machine(1):
             return ""
-        seconds, threads = {}, 1
         while threads <= limit and (threads < 2 or seconds[threads // 2] == min(seconds.values())):
             torch.set_num_threads(threads)
             started = now()
@@ -4523,12 +4511,12 @@ class Trainer:
         torch.set_num_threads(best := min(seconds, key=seconds.get))
         measured = ", ".join(f"{count}: {time:.2f} s" for count, time in seconds.items())
         return "" if best == limit else (
-            f"threads: {best} instead of {limit}, measured on this busy machine ({measured}); bits may "
-            f"differ from those of a run with {limit}; OMP_NUM_THREADS={limit} sets their number")
+            f"threads: {best} instead of {limit}, measured on this busy machine ({measured}); last "
+            f"bits may differ for it; OMP_NUM_THREADS={limit} sets their number")
 
     def warm_up(self) -> None:
-        """Warm-up steps at the base rates, without QAT and clip. Weights, data position and
-        randomness are then rolled back; the optimizer's moments stay."""
+        """Steps at the base rates, without QAT and clip; the optimizer's moments stay, all else is
+        rolled back."""
         c = self.config
         masters = [group.master.clone() for group in self.weights.groups]
         position, states, rng = self.position, dict(self.states), torch.get_rng_state()
@@ -4546,58 +4534,23 @@ class Trainer:
         self.optimizer.reset_after_warmup(c.warmup_rollback == "all")
 
     def run_phases(self) -> None:
-        """Compile ahead: forward and backward once for every combination of terms that the schedule
-        will ask for. Changes nothing."""
+        """Compile ahead: forward and backward for every combination of terms in the schedule."""
         if self.config.compile_mode == "off":
             return
         self.weights.load()
-        phases = {}
-        for p in np.linspace(0, 1, 1001).tolist():
-            weights = loss_weights(p, self.config)
-            phases.setdefault(weights.active, weights)
+        schedule = [loss_weights(p, self.config) for p in np.linspace(1, 0, 1001).tolist()]
+        phases = {weights.active: weights for weights in schedule}  # the first of each
         for weights in progress_bar([*phases.values()], "compilation", self.runtime.main):
             self.accumulate(0, weights, keep_states=False)
             self.weights.zero_grad()
 
-    def prepare(self, resumed: bool) -> None:
-        """Warm-up steps; on resume only the compilation."""
-        try:
-            self.run_phases() if resumed else self.warm_up()
-        except torch.OutOfMemoryError:
-            c = self.config
-            raise UserError(
-                f"out of GPU memory with micro-batches of {c.micro_sequences} x {c.train_seq_len} "
-                f"tokens; raise MICRO_BATCHES={c.micro_batches} or take a smaller model") from None
-
 
 class RunStopped(Exception):
-    """A run that ended early on purpose: `code` is the exit code, the message says how to go on."""
+    """A run that ended early on purpose, with this exit code; the message says how to go on."""
 
     def __init__(self, message: str, code: int):
         super().__init__(message)
         self.code = code
-
-
-class Signals:
-    """SIGTERM, SIGHUP and SIGINT as a flag for the loop; a second SIGINT ends at once."""
-
-    def __init__(self):
-        self.caught, self.released = 0, False
-        with contextlib.suppress(ValueError):  # outside the main thread, in tests
-            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-                signal.signal(number, self._catch)
-
-    def _catch(self, number: int, frame) -> None:
-        if self.released:
-            raise RunStopped(f"stopped by {signal.Signals(number).name} in the final evaluation; the "
-                             "same command repeats it", 128 + number)
-        if self.caught and number == signal.SIGINT:
-            os._exit(128 + number)
-        self.caught = number
-
-    def release(self) -> None:
-        """From now on signals act at once: a checkpoint can repeat the final evaluation."""
-        self.released = True
 
 
 class Stopwatch:
@@ -4606,250 +4559,187 @@ class Stopwatch:
     def __init__(self, seconds: float = 0.0):
         self.before, self.started = seconds, None
 
-    def start(self) -> None:
-        self.started = now()
-
-    def stop(self) -> None:
-        self.before, self.started = self.seconds(), None
-
     def seconds(self) -> float:
         return self.before + (now() - self.started if self.started is not None else 0.0)
 
-    @contextlib.contextmanager
-    def paused(self, runtime: Runtime) -> Iterator[None]:
-        """Stand still inside the block; both ends wait for the GPU's queue."""
-        runtime.synchronize()
-        self.stop()
-        yield
-        runtime.synchronize()
-        self.start()
+    def run(self, on: bool) -> None:
+        self.before, self.started = self.seconds(), now() if on else None
 
 
 def default_run_id(c: Config) -> str:
-    """Kind, size, seed, time and a hash of the configuration."""
+    """Kind, size, seed, time and process of the run; the same after a restart by torchrun."""
     kind = {"mamba2": "mamba2", "attention": "bytejepa"}.get(c.mixer, "hybrid")
-    begun = datetime.now()
-    if "TORCHELASTIC_RESTART_COUNT" in os.environ:  # the same name after a restart by torchrun
+    process, begun = os.getpid(), datetime.now()
+    if "TORCHELASTIC_RESTART_COUNT" in os.environ:
+        process = os.getppid()
         with contextlib.suppress(OSError):
-            begun = datetime.fromtimestamp(os.stat(f"/proc/{os.getppid()}").st_ctime)
-    digest = hashlib.sha256(repr(c.named()).encode()).hexdigest()[:6]
+            begun = datetime.fromtimestamp(os.stat(f"/proc/{process}").st_ctime)
     size = f"{c.num_layers}x{c.model_dim}-seed{c.seed}"
-    return f"{kind}-{c.tokenizer}-{size}-{begun:%Y%m%d-%H%M%S}-{digest}"
-
-
-RUN_FILES = ("log.txt", "metrics.jsonl", "config.json", "model.jepa", "result.json", "curves.png")
-
-
-class RunLock:
-    """An exclusive lock on a run's folder, held as long as this object lives (kill -9 included)."""
-
-    def __init__(self, path: Path):
-        self.note, self.file = "", open(path / ".lock", "a+", encoding="utf-8")
-        self.file.seek(0)
-        self.holder = self.file.read(200).strip()  # of this lock, or the last one
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.file.close()
-            raise UserError(f"RUN_ID={path.name}: {path} is in use by {self.holder or 'another run'};"
-                            " stop that run, or choose another RUN_ID") from None
-        except OSError as error:
-            self.note = f"{path}: no file locks here ({error.strerror}); two runs must not share it"
-        self.file.truncate(0)
-        self.file.write(f"process {os.getpid()} of {os.getppid()} on {platform.node()}")
-        self.file.flush()
-
-
-def open_run(c: Config, runtime: Runtime) -> tuple[Path, Checkpoints, RunLock | None]:
-    """The run's folder, its checkpoints and, on rank 0, its lock. Rank 0 decides for all ranks. A
-    finished run is refused unless OVERWRITE=1, which removes it."""
-    restarts, locks = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), []
-
-    def decide() -> str:
-        base = c.run_id or default_run_id(c)
-        for number in itertools.count(1):
-            path = Path(c.runs_dir) / (base if number == 1 else f"{base}-{number}")
-            try:
-                path.mkdir(parents=True, exist_ok=bool(c.run_id) or restarts > 0)
-                lock = RunLock(path)
-            except FileExistsError:
-                if c.run_id:  # a file
-                    raise UserError(f"RUN_ID={c.run_id}: {path} is no folder") from None
-                continue      # another run with a default name
-            except OSError as error:
-                raise UserError(f"RUNS_DIR={c.runs_dir}: {path} cannot be used "
-                                f"({error.strerror})") from error
-            if c.run_id or not restarts or f"of {os.getppid()} " in lock.holder:
-                locks.append(lock)
-                return path.name
-
-    path = Path(c.runs_dir) / runtime.main_first(decide)
-    checkpoints, finished = checkpoints_of(c, path), (path / "result.json").exists()
-
-    def clear() -> None:
-        if c.overwrite and not restarts:
-            for old in [path / name for name in RUN_FILES] + checkpoints.paths():
-                old.unlink(missing_ok=True)
-        elif finished:
-            if not (path / "curves.png").exists():  # the run was killed just before it
-                plot_curves(path)
-            raise UserError(f"RUN_ID={path.name}: {path} holds a finished run; choose another "
-                            "RUN_ID, or OVERWRITE=1")
-        for left in path.glob(".*.tmp"):  # by a process that was killed
-            left.unlink(missing_ok=True)
-        if c.checkpoint_dir:
-            checkpoints.probe()
-
-    def prepare() -> None:
-        try:
-            clear()
-        except OSError as error:
-            raise UserError(f"{error.filename}: cannot be changed ({error.strerror})") from error
-
-    runtime.main_first(prepare)
-    return path, checkpoints, locks[0] if locks else None
-
-
-def checkpoints_of(c: Config, path: Path) -> Checkpoints:
-    """In the run's folder, or in a folder of its name under CHECKPOINT_DIR; runs share none."""
-    folder = Path(c.checkpoint_dir) / path.name if c.checkpoint_dir else path / "checkpoints"
-    return Checkpoints(folder, c.checkpoint_keep)
+    return f"{kind}-{c.tokenizer}-{size}-{begun:%Y%m%d-%H%M%S}-{process}"
 
 
 class Run:
     """One training run, from the first line of its log to result.json."""
 
     def __init__(self, config: Config, runtime: Runtime):
-        """Read the data and build the trainer, so that faults of data and settings show before a
-        file is made."""
-        self.config, self.runtime = config, runtime
-        runtime.main_first(lambda: check_memory(config, runtime.cuda))
+        """Read and build everything: its faults show before a file is made."""
+        c = self.config = config
+        self.runtime, self.folder = runtime, None
+        runtime.main_first(lambda: check_memory(c, runtime.cuda))
         HEARTBEAT.doing = "reading the shards"
-        self.vocabulary = load_vocabulary(config)
-        check_source(config, self.vocabulary)
-        validation = load_validation(config)
-        stream = TokenStream(find_shards(config.data_path, "train"), config.vocab_size)
-        self.trainer = Trainer(config, runtime, stream)
+        self.vocabulary = load_vocabulary(c)
+        check_source(c, self.vocabulary)
+        validation = load_validation(c)
+        stream = TokenStream(find_shards(c.data_path, "train"), c.vocab_size)
+        self.trainer = Trainer(c, runtime, stream)
         self.evaluator = Evaluator(
-            self.trainer.model, validation, self.vocabulary, config.train_seq_len,
-            max(1, config.val_batch_size // config.micro_batches), runtime, self.trainer.forward)
+            self.trainer.model, validation, self.vocabulary, c.train_seq_len,
+            max(1, c.val_batch_size // c.micro_batches), runtime, self.trainer.forward)
         self.step, self.clock, self.stage = 0, Stopwatch(), ""
         self.score, self.validated = None, -1  # of the last validation: its score and its step
-        self.folder = None
         self.good: list[tuple[int, dict, dict]] = []  # the last two snapshots, see `remember`
-        self.saved_at = 0.0   # training seconds at the last checkpoint
-        self.busy = self.runtime.cuda        # whether the log needs no word on a busy machine
-        self.pace = (0, 0.0, math.inf)  # at the last step:... line: step, seconds; fastest seconds/step
-        self.reserve = 0.0    # seconds of MAX_WALLCLOCK_SECONDS for what reads training data later
-        self.moments_seconds = 0.0
+        self.saved_at = self.reserve = self.moments_seconds = 0.0
+        self.caught, self.evaluating = 0, False  # a signal's number; see `catch`
+        self.labels = [c.anticollapse if name == "anti" else name for name in TERMS]  # for the log
 
     def open(self) -> None:
         """Open the run's folder, go on from its newest checkpoint if it has one, and warm up."""
-        self.signals = Signals()
-        path, self.checkpoints, self.lock = open_run(self.config, self.runtime)
-        notes = [self.lock.note] if self.lock and self.lock.note else []
-        saved = self.load_checkpoint(path, notes.append)
+        c, trainer, runtime, notes = self.config, self.trainer, self.runtime, []
+        with contextlib.suppress(ValueError):  # outside the main thread, in tests
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+                signal.signal(number, self.catch)
+        path = Path(c.runs_dir) / runtime.from_main(c.run_id or default_run_id(c))
+        folder = Path(c.checkpoint_dir) / path.name if c.checkpoint_dir else path / "checkpoints"
+        self.checkpoints = Checkpoints(folder, c.checkpoint_keep)
+        runtime.main_first(lambda: self.claim(path, notes.append))
+        saved = self.restore(path, notes.append)
         journals = saved["journals"] if saved else {"metrics.jsonl": 0}
-        self.folder = RunFolder(path, self.runtime.main, journals)
+        self.folder = RunFolder(path, runtime.main, journals)
         self.log = self.folder.log
-        for note in notes:
-            self.log(note)
         if saved:
-            self.log(f"resumed at step {self.step} after {self.clock.seconds():.1f} s of training")
-            for line in differences(saved["config"], self.config.named()):
-                self.log(f"changed since the checkpoint: {line}")
-        else:
-            self.log_head()
-        self.folder.write_json("config.json", self.config.named())
-        if self.runtime.main:
-            self.folder.track = open_tracker(self.config, path)
-        if not saved and self.config.warmup_steps:
-            self.log(f"warm-up: {self.config.warmup_steps} steps, rolled back afterwards")
-        HEARTBEAT.doing = "first steps"
-        if note := self.trainer.choose_threads():
+            seconds, changes = self.clock.seconds(), differences(saved["config"], c.named())
+            notes.append(f"resumed at step {self.step} after {seconds:.1f} s of training")
+            notes += [f"changed since the checkpoint: {change}" for change in changes]
+        for note in notes if saved else [*notes, *self.head()]:
             self.log(note)
-        self.trainer.prepare(resumed=saved is not None)
-        if cap := self.config.max_wallclock_seconds:
-            self.reserve = self.config.reserve_seconds or min(self.measure_reserve(), cap / 2)
+        self.folder.write_json("config.json", c.named())
+        if runtime.main:
+            self.folder.track = open_tracker(c, path)
+        HEARTBEAT.doing = "first steps"
+        if note := trainer.choose_threads():
+            self.log(note)
+        try:
+            trainer.run_phases() if saved else trainer.warm_up()
+        except torch.OutOfMemoryError:
+            raise UserError(f"out of GPU memory with {c.micro_tokens} tokens at a time; raise "
+                            f"MICRO_BATCHES={c.micro_batches} or take a smaller model") from None
+        if cap := c.max_wallclock_seconds:
+            self.reserve = c.reserve_seconds or min(self.measure_reserve(), cap / 2)
             self.log(f"clock: {self.reserve:.1f} s of MAX_WALLCLOCK_SECONDS={cap:g} are kept for "
                      "GPTQ's moments and the temperature search")
 
+    def catch(self, number: int, frame) -> None:
+        """A flag for the loop; a second SIGINT ends at once, any signal in the final evaluation."""
+        if self.evaluating:
+            name = signal.Signals(number).name
+            raise RunStopped(f"stopped by {name} in the final evaluation; the same command "
+                             "repeats it", 128 + number)
+        if self.caught and number == signal.SIGINT:
+            os._exit(128 + number)
+        self.caught = number
+
+    def claim(self, path: Path, note: Callable[[str], None]) -> None:
+        """Rank 0 makes and locks the folder. A finished run is refused; OVERWRITE=1 removes it."""
+        names = "log.txt metrics.jsonl config.json model.jepa result.json curves.png".split()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self.lock = open(path / ".lock", "a+", encoding="utf-8")  # as long as it is open
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.lock.seek(0)
+                holder = self.lock.read() or "another run"
+                raise UserError(f"RUN_ID={path.name}: {path} is in use by {holder}; stop that run, "
+                                "or choose another RUN_ID") from None
+            except OSError as error:
+                note(f"{path}: no file locks here ({error.strerror}); two runs must not share it")
+            self.lock.truncate(0)
+            self.lock.write(f"process {os.getpid()} of {os.getppid()} on {platform.node()}")
+            self.lock.flush()
+            old = list(path.glob(".*.tmp"))  # by a process that was killed
+            if self.config.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+                old += [path / name for name in names] + self.checkpoints.paths()
+            elif (path / "result.json").exists():
+                raise UserError(f"RUN_ID={path.name}: {path} holds a finished run; choose another "
+                                "RUN_ID, or OVERWRITE=1")
+            for file in old:
+                file.unlink(missing_ok=True)
+        except OSError as error:
+            place = error.filename or path
+            raise UserError(f"{place}: cannot be used ({error.strerror})") from error
+        if self.config.checkpoint_dir:
+            self.checkpoints.probe()
+
+    def head(self) -> Iterator[str]:
+        """The log's first lines: source, configuration, machine, sizes."""
+        c, trainer, evaluator, source = self.config, self.trainer, self.evaluator, source_text()
+        size, digest = len(source.encode()), hashlib.sha256(source.encode()).hexdigest()
+        text = f"{source}\nscript: {size} bytes, sha256 {digest}\n\n{c.render()}\n"
+        self.log(text, console=False)
+        yield "machine: " + ", ".join(f"{k} {x}" for k, x in self.runtime.describe().items())
+        yield (f"run: {self.folder.path}  parameters: {count_parameters(trainer.model):,} stored + "
+               f"{count_parameters(trainer.jepa):,} training-only")
+        yield (f"data: {len(trainer.stream):,} training tokens, {evaluator.targets:,} validation "
+               f"tokens = {evaluator.bytes:,} bytes")
+        if trainer.note:
+            yield trainer.note
+        yield (f"scan: {trainer.kernels.name}; compile: {c.compile_mode}; step: "
+               f"{c.train_batch_tokens:,} tokens in {c.micro_batches} micro-batches on "
+               f"{self.runtime.world} rank(s)")
+        if not self.runtime.cuda and (busy := busy_machine()):
+            yield f"busy: {busy}; other processes slow this run down: fewer steps in a limited time"
+        if c.warmup_steps:
+            yield f"warm-up: {c.warmup_steps} steps, rolled back afterwards"
+
     def measure_reserve(self) -> float:
-        """Seconds for what reads training data after the last step: GPTQ's moments and the
-        temperature search, timed on one batch, and a quarter more. Equal on all ranks."""
+        """1.25 times the seconds of what reads training data after the last step, by one batch."""
         c, runtime, total = self.config, self.runtime, 0.0
         batch = self.evaluator.sequences * c.train_seq_len
         search = lambda count: search_temperatures(self.evaluator.on(self.next_tokens(count)), c)
         jobs = [(self.layer_moments, c.rounding_tokens)] if c.rounding == "compensated" else []
-        if c.temp_scaling and not c.temp_calib:
-            jobs.append((search, CALIBRATION))
+        jobs += [(search, CALIBRATION)] if c.temp_scaling and not c.temp_calib else []
         for work, count in jobs:
-            if runtime.cuda:
-                work(batch)  # compiles
-            runtime.synchronize()
-            started = now()
-            work(batch)
+            for _ in range(2 if runtime.cuda else 1):  # the first compiles
+                runtime.synchronize()
+                started = now()
+                work(batch)
             runtime.synchronize()
             total += (now() - started) * max(1.0, count / batch)
         return runtime.agree(1.25 * total)[0]
 
-    def log_head(self) -> None:
-        """Source, versions, hardware and configuration."""
-        c, trainer, evaluator = self.config, self.trainer, self.evaluator
-        source = source_text()
-        self.log(source, console=False)
-        digest = hashlib.sha256(source.encode()).hexdigest()
-        self.log(f"script: {len(source.encode())} bytes, sha256 {digest}", console=False)
-        self.log("\n" + c.render() + "\n", console=False)
-        facts = self.runtime.describe()
-        self.log("machine: " + ", ".join(f"{name} {value}" for name, value in facts.items()))
-        stored, extra = count_parameters(trainer.model), count_parameters(trainer.jepa)
-        self.log(f"run: {self.folder.path}  parameters: {stored:,} stored + {extra:,} "
-                 "training-only")
-        self.log(f"data: {len(trainer.stream):,} training tokens, {evaluator.targets:,} validation "
-                 f"tokens = {evaluator.bytes:,} bytes; documents begin with token "
-                 f"{self.vocabulary.bos_id} (0 bytes)")
-        if trainer.note:
-            self.log(trainer.note)
-        self.log(f"scan: {trainer.kernels.name}; compile: {c.compile_mode}; step: "
-                 f"{c.train_batch_tokens:,} tokens in {c.micro_batches} micro-batches on "
-                 f"{self.runtime.world} rank(s)")
-        if not self.runtime.cuda and (busy := busy_machine()):
-            self.busy = True
-            self.log(f"busy: {busy}; other processes slow this run down, and under a time limit it "
-                     "does fewer steps")
-
     def train(self) -> None:
         """The loop: agree on the clock, validate when due, step, log, save."""
         c, trainer, runtime, clock = self.config, self.trainer, self.runtime, self.clock
-        clock.start()
+        cap = max(c.max_wallclock_seconds - self.reserve, 0.0)
+        clock.run(True)
         while True:
-            seconds = clock.seconds() if runtime.main else -math.inf
-            fault = trainer.read_ahead()
-            elapsed, caught, bad = runtime.agree(seconds, self.signals.caught, bool(fault))
-            progress = measure_progress(self.step, c.iterations, elapsed,
-                                        max(c.max_wallclock_seconds - self.reserve, 0.0))
-            finished = progress.fraction >= 1
+            seconds, fault = clock.seconds() if runtime.main else -math.inf, trainer.read_ahead()
+            elapsed, caught, bad = runtime.agree(seconds, self.caught, bool(fault))
+            progress = measure_progress(self.step, c.iterations, elapsed, cap)
+            fraction, finished = progress.fraction, progress.fraction >= 1
             due = finished or c.val_loss_every and self.step % c.val_loss_every == 0
             if due and self.step != self.validated:
-                with clock.paused(runtime):
-                    self.validate(elapsed)
+                self.validate(elapsed)
             if finished:
                 break
-            if caught:
-                self.stop(int(caught))
-            if bad:
-                self.save(elapsed)
-                self.checkpoints.wait()
-                faults = [text for text in runtime.collect(fault) if text]
-                raise UserError(f"{faults[0]}; the state of step {self.step} is saved")
-            stage = loss_weights(progress.fraction, c).stage
-            if stage != self.stage and c.loss_schedule == "staged":
-                self.log(f"stage: {stage} begins at step {self.step} "
-                         f"(progress {progress.fraction:.3f})")
+            if caught or bad:
+                self.leave(int(caught), fault)
+            stage = loss_weights(fraction, c).stage
+            if stage != self.stage and not c.joint:
+                self.log(f"stage: {stage} begins at step {self.step} (progress {fraction:.3f})")
             self.stage = stage
             self.remember(elapsed)
-            HEARTBEAT.doing = f"step {self.step + 1}, {100 * progress.fraction:.0f}% of the training"
+            HEARTBEAT.doing = f"step {self.step + 1}, {100 * fraction:.0f}% of the training"
             parts = trainer.train_step(progress)
             self.step += 1
             if self.step % c.train_log_every == 0 or self.step <= 10:
@@ -4857,410 +4747,321 @@ class Run:
             self.guard(progress, force=self.step % max(c.train_log_every, c.nonfinite_limit) == 0)
             if self.checkpoint_due(progress, elapsed):
                 self.save(clock.seconds())
-        clock.stop()
+        clock.run(False)
         if c.checkpoint_every:
             self.save(clock.seconds())
         self.checkpoints.wait()
-        self.signals.release()
+        self.evaluating = True
+
+    def validate(self, elapsed: float) -> None:
+        """Score the masters, or their EMA where it has begun, while the clock stands still."""
+        self.runtime.synchronize()
+        self.clock.run(False)
+        self.trainer.weights.load("average")
+        self.score, self.validated = self.evaluator.standard()[0], self.step
+        loss, bpb = self.score
+        self.log(f"step:{self.step} val_loss:{loss:.4f} val_bpb:{bpb:.4f} "
+                 f"train_time:{elapsed:.1f}s")
+        latent = self.latent_report() if self.config.diagnostics else {}
+        self.folder.metric(kind="validation", step=self.step, val_loss=loss, val_bpb=bpb,
+                           seconds=elapsed, **latent)
+        self.runtime.synchronize()
+        self.clock.run(True)
+
+    def leave(self, caught: int, fault: str) -> None:
+        """Save and end: on a signal, or with the fault of the shard that a rank reads."""
+        self.save(self.clock.seconds())
+        self.checkpoints.wait()
+        if caught:
+            name, run_id = signal.Signals(caught).name, self.folder.path.name
+            raise RunStopped(f"stopped by {name} after step {self.step}; the same command with "
+                             f"RUN_ID={run_id} goes on from there", 128 + caught)
+        faults = [text for text in self.runtime.collect(fault) if text]
+        raise UserError(f"{faults[0]}; the state of step {self.step} is saved")
 
     def checkpoint_due(self, progress: Progress, elapsed: float) -> bool:
-        """After CHECKPOINT_EVERY steps; without it every ten minutes of a run longer than thirty.
-        Not in a row of steps that were skipped."""
-        every, due = self.config.checkpoint_every, False
-        if every:
-            due = self.step % every == 0
-        elif elapsed - self.saved_at >= 600 and elapsed > 1800 * progress.fraction:
+        """Every CHECKPOINT_EVERY steps, or ten minutes of a run longer than thirty; not while steps
+        are skipped."""
+        every = self.config.checkpoint_every
+        due = bool(every) and self.step % every == 0
+        if not every and elapsed - self.saved_at >= 600 and elapsed > 1800 * progress.fraction:
             if not self.saved_at:
                 self.log("checkpoints: every 10 minutes (CHECKPOINT_EVERY sets another interval)")
-            due = True
+            due, self.saved_at = True, elapsed
         return due and not self.trainer.optimizer.skipped_in_row
 
+    def log_step(self, progress: Progress, parts: Tensor) -> None:
+        """Only here does the loop wait for the device."""
+        c, fraction, seconds = self.config, progress.fraction, self.clock.seconds()
+        self.runtime.sum_(parts[:-1])
+        *values, norm = parts.tolist()
+        scale, active = lr_scale(progress, c), loss_weights(fraction, c).active
+        values = [x if on else None for x, on in zip(values, active)]
+        shown = " ".join(f"{k}:{x:.4f}" for k, x in zip(self.labels, values) if x is not None)
+        left = int(seconds * (1 - fraction) / max(fraction, 1e-9))
+        eta = f" eta:{left // 60}:{left % 60:02d}" if fraction > 1e-4 else ""
+        self.log(f"step:{self.step} {100 * fraction:.0f}%{eta} {shown} grad_norm:{norm:.3f} "
+                 f"lr_scale:{scale:.3f} time:{seconds:.1f}s "
+                 f"step_avg:{1e3 * seconds / self.step:.1f}ms "
+                 f"tok/s:{self.trainer.tokens / max(seconds, 1e-9):.0f}")
+        self.folder.metric(kind="train", step=self.step, progress=fraction,
+                           **dict(zip(TERMS, values)), grad_norm=norm, lr_scale=scale,
+                           seconds=seconds, skipped=int(self.trainer.optimizer.skipped))
+
     def remember(self, elapsed: float) -> None:
-        """Keep copies of recent states on the device, for a run that diverges. Of two that are some
-        steps apart, at least the older was followed by a finite loss and norm."""
+        """Keep copies of two recent states: a finite step followed at least the older one."""
         every = self.config.train_log_every if self.runtime.cuda else self.config.nonfinite_limit
         if self.step % every == 0 and not self.trainer.optimizer.skipped_in_row:
             meta, tensors = self.snapshot(elapsed)
             copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
             self.good = [*self.good[-1:], (self.step, meta, copies)]
 
-    def term_names(self) -> list[str]:
-        """Names of TERMS in the log: the anti-collapse term goes by its kind."""
-        return [self.config.anticollapse if name == "anti" else name for name in TERMS]
-
-    def log_step(self, progress: Progress, parts: Tensor) -> None:
-        """The step:... line and metrics of the step just done. Only here does the loop wait for the
-        device."""
-        c, total = self.config, parts[:-1].clone()
-        self.runtime.sum_(total)
-        values, norm = total.tolist(), float(parts[-1])
-        seconds, scale = self.runtime.from_main(self.clock.seconds()), lr_scale(progress, c)
-        active = loss_weights(progress.fraction, c).active
-        shown = " ".join(f"{name}:{value:.4f}" for name, value, on
-                         in zip(self.term_names(), values, active) if on)
-        left = seconds * (1 - progress.fraction) / max(progress.fraction, 1e-9)
-        eta = f" eta:{int(left) // 60}:{int(left) % 60:02d}" if progress.fraction > 1e-4 else ""
-        self.log(f"step:{self.step} {100 * progress.fraction:.0f}%{eta} {shown} grad_norm:{norm:.3f} "
-                 f"lr_scale:{scale:.3f} time:{seconds:.1f}s "
-                 f"step_avg:{1e3 * seconds / self.step:.1f}ms "
-                 f"tok/s:{self.trainer.tokens / max(seconds, 1e-9):.0f}")
-        self.watch_pace(seconds)
-        terms = {name: value if on else None for name, value, on in zip(TERMS, values, active)}
-        self.folder.metric(kind="train", step=self.step, progress=progress.fraction, **terms,
-                           grad_norm=norm, lr_scale=scale, seconds=seconds,
-                           skipped=int(self.trainer.optimizer.skipped))
-
-    def watch_pace(self, seconds: float) -> None:
-        """Say once if steps take three times as long as the fastest and the machine is busy."""
-        step, before, fastest = self.pace
-        pace = (seconds - before) / (self.step - step)
-        self.pace = self.step, seconds, min(pace, fastest)
-        if not self.busy and pace > 3 * fastest and (busy := busy_machine(1)):
-            self.busy = True
-            self.log(f"busy: {1e3 * pace:.0f} ms a step, {1e3 * fastest:.0f} ms at best; {busy}")
-
-    def validate(self, elapsed: float) -> Score:
-        """Standard score of the masters, or of their EMA where it has begun."""
-        self.trainer.weights.load("average")
-        score = self.evaluator.standard()[0]
-        self.log(f"step:{self.step} val_loss:{score.loss:.4f} "
-                 f"val_bpb:{score.bpb:.4f} train_time:{elapsed:.1f}s")
-        HEARTBEAT.doing = "statistics of the latent"
-        latent = self.latent_report() if self.config.diagnostics else {}
-        self.folder.metric(kind="validation", step=self.step, val_loss=score.loss,
-                           val_bpb=score.bpb, seconds=elapsed, **latent)
-        self.score, self.validated = score, self.step
-        return score
-
     def guard(self, progress: Progress, force: bool) -> None:
-        """Stop after NONFINITE_LIMIT non-finite steps in a row; name the terms and the layers."""
-        optimizer, trainer, c = self.trainer.optimizer, self.trainer, self.config
-        if self.runtime.cuda and not force or optimizer.skipped_in_row < c.nonfinite_limit:
+        """End after NONFINITE_LIMIT non-finite steps in a row, the last good state saved; the failing
+        batch is run once more, to name terms and layers."""
+        trainer, c, fraction = self.trainer, self.config, progress.fraction
+        if self.runtime.cuda and not force or trainer.optimizer.skipped_in_row < c.nonfinite_limit:
             return
-        used = trainer.batches.values_per_step()
-        trainer.weights.load(qat=qat_on(progress.fraction, c.qat_fraction))
-        trainer.position -= used  # run the failing batch once more
-        weights = loss_weights(progress.fraction, c)
-        parts = trainer.accumulate(progress.step, weights, keep_states=False)
-        trainer.position += used
+        trainer.weights.load(qat=qat_on(fraction, c.qat_fraction))
+        trainer.position -= trainer.batches.values_per_step()
+        parts = trainer.accumulate(progress.step, loss_weights(fraction, c), keep_states=False)
         self.runtime.sum_(parts)
-        terms = [name for name, value in zip(self.term_names(), parts.tolist())
-                 if not math.isfinite(value)]
+        terms = [k for k, x in zip(self.labels, parts.tolist()) if not math.isfinite(x)]
         layers = [name for group in trainer.weights.groups if group.touched
                   for name, grad in zip(group.names, group.grad) if not grad.isfinite().all()]
-        trainer.weights.zero_grad()
         if not terms and not layers:
             layers = ["none, but the gradient's norm overflows"]
-        skipped = int(optimizer.skipped_in_row)
-        good = self.save_good_state(self.step - skipped)
+        skipped = int(trainer.optimizer.skipped_in_row)
+        first_bad = max(self.step - skipped, 1)
+        good = [state for state in self.good if state[0] < first_bad][-1]
+        self.checkpoints.wait()
+        if self.runtime.main:
+            for path in self.checkpoints.paths():  # they lead to the divergence
+                if int(path.stem.removeprefix("step_")) >= first_bad:
+                    path.unlink()
+            self.checkpoints.save(*good)
+            self.checkpoints.wait()
         raise RunStopped(
             f"stopped at step {self.step}: {skipped} steps in a row had a non-finite gradient; "
-            f"terms: {', '.join(terms) or 'all finite'}; layers: {', '.join(layers[:4]) or 'none'}; "
-            f"the last good state, of step {good}, is saved: lower rates and "
-            f"RESUME_AFTER_DIVERGENCE=1 RUN_ID={self.folder.path.name} go on from it", 1)
-
-    def save_good_state(self, last_finite: int) -> int:
-        """Make the newest state that was followed by a finite step the newest checkpoint; returns its
-        step. Later checkpoints, which lead to the divergence, are removed."""
-        self.checkpoints.wait()
-        good = [snapshot for snapshot in self.good if snapshot[0] < max(last_finite, 1)]
-        step, meta, tensors = good[-1]
-        if self.runtime.main:
-            for path in self.checkpoints.paths():
-                if int(path.stem.removeprefix("step_")) >= max(last_finite, 1):
-                    path.unlink()
-            self.checkpoints.save(step, meta, tensors)
-            self.checkpoints.wait()
-        return step
-
-    def stop(self, number: int) -> None:
-        """End on a signal: save and leave with 128 + its number."""
-        self.save(self.clock.seconds())
-        self.checkpoints.wait()
-        name = signal.Signals(number).name
-        raise RunStopped(f"stopped by {name} after step {self.step}; the same command with "
-                         f"RUN_ID={self.folder.path.name} goes on from there", 128 + number)
+            f"terms: {', '.join(terms) or 'all finite'}; "
+            f"layers: {', '.join(layers[:4]) or 'none'}; the last good state, of step {good[0]}, "
+            "is saved: lower rates and RESUME_AFTER_DIVERGENCE=1 "
+            f"RUN_ID={self.folder.path.name} go on from it", 1)
 
     def save(self, seconds: float) -> None:
         """Hand a snapshot to the checkpoint writer."""
         meta, tensors = self.snapshot(seconds)
-        self.saved_at = seconds
         if self.runtime.main:
             self.checkpoints.save(self.step, meta, tensors)
 
     def snapshot(self, seconds: float) -> tuple[dict, dict[str, Tensor]]:
-        """Everything a checkpoint holds: JSON-able meta data and tensors (views, on their device)."""
-        trainer, weights = self.trainer, self.trainer.weights
+        """Everything a checkpoint holds: meta data for JSON, and tensors (views)."""
+        c, trainer, tensors = self.config, self.trainer, self.tensors()
+        meta = dict(step=self.step, stage=self.stage, validated=self.validated, score=self.score,
+                    position=trainer.position, tokens=trainer.tokens, seconds=seconds,
+                    averaged=any(name.startswith("average/") for name in tensors),
+                    journals=self.folder.sizes(), fixed=c.fixed(), config=c.named())
+        if c.carry_state:
+            own = {name: t.cpu() for name, t in tensors.items() if name.startswith("state/")}
+            tensors |= {k: t for states in self.runtime.collect(own) for k, t in states.items()}
+        return meta, tensors | {"rng": torch.get_rng_state()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint that `restore` writes into."""
+        weights = self.trainer.weights
         averaged = weights.groups[0].average is not None
-        meta = dict(step=self.step, seconds=seconds, position=trainer.position,
-                    tokens=trainer.tokens, stage=self.stage, journals=self.folder.sizes(),
-                    fixed=self.config.fixed(), config=self.config.named(), averaged=averaged,
-                    validated=self.validated, score=self.score)
-        parts = {"master": weights.tensors(), "optimizer": trainer.optimizer.state()}
-        if averaged:
-            parts["average"] = weights.tensors("average")
-        tensors = {f"{part}/{name}": t
-                   for part, named in parts.items() for name, t in named.items()}
-        tensors |= {"directions": trainer.directions, "rng": torch.get_rng_state()}
-        own = {name: tensor.cpu() for name, tensor in self.named_states().items()}
-        for states in self.runtime.collect(own) if self.config.carry_state else ():
-            tensors |= states
-        return meta, tensors
+        parts = {"master": weights.tensors(), "optimizer": self.trainer.optimizer.state(),
+                 "average": weights.tensors("average") if averaged else {},
+                 "state": {f"{micro}/{layer}/{index}": tensor  # CARRY_STATE, of this rank
+                           for micro, states in self.trainer.states.items()
+                           for layer, state in enumerate(states or ())
+                           for index, tensor in enumerate(state)}}
+        named = {f"{part}/{name}": t for part, own in parts.items() for name, t in own.items()}
+        return named | {"directions": self.trainer.directions}
 
-    def named_states(self) -> dict[str, Tensor]:
-        """CARRY_STATE: the mixers' states of this rank's micro-batches, by name."""
-        return {f"state/{micro}/{layer}/{index}": tensor
-                for micro, states in self.trainer.states.items()
-                for layer, state in enumerate(states or ()) for index, tensor in enumerate(state)}
-
-    def load_checkpoint(self, path: Path, note: Callable[[str], None]) -> dict | None:
-        """Restore the newest valid checkpoint and return its meta data; refuse one of another
-        model or data."""
-        newest = self.checkpoints.newest(note)
-        if newest is None:
+    def restore(self, path: Path, note: Callable[[str], None]) -> dict | None:
+        """Put back the newest valid checkpoint; returns its meta data, or None without any."""
+        c, trainer, free = self.config, self.trainer, []
+        if (newest := self.checkpoints.newest(note)) is None:
             return None
+        meta, tensors = newest
         try:
-            self.restore(path, *newest)
+            if not meta["fixed"]["QAT_FRACTION"] and not c.qat_fraction:  # no training on the grid
+                free += Config.tagged("grid")
+            free += Config.tagged("rate") if c.resume_after_divergence else []
+            if lines := differences(meta["fixed"], c.fixed(), but=free):
+                raise UserError(f"RUN_ID={path.name}: its checkpoint was made with other settings; "
+                                "undo these, or start another RUN_ID:\n  " + "\n  ".join(lines))
+            if meta["averaged"]:  # makes room
+                trainer.weights.average(c.swa_decay, torch.ones(()))
+            restore_views(self.tensors(), tensors)
+            torch.set_rng_state(tensors["rng"])
+            numbers = [int(meta[key]) for key in ("step", "validated", "position", "tokens")]
+            self.step, self.validated, trainer.position, trainer.tokens = numbers
+            self.stage, self.clock = meta["stage"], Stopwatch(float(meta["seconds"]))
+            if meta["score"]:  # null stands for a number that was not finite
+                self.score = Score(*(math.nan if x is None else x for x in meta["score"]))
+            counts = self.step, trainer.position, trainer.tokens, *meta["journals"].values()
+            if min(counts) < 0 or not dict(meta["config"]):
+                raise ValueError("its meta data")
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise UserError(
                 f"{self.checkpoints.folder}: the newest checkpoint is not one of this run "
                 f"({type(error).__name__}: {str(error)[:80]}); move it away") from error
-        return newest[0]
-
-    def restore(self, path: Path, meta: dict, tensors: dict[str, Tensor]) -> None:
-        """A checkpoint's contents into run and trainer; a foreign one raises an error that the
-        caller names."""
-        numbers = [meta[key] for key in ("step", "position", "tokens", "seconds")]
-        sane = all(number >= 0 for number in (*numbers, *meta["journals"].values()))
-        if not sane or not isinstance(meta["config"], dict):
-            raise ValueError("its meta data")
-        old, new = meta["fixed"], self.config.fixed()
-        free = []
-        if not old["QAT_FRACTION"] and not new["QAT_FRACTION"]:  # no training on the grid
-            free += Config.tagged("grid")
-        if self.config.resume_after_divergence:
-            free += Config.tagged("rate")
-        if lines := differences(old, new, but=free):
-            raise UserError(f"RUN_ID={path.name}: its checkpoint was made with other settings; "
-                            "undo these, or start another RUN_ID:\n"
-                            + "\n".join("  " + line for line in lines))
-        trainer = self.trainer
-        part = lambda prefix: {name.removeprefix(prefix): t for name, t in tensors.items()
-                               if name.startswith(prefix)}
-        trainer.weights.restore("master", part("master/"))
-        if meta["averaged"]:
-            trainer.weights.restore("average", part("average/"))
-        restore_views(trainer.optimizer.state(), part("optimizer/"))
-        restore_views({"directions": trainer.directions} | self.named_states(), tensors)
-        torch.set_rng_state(tensors["rng"])
-        trainer.position, trainer.tokens = int(meta["position"]), int(meta["tokens"])
-        self.step, self.clock = int(meta["step"]), Stopwatch(float(meta["seconds"]))
-        self.stage = meta["stage"]
-        self.validated = int(meta["validated"])
-        if meta["score"]:  # null stands for a number that was not finite
-            self.score = Score(*(math.nan if value is None else value for value in meta["score"]))
+        return meta
 
     def finish(self) -> dict[str, Any]:
-        """After the last step: diagnostics, artifact, reload, all scores of the reloaded file,
-        result.json."""
+        """After the last step: diagnostics, artifact, scores of the file read back, result.json."""
         c, trainer, runtime, started = self.config, self.trainer, self.runtime, now()
-        facts: dict[str, Any] = {}
-        if trainer.weights.groups[0].average is not None:
-            trainer.weights.load("master")
-            facts["last_val_bpb"] = self.evaluator.standard()[0].bpb
-            self.log(f"last weights: val_bpb:{facts['last_val_bpb']:.6f}; "
-                     f"averaged weights: val_bpb:{self.score.bpb:.6f}")
         for name, weight in trainer.weights.tensors("average").items():
             if not all_finite(weight):
-                raise RunStopped(f"the last steps diverged: {name} holds NaN or infinity and cannot "
-                                 "be stored; lower the learning rates", 1)
+                raise RunStopped(f"the last steps diverged: {name} holds NaN or infinity; lower "
+                                 "the learning rates", 1)
         trainer.weights.load("average")
-        diagnostics = self.diagnose() if c.diagnostics else {}
-        report = self.write_model()
-        model_path = self.folder.path / "model.jepa"
-        load_artifact_into(trainer.model, model_path)
-        calibration = None
+        diagnostics = self.latent_report() if c.diagnostics else {}
+        if c.diagnostics and c.probe_steps:
+            diagnostics["probe_bpb"] = self.probe()
+        if c.diagnostics:
+            self.log("diagnostics " + " ".join(f"{k}:{x:.4g}" for k, x in diagnostics.items()))
+        sizes, path, calibration = self.write_model(), self.folder.path / "model.jepa", None
+        trainer.model.load_state_dict(whole_tensors(read_artifact(path)[1], path))
         if self.unseen_position() is not None and c.temp_scaling and not c.temp_calib:
             try:
                 calibration = runtime.main_first(lambda: self.next_tokens(CALIBRATION))
             except UserError as error:
                 self.log(f"no temperature search: {error}")
         scores = final_scores(self.evaluator, c, calibration, self.log)
-        seconds = self.clock.seconds()
-        data_seconds = seconds + self.moments_seconds + scores["temperature_seconds"]
+        seconds, moments = self.clock.seconds(), self.moments_seconds
+        data_seconds = seconds + moments + scores["temperature_seconds"]
         if cap := c.max_wallclock_seconds:
-            self.log(f"clock: training {seconds:.1f} s + moments {self.moments_seconds:.1f} s + "
-                     f"temperature search {scores['temperature_seconds']:.1f} s = "
-                     f"{data_seconds:.1f} s: {'WITHIN' if data_seconds <= cap else 'OVER'} {cap:g} s")
+            self.log(f"clock: training {seconds:.1f} s + moments {moments:.1f} s + temperature "
+                     f"search {scores['temperature_seconds']:.1f} s = {data_seconds:.1f} s: "
+                     f"{'WITHIN' if data_seconds <= cap else 'OVER'} {cap:g} s")
+        self.log("size: artifact {artifact_bytes:,} ({codec}) + code {code_bytes:,} = "
+                 "{total_bytes:,} bytes: {} {:,}".format(
+                     "FITS" if sizes["fits"] else "OVER", SIZE_LIMIT, **sizes))
+        machine, (val_loss, val_bpb) = runtime.describe(), self.score
         result = dict(
-            run_id=self.folder.path.name, steps=self.step, train_seconds=seconds,
-            data_seconds=data_seconds,
+            run_id=self.folder.path.name, steps=self.step, val_loss=val_loss, val_bpb=val_bpb,
+            train_seconds=seconds, data_seconds=data_seconds,
             ms_per_step=1e3 * seconds / max(self.step, 1),
-            tokens_per_second=trainer.tokens / max(seconds, 1e-9),
-            val_loss=self.score.loss, val_bpb=self.score.bpb, **facts, **scores,
-            **self.size_facts(report), artifact_sha256=file_hash(model_path),
+            tokens_per_second=trainer.tokens / max(seconds, 1e-9), **sizes, **scores,
+            artifact_sha256=file_hash(path), eval_seconds=now() - started, seed=c.seed,
             script_sha256=hashlib.sha256(source_text().encode()).hexdigest(),
             eval_params=count_parameters(trainer.model),
             train_only_params=count_parameters(trainer.jepa), world_size=runtime.world,
-            seed=c.seed, device=runtime.describe()["device"],
-            skipped_steps=int(trainer.optimizer.skipped), peak_memory_bytes=runtime.peak_memory(),
-            eval_seconds=now() - started, diagnostics=diagnostics, machine=runtime.describe())
+            device=machine["device"], skipped_steps=int(trainer.optimizer.skipped),
+            peak_memory_bytes=runtime.peak_memory(), diagnostics=diagnostics, machine=machine)
         self.folder.write_json("result.json", result)
-        if runtime.main:
-            HEARTBEAT.doing = "drawing curves.png"
-            try:
+        try:
+            if runtime.main:
                 plot_curves(self.folder.path)
-            except OSError as error:
-                self.log(f"curves.png cannot be written ({error.strerror})")
-        HEARTBEAT.doing = ""
-        self.log(f"done: {self.folder.path}  roundtrip_val_bpb:{result['roundtrip_val_bpb']:.6f} "
+        except OSError as error:
+            self.log(f"curves.png cannot be written ({error.strerror})")
+        HEARTBEAT.doing, bpb = "", result["roundtrip_val_bpb"]
+        self.log(f"done: {self.folder.path}  roundtrip_val_bpb:{bpb:.6f} "
                  f"eval_time:{result['eval_seconds']:.1f}s")
-        if not math.isfinite(result["roundtrip_val_bpb"]):
-            raise RunStopped("the final score is not finite: the stored model predicts nothing; lower "
-                             "the learning rates, or mend LOGIT_SOFTCAP and the like", 1)
+        if not math.isfinite(bpb):
+            raise RunStopped("the final score is not finite: the stored model predicts nothing; "
+                             "lower the learning rates, or mend LOGIT_SOFTCAP and the like", 1)
         return result
 
-    def size_facts(self, report: dict[str, Any]) -> dict[str, Any]:
-        """Artifact and code against SIZE_LIMIT, logged and returned."""
-        code = len(shipped_script(source_text()))
-        total = report["bytes"] + code
-        self.log(f"size: artifact {report['bytes']:,} ({report['codec']}) + code {code:,} = "
-                 f"{total:,} bytes: {'FITS' if total <= SIZE_LIMIT else 'OVER'} {SIZE_LIMIT:,}")
-        return dict(artifact_bytes=report["bytes"], code_bytes=code, total_bytes=total,
-                    fits=total <= SIZE_LIMIT, codec=report["codec"],
-                    codec_bytes=report["codec_bytes"])
-
     def write_model(self) -> dict[str, Any]:
-        """Write model.jepa on rank 0; every rank gets its report."""
-        c, trainer = self.config, self.trainer
-        weights = trainer.weights.tensors("average")
+        """Write model.jepa on rank 0; every rank gets the sizes of artifact and code."""
+        c, plan, weights = self.config, self.trainer.plan, self.trainer.weights.tensors("average")
         header = dict(model=c.model_config(), vocabulary=self.vocabulary.pack(),
                       position=self.unseen_position())
 
         def write() -> dict:
-            stored = ((name, weights[name]) for name in trainer.plan)
-            tensors = artifact_tensors(stored, trainer.plan)
+            tensors = artifact_tensors(((name, weights[name]) for name in plan), plan)
             rounded = self.compensate(tensors) if c.rounding == "compensated" else None
             return write_artifact(self.folder.path / "model.jepa", header, tensors, given=rounded)
 
-        self.log(f"coding: {sum(w.numel() for w in weights.values()):,} weights, by each of "
-                 f"{', '.join(name for name, codec in CODECS.items() if codec.module)}")
         HEARTBEAT.doing = "coding the artifact"
         report = self.runtime.main_first(write)
-        HEARTBEAT.doing = "reading the artifact"
-        sizes = ", ".join(f"{name} {size:,}" for name, size in report["codec_bytes"].items())
-        self.log(f"artifact: {report['bytes']:,} bytes with {report['codec']} ({sizes}); "
+        size, codec, sizes = (report[key] for key in ("bytes", "codec", "codec_bytes"))
+        listed = ", ".join(f"{name} {count:,}" for name, count in sizes.items())
+        self.log(f"artifact: {size:,} bytes with {codec} ({listed}); "
                  f"entropy {report['entropy_bytes']:,}")
-        return report
+        code = len(shipped_script(source_text()))
+        return dict(artifact_bytes=size, code_bytes=code, total_bytes=size + code,
+                    fits=size + code <= SIZE_LIMIT, codec=codec, codec_bytes=sizes)
 
     def unseen_position(self) -> int | None:
-        """Where unseen training tokens begin. None after a full epoch: calibrating on seen tokens
-        biases the temperature low."""
+        """Where unseen training tokens begin; None after an epoch: seen ones bias the temperature."""
         position = self.trainer.position
         return position if position + CALIBRATION < self.trainer.batches.span() else None
 
     def next_tokens(self, count: int) -> Tensor:
         """About `count` training tokens from where the next step would read on."""
-        return calibration_tokens(self.trainer.stream, self.trainer.position,
-                                  self.config.train_seq_len, count)
+        stream, position = self.trainer.stream, self.trainer.position
+        return calibration_tokens(stream, position, self.config.train_seq_len, count)
 
     def layer_moments(self, count: int) -> dict[str, Tensor]:
-        """`input_moments` over about `count` training tokens, of the model on its plain grid, which
-        is close to what the layers will see."""
-        trainer = self.trainer
-        trainer.weights.load("average", qat=True)
+        """`input_moments` over training tokens, on the plain grid: near what layers will see."""
+        model, runtime = self.trainer.model, self.runtime
+        self.trainer.weights.load("average", qat=True)
         sequences = self.next_tokens(count)[:-1].view(-1, self.config.train_seq_len)
-        forward = lambda x: trainer.model(self.runtime.to_device(x), self.runtime.dtype)
-        return input_moments(trainer.model, sequences.split(self.evaluator.sequences), forward)
+        forward = lambda x: model(runtime.to_device(x), runtime.dtype)
+        return input_moments(model, sequences.split(self.evaluator.sequences), forward)
 
     def compensate(self, tensors: dict[str, tuple[Tensor, Grid]]) -> dict[str, dict[str, Tensor]]:
-        """Arrays of the INT matrices, rounded by their effect on the layer's output over
-        ROUNDING_TOKENS of training text."""
-        c, trainer, started = self.config, self.trainer, now()
-        moments = self.layer_moments(c.rounding_tokens)
+        """Arrays of the INT matrices, rounded by their effect on the layer's output."""
+        tokens, started, arrays, shares = self.config.rounding_tokens, now(), {}, []
+        moments = self.layer_moments(tokens)
         self.runtime.synchronize()
         self.moments_seconds = now() - started
-        arrays, shares = {}, []
         for name, (w, grid) in tensors.items():
             layer = name.partition("[")[0].removesuffix(".weight")
             if isinstance(grid, RowGrid) and layer in moments:
                 arrays[name], share = round_compensated(w, grid, moments[layer])
                 shares.append(share)
-        trainer.weights.load("average")
-        self.log(f"rounding: {len(arrays)} matrices compensated on {c.rounding_tokens:,} training "
-                 f"tokens in {now() - started:.1f}s; output error "
-                 f"x{np.median(shares or [1]):.3f} of plain rounding's (median)")
+        self.trainer.weights.load("average")
+        self.log(f"rounding: {len(arrays)} matrices compensated on {tokens:,} training tokens in "
+                 f"{now() - started:.1f}s; output error x{np.median(shares or [1]):.3f} of plain "
+                 "rounding's (median)")
         return arrays
 
+    @torch.no_grad()
     def latent_report(self) -> dict[str, float]:
         """Statistics of h and z on a micro-batch of validation text, with the weights as loaded."""
-        c, trainer, jepa = self.config, self.trainer, self.trainer.jepa
-        to = self.runtime.to_device
-        tokens = self.evaluator.tokens[:c.micro_sequences * c.train_seq_len + 1]
+        c, trainer, jepa, to = self.config, self.trainer, self.trainer.jepa, self.runtime.to_device
+        HEARTBEAT.doing = "statistics of the latent"
+        tokens = self.evaluator.tokens[:c.micro_tokens + 1]
         x, y = (to(t.view(-1, c.train_seq_len)) for t in (tokens[:-1], tokens[1:]))
-        with torch.no_grad():
-            h, _ = trainer.model(x, self.runtime.dtype)
-            report = latent_statistics("h", h)
-            if jepa is None:
-                return report
-            z = jepa.project(h)
-            positions = to(torch.linspace(0, c.train_seq_len - 1, 64).long().unique())
-            value = float(sigreg(z[:, positions], trainer.directions, c.sigreg_knots))
-            report |= latent_statistics("z", z) | dict(
-                z_dim=z.size(-1), sigreg=value,
-                sigreg_over_null=value / sigreg_null(len(z), c.sigreg_knots))
-            if c.jepa_on:
-                pairs = rollout(jepa, z, c.jepa_steps)
-                report |= {f"predictability_{k}": predictability(*pair)
-                           for k, pair in enumerate(pairs, 1)}
-        weights = loss_weights(0.5 if c.loss_schedule == "staged" else 0.0,
-                               dataclasses.replace(c, sigreg_schedule=False))
-        leaf = h.detach().requires_grad_()
+        h, _ = trainer.model(x, self.runtime.dtype)
+        report = latent_statistics("h", h)
+        if jepa is None:
+            return report
+        z = jepa.project(h)
+        positions = to(torch.linspace(0, c.train_seq_len - 1, 64).long().unique())
+        value = float(sigreg(z[:, positions], trainer.directions, c.sigreg_knots))
+        null = sigreg_null(len(z), c.sigreg_knots)
+        report |= latent_statistics("z", z)
+        report |= dict(z_dim=z.size(-1), sigreg=value, sigreg_over_null=value / null)
+        for k, pair in enumerate(rollout(jepa, z, c.jepa_steps) if c.jepa_on else (), 1):
+            report[f"predictability_{k}"] = predictability(*pair)
+        unramped = dataclasses.replace(c, sigreg_schedule=False)
+        weights = loss_weights(0.0 if c.joint else 0.5, unramped)._replace(ce=1.0)
         with torch.enable_grad():
+            leaf = h.detach().requires_grad_()
             terms = loss_terms(c, trainer.model, jepa, leaf, y, positions, trainer.directions,
-                               weights.active._replace(ce=True))
-            terms = {name: (1.0 if name == "ce" else weight) * terms[name]
-                     for name, weight in zip(TERMS, weights) if name in terms}
-            return report | gradient_shares(leaf, terms)
+                               weights.active)
+            weighted = {name: w * terms[name] for name, w in zip(TERMS, weights) if name in terms}
+            return report | gradient_shares(leaf, weighted)
 
     @torch.no_grad()
-    def diagnose(self) -> dict[str, Any]:
-        """On at most 50,000 validation tokens: statistics of the latent, cosine and MSE of the
-        prediction, accuracy, linear probe."""
-        c, trainer, evaluator, model = self.config, self.trainer, self.evaluator, self.trainer.model
-        self.log("diagnosing: statistics of the latent, accuracy, linear probe of "
-                 f"{c.probe_steps} steps")
-        HEARTBEAT.doing = "statistics of the latent"
-        report: dict[str, Any] = self.latent_report()
+    def probe(self) -> float:
+        """Bits per byte of a linear probe on h of at most 50,000 validation tokens."""
+        c, evaluator, runtime = self.config, self.evaluator, self.runtime
         rows = min(50_000, evaluator.targets) // c.train_seq_len or 1
         tokens = evaluator.tokens[:rows * c.train_seq_len + 1]
-        targets, hidden, hits = tokens[1:].to(self.runtime.device), [], torch.zeros(3)
-        cosine, error, count = 0.0, 0.0, 0
         batches = tokens[:-1].view(-1, c.train_seq_len).split(evaluator.sequences)
-        for x in progress_bar(batches, "hidden states", self.runtime.main):
-            h, _ = model(self.runtime.to_device(x), self.runtime.dtype)
-            hidden.append(h.flatten(0, 1))
-            if c.jepa_on:
-                prediction, target = next(rollout(trainer.jepa, trainer.jepa.project(h), 1))
-                prediction, target = prediction.float(), target.float()
-                cosine += float(F.cosine_similarity(prediction, target, dim=-1).sum())
-                error += float((prediction - target).square().mean(-1).sum())
-                count += target.size(0) * target.size(1)
-        h = torch.cat(hidden)
-        for part, ids in zip(h.split(1024), targets.split(1024)):
-            right = model.logits(part).topk(min(10, c.vocab_size)).indices == ids.unsqueeze(-1)
-            hits += torch.stack([right.float().cpu()[:, :k].sum() for k in (1, 5, 10)])
-        accuracy = (hits / len(targets)).tolist()
-        report |= dict(zip(("top1_accuracy", "top5_accuracy", "top10_accuracy"), accuracy))
-        if c.jepa_on:
-            report |= dict(jepa_cosine=cosine / count, jepa_mse=error / count)
-        if c.probe_steps:
-            lengths = self.vocabulary.target_bytes(tokens[:-1], tokens[1:]).to(self.runtime.device)
-            report["probe_bpb"] = linear_probe(h, targets, lengths, c.vocab_size, c.probe_steps,
-                                               c.seed)
-        shown = " ".join(f"{name}:{value:.4g}" for name, value in report.items())
-        self.log(f"diagnostics {shown}")
-        return report
+        hidden = [self.trainer.model(runtime.to_device(x), runtime.dtype)[0].flatten(0, 1)
+                  for x in progress_bar(batches, "hidden states", runtime.main)]
+        lengths = self.vocabulary.target_bytes(tokens[:-1], tokens[1:])
+        return linear_probe(torch.cat(hidden), tokens[1:].to(runtime.device),
+                            lengths.to(runtime.device), c.vocab_size, c.probe_steps, c.seed)
 
 
 CALIBRATION = 65_536  # training tokens that the temperature is chosen on
@@ -5268,8 +5069,7 @@ CALIBRATION = 65_536  # training tokens that the temperature is chosen on
 
 def calibration_tokens(stream: TokenStream, position: int, seq_len: int,
                        count: int = CALIBRATION) -> Tensor:
-    """About `count` training tokens from `position`, in whole sequences, for temperature and
-    rounding."""
+    """About `count` training tokens from `position`, in whole sequences."""
     return torch.from_numpy(stream.read(position, max(count // seq_len, 1) * seq_len + 1))
 
 
@@ -5277,65 +5077,32 @@ def shapes_of(tensors: dict[str, Tensor]) -> dict[str, tuple]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-@torch.no_grad()
-def load_artifact_into(model: LanguageModel, path: Path) -> None:
-    """Read the file and put its tensors into the model; UserError unless names and shapes are
-    exactly the model's."""
-    _, parts, _ = read_artifact(path)
-    parameters, tensors = dict(model.named_parameters()), whole_tensors(parts, path)
-    if shapes_of(parameters) != shapes_of(tensors):
-        raise UserError(f"{path}: an artifact of another model: names or shapes differ from this "
-                        "configuration's")
-    for name, parameter in parameters.items():
-        parameter.copy_(tensors[name])
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """Lines of metrics.jsonl; a last line that is still being written is left out."""
-    lines = []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, RecursionError):
-            lines.append(json.loads(line))
-    return [line for line in lines if isinstance(line, dict)]
-
-
 def plot_curves(folder: Path) -> None:
-    """curves.png over steps: cross-entropy, the other loss terms (log scale), validation BPB.
-    Without matplotlib there is none."""
+    """curves.png: cross-entropy, latent terms and BPB over steps; none without matplotlib."""
     try:
-        import matplotlib
-        matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
         return
-    lines = read_metrics(folder / "metrics.jsonl")
-    series = lambda kind, name: [(m["step"], m[name]) for m in lines
-                                 if m.get("kind") == kind and m.get(name) is not None]
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
-    colors = {"ce": "#0072B2", "jepa": "#E69F00", "anti": "#009E73", "cov": "#CC79A7"}  # Okabe-Ito
-    for name, label in zip(TERMS, ("cross-entropy", "JEPA", "anti-collapse", "covariance")):
-        if points := series("train", name):
-            axes = left if name == "ce" else middle
-            marker = "." if len(points) < 40 else None
-            axes.plot(*zip(*points), label=label, color=colors[name], marker=marker)
-    left.set(xlabel="step", ylabel="nats per token", title="Training cross-entropy")
-    middle.set(xlabel="step", ylabel="loss (log scale)", title="Latent terms, unweighted")
-    if middle.lines:
-        middle.set_yscale("log")
-        middle.yaxis.set_major_formatter("{x:g}")
-        middle.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
-        middle.legend(frameon=False)
-    points = series("validation", "val_bpb")
-    points = points[1:] if len(points) > 2 else points  # the untrained model would flatten the rest
-    if points:
-        right.plot(*zip(*points), marker="o", markersize=4, color="#D55E00")
-    last = f", at the end {points[-1][1]:.4f}" if points else ""
-    right.set(xlabel="step", ylabel="bits per byte", title=f"Validation before storage{last}")
-    for axes in (left, middle, right):
-        axes.grid(alpha=0.3)
+    plt.switch_backend("Agg")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    figure, panels = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+    titles = "Cross-entropy, nats per token", "Latent terms", "Validation, bits per byte"
+    curves = ((0, "ce", "#0072B2"), (1, "jepa", "#E69F00"), (1, "anti", "#009E73"),
+              (1, "cov", "#CC79A7"), (2, "val_bpb", "#D55E00"))  # colors of Okabe and Ito
+    for panel, name, color in curves:
+        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        if name == "val_bpb" and len(points) > 2:  # the untrained model would flatten the rest
+            points = points[1:]
+        if points:
+            panels[panel].plot(*zip(*points), label=name, color=color, marker=".")
+    for panel, title in zip(panels, titles):
+        panel.set(xlabel="step", title=title)
+        panel.grid(alpha=0.3)
+    if panels[1].lines:
+        panels[1].set_yscale("log")
+        panels[1].legend(frameon=False)
     figure.suptitle(folder.name)
     figure.savefig(folder / "curves.png", dpi=120)
-    plt.close(figure)
 
 
 # ------------------------------------------------------------------------------
