@@ -84,8 +84,7 @@ class UserError(Exception):
 
 
 # ------------------------------------------------------------------------------
-# config: one frozen dataclass with a line per knob.
-# NAME=value on the command line wins over the environment, which wins over the default.
+# config: one frozen dataclass with a line per knob; arguments win over the environment
 # ------------------------------------------------------------------------------
 
 def knob(default, help: str, tags: str = "", *, low: float = 0, high: float = math.inf, group=""):
@@ -93,7 +92,7 @@ def knob(default, help: str, tags: str = "", *, low: float = 0, high: float = ma
     the words allowed, the default first. `group` begins a group of knobs. `tags`: free (a resumed
     run may change it), result (free, but runs that differ in it are no repetitions), model (the
     artifact carries it), grid (how tensors are stored), rate (RESUME_AFTER_DIVERGENCE=1 may change
-    it), eval (MODE=eval needs the run's value to repeat its scores), size (memory grows with it)."""
+    it), eval (MODE=eval needs the run's value to repeat scores), size (memory grows with it)."""
     choices = default.split("|") if isinstance(default, str) and "|" in default else []
     return field(default=choices[0] if choices else default, metadata=dict(
         help=help, tags=tags.split(), low=low, high=high, choices=choices, group=group))
@@ -327,7 +326,7 @@ class Config:
 
     @classmethod
     def from_env(cls, environ: dict[str, str], argv: Sequence[str] = ()) -> Config:
-        """Read knobs from NAME=value arguments and the environment; empty means the default.
+        """From the environment and NAME=value arguments, which win; empty means the default.
         UserError with a line for every value that does not fit and every misspelled name."""
         knobs, values, sources = cls.knobs(), {}, {}
         errors = check_spelling(environ, [*knobs, *SCRIPT_KNOBS])
@@ -341,9 +340,8 @@ class Config:
             if equals and name in knobs:
                 given[name] = text, "argument"
                 continue
-            near = difflib.get_close_matches(name.upper(), knobs, n=1)
-            hint = f"did you mean {near[0]}?" if near else "--help lists all knobs"
-            errors.append(f"{argument}: arguments are NAME=value with the name of a knob; {hint}")
+            near = difflib.get_close_matches(name.upper(), knobs, n=1) or ["--help"]
+            errors.append(f"{argument}: no NAME=value with a knob's name; did you mean {near[0]}?")
         for name, (text, source) in given.items():
             sources[name] = source
             if source == script and name in published:
@@ -361,7 +359,7 @@ class Config:
     def validate(self) -> Config:
         """Return self, or raise UserError with a line for every combination without sense."""
         c, unit = self, self.micro_batches * self.train_seq_len
-        table = [
+        table = [  # (bad, knob, what would be right)
             (re.search(r"[/\\\0]|^\.", c.run_id) or len(os.fsencode(c.run_id)) > 255,
              "RUN_ID", "not a plain folder name of at most 255 bytes"),
             (c.tokenizer == "byte" and c.vocab_size != 256, "VOCAB_SIZE", "must be 256 for bytes"),
@@ -460,7 +458,7 @@ def now() -> float:
 
 
 def check_world(config: Config, world: int) -> None:
-    """UserError if the ranks cannot share the micro-batches, with settings that work."""
+    """UserError if the ranks cannot share the micro-batches."""
     if config.micro_batches % world:
         raise UserError(f"{world} ranks cannot share MICRO_BATCHES={config.micro_batches}: start a "
                         f"number of ranks that divides it, or set MICRO_BATCHES={world}")
@@ -486,10 +484,10 @@ def machine_memory(cuda: bool) -> float:
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     memory = math.inf
     with contextlib.suppress(OSError, TypeError):
-        available = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
-        memory = 1024 * int(available[1])
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().replace("max", "inf")
-        memory = min(memory, float(limit))
+        match = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+        memory = 1024 * int(match[1])
+        limit = Path("/sys/fs/cgroup/memory.max").read_text()  # "max": none
+        return min(memory, float(limit.replace("max", "inf")))
     return memory
 
 
@@ -512,7 +510,7 @@ class Runtime(contextlib.AbstractContextManager):
     def __init__(self, config: Config):
         env = lambda name, default: int(os.environ.get(name, default))
         self.rank, self.world, local = env("RANK", 0), env("WORLD_SIZE", 1), env("LOCAL_RANK", 0)
-        self.main, self.control = self.rank == 0, None
+        self.main = self.rank == 0
         check_world(config, self.world)
         self.cuda = config.device != "cpu" and torch.cuda.is_available()
         if config.device == "cuda" and not self.cuda:
@@ -583,22 +581,18 @@ class Runtime(contextlib.AbstractContextManager):
             dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def from_main(self, value):
-        """Rank 0's picklable value on every rank (never one from a file)."""
-        return self.collect(value if self.main else None)[0]
-
     def main_first(self, work: Callable[[], Any]):
         """Run `work` on rank 0 for all; its value, or its UserError, reaches every rank."""
-        value = error = None
+        outcome = None
         if self.main:
             try:
-                value = work()
-            except UserError as fault:
-                error = str(fault)
-        value, error = self.from_main((value, error))
-        if error is not None:
-            raise UserError(error)
-        return value
+                outcome = work()
+            except UserError as error:
+                outcome = error
+        outcome = self.collect(outcome)[0]
+        if isinstance(outcome, UserError):
+            raise outcome
+        return outcome
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """Copy from the host without stalling the GPU."""
@@ -621,8 +615,10 @@ class Runtime(contextlib.AbstractContextManager):
                      device_type=self.device.type, dtype=str(self.dtype).removeprefix("torch."),
                      world_size=self.world, cores=os.cpu_count(), threads=torch.get_num_threads(),
                      python=platform.python_version(), torch=torch.__version__)
-        return facts | (dict(cuda=torch.version.cuda, triton=package_version("triton"),
-                             mamba_ssm=package_version("mamba_ssm")) if self.cuda else {})
+        if self.cuda:
+            facts |= dict(cuda=torch.version.cuda) | {
+                name: package_version(name) for name in ("triton", "mamba_ssm")}
+        return facts
 
 
 class Heartbeat(threading.Thread):
@@ -633,7 +629,6 @@ class Heartbeat(threading.Thread):
         self.every, self.doing, self.spoke = every, "", math.inf
 
     def run(self) -> None:
-        """Watch; `start` begins it, once per process."""
         self.spoke = time.monotonic()
         while True:
             time.sleep(self.every / 20)
@@ -657,8 +652,7 @@ progress_bar = HEARTBEAT.follow
 
 @functools.cache
 def source_text() -> str:
-    """This file as it was at the first call: it may be edited during a run. The self-extracting
-    script of a submission keeps it in SOURCE."""
+    """This file as it was at the first call; the self-extracting script keeps it in SOURCE."""
     return globals().get("SOURCE") or Path(__file__).read_text(encoding="utf-8")
 
 
@@ -667,8 +661,8 @@ SHIPPED_NAME = "train_gpt.py"  # what the challenge calls the script
 
 @functools.cache
 def shipped_script(source: str) -> bytes:
-    """The script as a submission ships it, and as its bytes count: it unpacks `source` in memory
-    and runs it as its own text. bz2 packs it 4% smaller than lzma; base85 survives editors."""
+    """The script as a submission ships it, and as its bytes count: it unpacks and runs `source`.
+    bz2 packs it 4% smaller than lzma; base85 survives editors."""
     packed = base64.b85encode(bz2.compress(source.encode())).decode()
     return f'''\
 #!/usr/bin/env python3
@@ -753,11 +747,9 @@ class RunFolder:
     def __init__(self, path: Path, main: bool, resume_bytes: dict[str, int] | None = None):
         """Open both journals; a resumed run cuts them to their lengths in the checkpoint."""
         self.path, self.main, self.files, self.track = path, main, {}, None
-        if not main:
-            return
         with file_errors(path, "cannot be written", "; mend its rights, or take another RUN_ID"):
-            path.mkdir(parents=True, exist_ok=True)
-            for name in ("log.txt", "metrics.jsonl"):
+            for name in ("log.txt", "metrics.jsonl") if main else ():
+                path.mkdir(parents=True, exist_ok=True)
                 self.files[name] = file = open(path / name, "a", encoding="utf-8")
                 file.truncate(min(file.tell(), (resume_bytes or {}).get(name, file.tell())))
 
@@ -869,9 +861,9 @@ class TokenStream:
 class Batches:
     """Micro-batches by position and index alone: the same for any number of ranks.
 
-    Each takes its tokens + 1 values of the stream: x is all but the last, y all but the first,
-    cut into sequences. With `lanes` (LANES, CARRY_STATE) the stream is cut into one lane per
-    sequence of the whole batch, and each step reads the next `seq_len` tokens of every lane."""
+    Each takes its tokens + 1 values of the stream: x is all but the last, y all but the first. With
+    `lanes` the stream is cut into one lane per sequence of the whole batch, and each step reads the
+    next `seq_len` tokens of every lane."""
     stream: TokenStream
     micro_batches: int
     sequences: int
@@ -884,8 +876,8 @@ class Batches:
 
     def values_per_step(self) -> int:
         """How far one step advances the position."""
-        whole = self.micro_batches * (self.sequences * self.seq_len + 1)
-        return self.seq_len if self.lanes else whole
+        values = self.sequences * self.seq_len + 1
+        return self.seq_len if self.lanes else self.micro_batches * values
 
     def __call__(self, position: int, micro: int) -> tuple[Tensor, Tensor]:
         """x and y, (sequences, seq_len) int64 each, of one micro-batch of the step there."""
@@ -901,12 +893,10 @@ class Batches:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """How many bytes of UTF-8 text each token stands for.
-
-    Control, unknown and unused pieces count 0 and are boundaries; byte pieces count 1; other
-    pieces count their UTF-8 length without a leading "\u2581" (the space mark), which counts 1
-    unless the previous token is a boundary. The counts of a document thus add up to the UTF-8
-    length of its text as the tokenizer normalizes it."""
+    """How many bytes of UTF-8 text each token stands for; those of a document add up to its text's
+    length as the tokenizer normalizes it. Control, unknown and unused pieces count 0 and are
+    boundaries; byte pieces count 1; others their UTF-8 length without a leading "\u2581" (the space
+    mark), which counts 1 unless the previous token is a boundary."""
     base_bytes: Tensor  # (V,) int64
     space: Tensor       # (V,) bool: begins with the space mark
     boundary: Tensor    # (V,) bool: control, unknown or unused
@@ -940,9 +930,8 @@ class Vocabulary:
 
 def byte_vocabulary() -> Vocabulary:
     """256 byte values of one byte each, except BYTE_BOS: 0 bytes."""
-    base = torch.ones(256, dtype=torch.int64)
-    base[BYTE_BOS] = 0
-    return Vocabulary(base, torch.zeros(256, dtype=torch.bool), base == 0, BYTE_BOS, BYTES)
+    bos = torch.arange(256) == BYTE_BOS
+    return Vocabulary(1 - bos.long(), torch.zeros_like(bos), bos, BYTE_BOS, BYTES)
 
 
 def load_sentencepiece(path: str):
@@ -975,9 +964,8 @@ def bpe_vocabulary(path: str, vocab_size: int) -> Vocabulary:
 
 def load_vocabulary(config: Config) -> Vocabulary:
     """The vocabulary of TOKENIZER."""
-    if config.tokenizer == "byte":
-        return byte_vocabulary()
-    return bpe_vocabulary(config.tokenizer_path, config.vocab_size)
+    bpe = config.tokenizer == "bpe"
+    return bpe_vocabulary(config.tokenizer_path, config.vocab_size) if bpe else byte_vocabulary()
 
 
 def shards_source(data_path: str) -> str | None:
@@ -5065,7 +5053,7 @@ class Run:
         c, total = self.config, parts[:-1].clone()
         self.runtime.sum_(total)
         values, norm = total.tolist(), float(parts[-1])
-        seconds, scale = self.runtime.from_main(self.clock.seconds()), lr_scale(progress, c)
+        seconds, scale = self.runtime.main_first(self.clock.seconds), lr_scale(progress, c)
         active = loss_weights(progress.fraction, c).active
         shown = " ".join(f"{name}:{value:.4f}" for name, value, on
                          in zip(self.term_names(), values, active) if on)

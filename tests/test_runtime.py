@@ -86,7 +86,7 @@ def test_collectives_of_one_rank_give_back_what_they_get(precision):
         assert runtime.sum_host(tensor) is tensor and runtime.sum_(tensor) is None
         assert runtime.gather(tensor) == (tensor, None)
         assert runtime.agree(1, -2.5) == [1, -2.5] and runtime.collect("x") == ["x"]
-        assert runtime.from_main({"a": 1}) == {"a": 1} and runtime.main_first(lambda: 7) == 7
+        assert runtime.main_first(lambda: 7) == 7
         with pytest.raises(UserError, match="no room"):
             runtime.main_first(lambda: (_ for _ in ()).throw(UserError("no room")))
         facts = runtime.describe()
