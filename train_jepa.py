@@ -13,15 +13,9 @@ systems are settings of the same parts:
     bash run_jepa_bpe.sh SEED=43          train as published; arguments win over the environment
     torchrun --nproc_per_node=8 train_jepa.py SEED=43    train with the defaults of this file
 
-Sections, each using only what stands above it:
-    config         every knob, one line each        storage        grids of the stored weights
-    runtime        ranks, device, run folder        optimizers     parameter groups, Muon, AdamW
-    data           shards, batches, vocabulary      artifact       container, codecs
-    SSD            Mamba-2's scan in PyTorch        checkpoint     exact resume
-    kernels        Triton forms of slow parts       evaluation     BPB and statistics of the latent
-    blocks, model  mixers, MLP, U-Net, JEPA head    training       one run, from log to result
-    losses         SIGReg, covariance, rollout      generation     evaluate or sample an artifact
-    schedules      functions of the progress        describe, bench, main
+Sections, each using only what stands above it: config, runtime, data; SSD (the scan in PyTorch),
+kernels (slow parts in Triton), blocks, model; losses, schedules; storage, optimizers; artifact,
+checkpoint; evaluation, training; evaluation alone and generation; describe, bench, main.
 
 Names of shapes: B sequences of a batch, T positions, D model_dim, E embed_dim, V vocabulary,
 H heads, P head width (64), N d_state, Q chunk of the scan, M projections or micro-batches,
@@ -42,13 +36,14 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
+import itertools
 import json
 import lzma
 import math
 import os
 import platform
 import re
-import shutil
+import resource
 import signal
 import struct
 import sys
@@ -74,14 +69,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-try:  # optional codecs of the artifact
-    import brotli
-except ImportError:
-    brotli = None
-try:
-    import zstandard
-except ImportError:
-    zstandard = None
+brotli, zstandard = (importlib.import_module(name) if importlib.util.find_spec(name) else None
+                     for name in ("brotli", "zstandard"))  # optional codecs of the artifact
 
 SIZE_LIMIT = 16_000_000  # bytes of artifact + this file
 EVAL_SECONDS = 600       # that the challenge allows for evaluation, apart from training
@@ -94,30 +83,23 @@ class UserError(Exception):
 
 
 # ------------------------------------------------------------------------------
-# config: one frozen dataclass with a line per knob.
-# NAME=value on the command line wins over the environment, which wins over the default.
+# config: one frozen dataclass with a line per knob; arguments win over the environment
 # ------------------------------------------------------------------------------
 
-def knob(default, help: str, tags: str = "", *, choices: str = "", low: float = 0,
-         high: float = math.inf, group: str = ""):
-    """Declare a knob: its default (whose type it has), help text and allowed values.
-
-    `tags`, separated by spaces:
-        free    a resumed run may change it
-        result  free, but runs that differ in it are no repetitions of each other
-        model   the artifact carries it, to rebuild the model
-        grid    how tensors are stored
-        rate    of the optimizers: RESUME_AFTER_DIVERGENCE=1 may change it
-        eval    MODE=eval needs the run's value to repeat the run's scores
-        size    the need for memory grows with it
-    `group` names the group that starts here and goes on to the next knob with a group."""
-    return field(default=default, metadata=dict(help=help, tags=tags.split(), low=low, high=high,
-                                                choices=choices.split(), group=group))
+def knob(default, help: str, tags: str = "", *, low: float = 0, high: float = math.inf, group=""):
+    """Declare a knob: its default (whose type it has), help and limits. A default like "a|b" lists
+    the words allowed, the default first. `group` begins a group of knobs. `tags`: free (a resumed
+    run may change it), result (free, but runs that differ in it are no repetitions), model (the
+    artifact carries it), grid (how tensors are stored), rate (RESUME_AFTER_DIVERGENCE=1 may change
+    it), eval (MODE=eval needs the run's value to repeat scores), size (memory grows with it)."""
+    choices = default.split("|") if isinstance(default, str) and "|" in default else []
+    return field(default=choices[0] if choices else default, metadata=dict(
+        help=help, tags=tags.split(), low=low, high=high, choices=choices, group=group))
 
 
 # Only the run scripts and setup_jepa.sh read these.
 SCRIPT_KNOBS = {
-    "PRESET": "recipe that the run scripts take: published or best",
+    "PRESET": "recipe of the run scripts: published or best",
     "NPROC_PER_NODE": "ranks that the run scripts start (default: the number of GPUs)",
     "TORCHRUN_ARGS": "arguments of torchrun instead of --standalone: several machines, restarts",
     "TRAIN_SHARDS": "training shards that setup_jepa.sh downloads (default: 53; all: every one)"}
@@ -128,206 +110,149 @@ CHECKS: list[Callable[[Config], Iterable[str]]] = []
 
 def format_knob(value) -> str:
     """Text that parse_knob reads back to the same value."""
-    if isinstance(value, bool):
-        return str(int(value))
-    return repr(value) if isinstance(value, float) else str(value)
+    return str(int(value) if isinstance(value, bool) else value)
 
 
 def parse_knob(name: str, f: dataclasses.Field, text: str):
     """Value of a knob from its text; UserError names knob, text and what is allowed."""
-    kind, meta = type(f.default), f.metadata
-    low, high = meta["low"], meta["high"]
-    allowed = {choice.lower(): choice for choice in meta["choices"]}
-    right = "one of " + ", ".join(meta["choices"])
+    kind, low, high = type(f.default), f.metadata["low"], f.metadata["high"]
+    allowed = {choice.lower(): choice for choice in f.metadata["choices"]}
+    right = "one of " + ", ".join(allowed.values())
     if kind is bool:
         allowed, right = {"0": False, "1": True, "false": False, "true": True}, "0 or 1"
-    elif kind is str and not allowed:
-        if name != "PROMPT" and re.search(r"[\0-\x1f]", text):
-            raise UserError(f"{name}={ascii(text[:60])[1:-1]}: must be one line")
-        return text
     elif kind is not str:
-        right, limit = ("a whole number", 2 ** 63) if kind is int else ("a finite number", math.inf)
-        right += f", at least {low}" if high == math.inf else f" between {low} and {high}"
-        right += ", below 2^63" if kind is int and high == math.inf else ""
+        right = "a whole number below 2^63, " if kind is int else "a finite number, "
+        right += f"at least {low}" if high == math.inf else f"between {low} and {high}"
         with contextlib.suppress(ValueError):
             value = kind(text)
-            if low <= value <= high and abs(value) < limit:
+            if low <= value <= high and value < (2**63 if kind is int else math.inf):
                 return value
+    elif not allowed:
+        if name == "PROMPT" or not re.search(r"[\0-\x1f]", text):
+            return text
+        text, right = ascii(text[:60])[1:-1], "one line"
     if text.lower() not in allowed:
         raise UserError(f"{name}={text}: must be {right}")
     return allowed[text.lower()]
 
 
-def one_edit_apart(a: str, b: str) -> bool:
-    """Whether one insertion, deletion, substitution or swap of neighbours turns a into b."""
-    start = len(os.path.commonprefix([a, b]))
-    a, b = a[start:], b[start:]
-    swapped = a[:2] == b[:2][::-1] and a[2:] == b[2:]
-    return a[1:] == b[1:] or a[1:] == b or a == b[1:] or swapped
-
-
 def check_spelling(environ: dict[str, str], known: Sequence[str]) -> list[str]:
-    """An error per misspelled knob in the environment; a warning for names that may be foreign.
-
-    A name that is one edit away from a knob is an error if several knobs begin with its first
-    word (JEPA_, MUON_); all others (DEVICES, SEEDS) share one line on stderr."""
-    words = [name.split("_")[0] for name in known if "_" in name]
-    errors, ignored = [], []
+    """An error per misspelled knob of the environment whose first word begins several knobs (JEPA_,
+    MUON_). Others may be foreign (DEVICES, SEEDS): they share a warning on stderr."""
+    words = [name.split("_")[0] for name in known]
+    errors, foreign = [], []
     for name in sorted(set(environ).difference(known)):
-        near = [other for other in known if one_edit_apart(name, other)]
-        if near and "_" in name and words.count(name.split("_")[0]) > 1:
-            errors.append(f"{name}: no such knob; did you mean {near[0]}?")
-        elif near and len(name) > (6 if len(name) == len(near[0]) else 4):  # not LINES, NODE
-            ignored.append(f"{name} (did you mean {near[0]}?)")
-    if ignored and environ.get("RANK", "0") == "0":
-        print("warning: ignored in the environment, no such knob:", ", ".join(ignored),
-              file=sys.stderr)
+        for near in difflib.get_close_matches(name, known, n=1, cutoff=0.85):
+            if words.count(name.split("_")[0]) > 1:
+                errors.append(f"{name}: no such knob; did you mean {near}?")
+            else:
+                foreign.append(f"{name} (did you mean {near}?)")
+    if foreign and environ.get("RANK", "0") == "0":
+        print("warning: ignored in the environment, no such knob:", *foreign, file=sys.stderr)
     return errors
 
 
 @dataclass(frozen=True)
 class Config:
     """All settings of a run."""
-    mode: str = knob("train", "what to do", "free", choices="train describe bench eval sample",
-                     group="run")
+    mode: str = knob("train|describe|bench|eval|sample", "what to do", "free", group="run")
     run_id: str = knob("", "name of the run's folder (empty: configuration and time)", "free")
     runs_dir: str = knob("runs", "folder of the run folders", "free")
-    resume_after_divergence: bool = knob(
-        False, "1 = a run that diverged goes on from its last good state with other optimizer knobs",
-        "free")
+    resume_after_divergence: bool = knob(False, "1 = resume a diverged run with other LRs", "free")
     overwrite: bool = knob(False, "1 = start over in a run folder that exists", "free")
-    json: bool = knob(False, "1 = describe, bench and eval print JSON as the last line on a terminal, "
-                      "too", "free")
-    all: bool = knob(False, "1 = MODE=describe shows every knob, not only those that differ from "
-                     "the defaults", "free")
-    profile: str = knob("auto", "machine that the run scripts choose defaults for and "
-                        "MODE=describe assumes (auto: gpu if CUDA is found)", "free",
-                        choices="auto gpu cpu")
-    tracker: str = knob("none", "package that gets the metrics, too; installed by hand", "free",
-                        choices="none tensorboard wandb trackio")
+    json: bool = knob(False, "1 = JSON as the last line on a terminal, too", "free")
+    all: bool = knob(False, "1 = MODE=describe shows every knob", "free")
+    profile: str = knob("auto|gpu|cpu", "machine to choose defaults for and describe", "free")
+    tracker: str = knob("none|tensorboard|wandb|trackio", "gets the metrics, too", "free")
     seed: int = knob(42, "seed of initial weights, SIGReg directions and positions")
-    device: str = knob("auto", "device to compute on (auto: CUDA if it is found)", "free",
-                       choices="auto cpu cuda")
-    dtype: str = knob("auto", "compute type (auto: bf16 on CUDA, fp32 on CPU)", "eval",
-                      choices="auto fp32 bf16")
-    collective_timeout: int = knob(600, "seconds after which a missing rank ends the run",
-                                   "free", low=1, high=10**7)
+    device: str = knob("auto|cpu|cuda", "auto: CUDA if it is found", "free")
+    dtype: str = knob("auto|fp32|bf16", "auto: bf16 on CUDA, fp32 on CPU", "eval")
+    collective_timeout: int = knob(600, "seconds to wait for a rank", "free", low=1, high=10**7)
 
-    tokenizer: str = knob("byte", "kind of tokens", "model", choices="byte bpe", group="data")
+    tokenizer: str = knob("byte|bpe", "kind of tokens", "model", group="data")
     tokenizer_path: str = knob("", "SentencePiece model (TOKENIZER=bpe)", "free result")
     vocab_size: int = knob(256, "number of token ids", "model size", low=2, high=65536)
-    data_path: str = knob("./data/datasets/fineweb10B_bytes",
-                          "folder of fineweb_train_*.bin and fineweb_val_*.bin", "free result")
+    data_path: str = knob("./data/datasets/fineweb10B_bytes", "folder of shards", "free result")
     val_max_tokens: int = knob(500_000, "validation tokens used (0 = all)", "free result eval")
-    val_batch_size: int = knob(
-        524_288, "validation tokens per batch of MICRO_BATCHES micro-batches: one forward pass "
-        "takes VAL_BATCH_SIZE / MICRO_BATCHES", "free eval size", low=1)
+    val_batch_size: int = knob(524_288, "tokens per MICRO_BATCHES passes", "free eval size", low=1)
 
     model_dim: int = knob(512, "width D", "model size", low=1, group="model")
-    num_layers: int = knob(12, "blocks: the first half encodes, the rest decodes",
-                           "model size", low=1, high=256)
-    mixer: str = knob("mamba2", "mamba2, attention, or a letter per block: m or a, as in "
-                      "mmmmmmammm", "model")
+    num_layers: int = knob(12, "blocks: half encode, half decode", "model size", low=1, high=256)
+    mixer: str = knob("mamba2", "mamba2, attention, or a letter m or a per block", "model")
     d_state: int = knob(64, "state size N of the SSM", "model size", low=1)
     d_conv: int = knob(4, "kernel size of the causal convolution", "model size", low=1)
     expand: int = knob(2, "inner width of Mamba-2 / MODEL_DIM", "model size", low=1)
-    ssd_chunk: int = knob(0, "chunk length Q of the scan, for speed only (0: 256 for mamba_ssm, "
-                          "else 64)", "free result eval", high=1024)
-    ssd_kernel: str = knob("auto", "form of the scan (auto: on CUDA the first of fused, mamba_ssm, "
-                           "torch that works; torch on CPU)",
-                           "free result eval", choices="auto mamba_ssm fused torch")
-    kernel_check: str = knob("1", "1 = compare each Triton kernel with PyTorch once per GPU, and "
-                             "replace one that deviates; strict = end the run instead", "free",
-                             choices="1 0 strict")
+    ssd_chunk: int = knob(0, "chunk Q of the scan (0: by its form)", "free result eval", high=1024)
+    ssd_kernel: str = knob("auto|mamba_ssm|fused|torch", "form of the scan (auto: on CUDA the "
+                           "first of fused, mamba_ssm, torch that works)", "free result eval")
+    kernel_check: str = knob("1|0|strict", "1 = replace Triton kernels that deviate from PyTorch; "
+                             "strict = end the run", "free")
     num_heads: int = knob(8, "attention heads", "model", low=1)
     num_kv_heads: int = knob(4, "attention heads of keys and values", "model", low=1)
     rope_base: float = knob(10000.0, "base of the rotary angles", "model", low=1)
     qk_gain_init: float = knob(1.5, "initial gain of the queries, per head", high=1e6)
     embed_dim: int = knob(0, "width E of the embedding (0 = MODEL_DIM)", "model size")
-    embed_style: str = knob(
-        "projected", "projected: std 0.02, EMBED_LR, untied unembedding by Muon; tied: "
-        "TIED_EMBED_INIT_STD, TIED_EMBED_LR; untied: std 1, EMBED_LR, zero unembedding by Adam at "
-        "HEAD_LR",
-        choices="projected tied")
+    embed_style: str = knob("projected|tied", "tied: as system B, by TIED_EMBED_* and HEAD_LR")
     tied_embed_init_std: float = knob(0.005, "std of the embedding with EMBED_STYLE=tied")
     mlp_mult: int = knob(3, "hidden width of the MLP / MODEL_DIM (0 = no MLP)", "model size")
     mlp_every: int = knob(1, "an MLP in every n-th block", "model", low=1)
-    activation: str = knob("relu2", "activation of the MLP", "model",
-                           choices="relu2 swiglu leaky_relu2")
+    activation: str = knob("relu2|swiglu|leaky_relu2", "activation of the MLP", "model")
     mlp_norm: bool = knob(True, "RMSNorm over the hidden units of the MLP", "model")
     norm_eps: float = knob(1e-6, "epsilon of the block norms", "model")
-    tie_embeddings: int = knob(
-        0, "unembedding: 0 separate, 1 tied to the embedding, 2 tied + learned correction, "
-        "3 tied through an adapter", "model", high=3)
+    tie_embeddings: int = knob(0, "unembedding: 0 separate, 1 tied to the embedding, 2 tied + "
+                               "correction, 3 tied through an adapter", "model", high=3)
     vocab_bias: bool = knob(True, "a bias per token in the logits", "model")
     logit_softcap: float = knob(15.0, "cap of the logits (0 = off)", "model")
-    softcap_type: str = knob("poly", "form of the cap", "model", choices="poly tanh")
-    projector_type: str = knob("linear", "map from h to the latent z (none: z = h)",
-                               choices="linear mlp none")
-    predictor_hidden_mult: int = knob(2, "hidden width of the predictor / latent width", "size",
-                                      low=1)
+    softcap_type: str = knob("poly|tanh", "form of the cap", "model")
+    projector_type: str = knob("linear|mlp|none", "map from h to the latent z (none: z = h)")
+    predictor_hidden_mult: int = knob(2, "hidden width of predictor / latent", "size", low=1)
     predictor_norm: bool = knob(False, "1 = RMSNorm before the predictor, no biases (system B)")
 
-    loss_schedule: str = knob("joint", "joint: constant weights; staged: pure JEPA, bridge, "
-                              "pure CE", choices="joint staged", group="losses")
+    loss_schedule: str = knob("joint|staged", "staged: JEPA, bridge, CE", group="losses")
     jepa_weight: float = knob(1.0, "weight of the latent prediction")
     jepa_steps: int = knob(1, "horizons of the latent rollout (0 = off)", "size")
     jepa_dim: int = knob(0, "width of the latent (0 = MODEL_DIM)", "size")
-    jepa_anneal: float = knob(
-        0.0, "fraction of the run at which JEPA_WEIGHT has fallen to 0 (0 = never)", high=1)
+    jepa_anneal: float = knob(0.0, "progress at which JEPA_WEIGHT is 0 (0 = never)", high=1)
     detach_targets: bool = knob(False, "1 = no gradient into the targets")
     ce_weight: float = knob(1.0, "weight of the cross-entropy")
     z_loss: float = knob(1e-4, "weight of mean logsumexp^2 in training")
-    anticollapse: str = knob("sigreg", "term that keeps the latent from collapsing",
-                             choices="sigreg covariance")
-    sigreg_lambda: float = knob(1.0, "weight of the anti-collapse term (LOSS_SCHEDULE=joint)")
-    sigreg_weight: float = knob(0.05, "weight of the anti-collapse term (LOSS_SCHEDULE=staged)")
+    anticollapse: str = knob("sigreg|covariance", "term that keeps the latent from collapsing")
+    sigreg_lambda: float = knob(1.0, "weight of that term (LOSS_SCHEDULE=joint)")
+    sigreg_weight: float = knob(0.05, "weight of that term (LOSS_SCHEDULE=staged)")
     sigreg_knots: int = knob(17, "knots of the characteristic function", "size", low=2)
     sigreg_num_proj: int = knob(0, "directions of SIGReg (0 = 2 * embedding width)", "size")
     sigreg_schedule: bool = knob(False, "1 = ramp the weight from 0 over the first 30%")
-    sigreg_axis: str = knob("batch", "axis that one characteristic function pools",
-                            choices="batch time both")
+    sigreg_axis: str = knob("batch|time|both", "axis that one characteristic function pools")
     jepa_cov: float = knob(0.0, "weight of a variance-covariance term on z beside SIGReg")
     jepa_pure_frac: float = knob(0.10, "end of the pure JEPA stage (staged)", high=1)
     ce_pure_frac: float = knob(0.80, "start of the pure CE stage (staged)", high=1)
 
     train_seq_len: int = knob(4096, "tokens per sequence", "model size", low=1, group="training")
-    train_batch_tokens: int = knob(524_288, "tokens per optimizer step, all ranks", "size", low=1)
-    micro_batches: int = knob(8, "micro-batches per step; the number of ranks must divide it",
-                              "eval size", low=1)
+    train_batch_tokens: int = knob(524_288, "tokens per step, all ranks", "size", low=1)
+    micro_batches: int = knob(8, "per step; a multiple of the ranks", "eval size", low=1)
     iterations: int = knob(10_000, "maximum number of steps", "free result", low=1)
-    max_wallclock_seconds: float = knob(
-        0.0, "maximum time of training and of all else that reads training data (0 = no limit)",
-        "free result")
-    reserve_seconds: float = knob(
-        0.0, "part of MAX_WALLCLOCK_SECONDS for GPTQ's moments and the temperature search "
-        "(0 = measure it in the warm-up)", "free result")
+    max_wallclock_seconds: float = knob(0.0, "limit of training time (0 = none)", "free result")
+    reserve_seconds: float = knob(0.0, "part of it for GPTQ and temperature (0 = measure it in the "
+                                  "warm-up)", "free result")
     warmup_steps: int = knob(10, "steps that are run before training and rolled back")
-    warmup_rollback: str = knob("weights", "what is rolled back (all: the optimizer's moments too)",
-                                choices="weights all")
-    warmdown: str = knob("fraction", "LR falls to MIN_LR over WARMDOWN_FRACTION or WARMDOWN_ITERS",
-                         choices="fraction iters")
+    warmup_rollback: str = knob("weights|all", "what is rolled back (all: moments, too)")
+    warmdown: str = knob("fraction|iters", "LR falls to MIN_LR over WARMDOWN_FRACTION or _ITERS")
     warmdown_fraction: float = knob(0.15, "length of the warmdown / length of the run", high=1)
-    warmdown_iters: int = knob(2000, "steps of the warmdown (under MAX_WALLCLOCK_SECONDS: at the "
-                               "mean step time so far)")
+    warmdown_iters: int = knob(2000, "steps of the warmdown (time limit: at the mean step time)")
     min_lr: float = knob(0.0, "LR at the end / base LR", high=1)
-    lanes: bool = knob(
-        False, "1 = contiguous batches: each sequence continues its own slice of the data")
-    carry_state: bool = knob(False, "1 = LANES, with the recurrent state carried from step to "
-                             "step (truncated BPTT)")
+    lanes: bool = knob(False, "1 = each sequence continues its own slice of the data")
+    carry_state: bool = knob(False, "1 = LANES with carried recurrent state (truncated BPTT)")
     val_loss_every: int = knob(500, "steps between validations (0 = only at the end)", "free")
     train_log_every: int = knob(100, "steps between log lines", "free", low=1)
-    compile_mode: str = knob(
-        "default", "torch.compile mode; off = eager; aot_eager = traced, without generated code",
-        "free result eval", choices="default reduce-overhead max-autotune aot_eager off")
-    nonfinite_limit: int = knob(
-        10, "stop after this many steps in a row with a non-finite gradient", "free", low=1)
+    compile_mode: str = knob("default|reduce-overhead|max-autotune|aot_eager|off",
+                             "torch.compile mode; off = eager", "free result eval")
+    nonfinite_limit: int = knob(10, "non-finite gradients in a row that end a run", "free", low=1)
 
     matrix_lr: float = knob(0.02, "Muon's LR: 2-D weights", "rate", group="optimizers")
     scalar_lr: float = knob(0.01, "AdamW's LR: everything else", "rate")
     embed_lr: float = knob(0.01, "AdamW's LR: the embedding", "rate")
     tied_embed_lr: float = knob(0.05, "AdamW's LR: the embedding with EMBED_STYLE=tied", "rate")
-    head_lr: float = knob(0.008, "AdamW's LR: the untied unembedding with EMBED_STYLE=tied", "rate")
+    head_lr: float = knob(0.008, "AdamW's LR: untied unembedding with EMBED_STYLE=tied", "rate")
     muon_momentum: float = knob(0.95, "Muon's final momentum", "rate", high=0.9999)
     muon_momentum_warmup_start: float = knob(0.85, "momentum at step 0", "rate", high=0.9999)
     muon_momentum_warmup_steps: int = knob(500, "steps until the final momentum", "rate")
@@ -339,60 +264,42 @@ class Config:
     beta2: float = knob(0.95, "Adam's second-moment decay", "rate", high=0.99999)
     adam_eps: float = knob(1e-8, "Adam's epsilon", "rate")
     grad_clip_norm: float = knob(1.0, "maximum global gradient norm (0 = off)", "rate")
-    swa_start: float = knob(1.0, "progress at which the EMA of weights starts (1 = off)", "rate", high=1)
-    swa_decay: float = knob(0.995, "decay of the EMA per step", "rate", high=0.999999)
+    swa_start: float = knob(1.0, "progress at which the EMA starts (1 = off)", "rate", high=1)
+    swa_decay: float = knob(0.995, "decay of the EMA of weights per step", "rate", high=0.999999)
 
-    storage: str = knob("intn", "intn: QUANT_BITS per matrix weight; int8: system B's format",
-                        "grid", choices="intn int8", group="storage")
+    storage: str = knob("intn|int8", "int8: system B's format", "grid", group="storage")
     quant_bits: int = knob(5, "bits of a matrix weight: 4, 5, 6 (8 with STORAGE=int8)", "grid")
-    quant_step: str = knob("absmax", "step of a row: absmax / (2^(bits-1) - 1), or QUANT_K * σ",
-                           "grid", choices="absmax sigma")
+    quant_step: str = knob("absmax|sigma", "step of a row, from absmax or QUANT_K * σ", "grid")
     quant_k: float = knob(0.35, "step / σ of a row (QUANT_STEP=sigma)", "grid", low=0.01, high=4)
     int8_floor: bool = knob(False, "1 = int8 scales of at least 1/127, as published", "grid")
-    fp_storage: str = knob("BF16", "format of embedding and tie correction", "grid",
-                           choices="BF16 FP8")
-    mlp_grid: str = knob("", "grid of the MLP matrices: int4 to int7, int8a, int4s0.35 (step "
-                         "of 0.35 σ), fp8, bf16 (empty: QUANT_BITS and QUANT_STEP)", "grid")
-    proj_grid: str = knob("", "grid of all other matrices: projections of mixers and embedding, "
-                          "untied unembedding (empty: QUANT_BITS and QUANT_STEP)", "grid")
+    fp_storage: str = knob("BF16|FP8", "format of embedding and tie correction", "grid")
+    mlp_grid: str = knob("", "grid of the MLP matrices: int4 to int7, int8a, int4s0.35 (step of "
+                         "0.35 σ), fp8, bf16 (empty: QUANT_BITS and QUANT_STEP)", "grid")
+    proj_grid: str = knob("", "grid of all other matrices (empty: likewise)", "grid")
     dt_grid: str = knob("", "grid of the rows of in_proj that make dt (empty: as in_proj)", "grid")
-    embed_grid: str = knob("", "grid of embedding and tie correction (empty: FP_STORAGE)", "grid")
-    qat_fraction: float = knob(1.0, "last fraction of the run that trains on the storage grid",
-                               high=1)
-    rounding: str = knob("nearest", "rounding of the final weights: nearest, or compensated "
-                         "(GPTQ)", "free result", choices="nearest compensated")
-    rounding_tokens: int = knob(65_536, "training tokens for GPTQ's moments", "free result size",
-                               low=1)
-    fit: bool = knob(
-        False, "1 = MODE=describe finds the largest MODEL_DIM and MLP_MULT that fit", "free")
+    embed_grid: str = knob("", "grid of embedding and correction (empty: FP_STORAGE)", "grid")
+    qat_fraction: float = knob(1.0, "last part of the run, on the storage grid", high=1)
+    rounding: str = knob("nearest|compensated", "of final weights, by GPTQ or not", "free result")
+    rounding_tokens: int = knob(65_536, "training tokens for GPTQ", "free result size", low=1)
+    fit: bool = knob(False, "1 = MODE=describe finds the largest widths that fit", "free")
 
-    sliding_eval: bool = knob(False, "1 = score with sliding windows after training", "free",
-                              group="evaluation")
+    sliding_eval: bool = knob(False, "1 = score with sliding windows", "free", group="evaluation")
     sliding_eval_stride: int = knob(16, "tokens scored per window", "free result", low=1)
     sliding_batch_size: int = knob(64, "windows per forward pass", "free eval size", low=1)
-    temp_scaling: bool = knob(
-        True, "1 = score at a temperature fitted to training tokens", "free result")
+    temp_scaling: bool = knob(True, "1 = fit a temperature to training tokens", "free result")
     temp_calib: float = knob(0.0, "temperature (0 = fit it)", "free result eval")
-    eval_state: str = knob("reset", "carry = one pass with the recurrent state carried",
-                           "free eval", choices="reset carry")
-    attention_overlap: int = knob(
-        1024, "tokens before a piece that attention sees (EVAL_STATE=carry)", "free result eval")
-    eval_adapt: bool = knob(False, "1 = score a chunk of the text, train on it, go on with the "
-                            "next (score-first test-time training)", "free eval")
+    eval_state: str = knob("reset|carry", "carry = one pass with carried states", "free eval")
+    attention_overlap: int = knob(1024, "tokens before that attention sees", "free result eval")
+    eval_adapt: bool = knob(False, "1 = score a chunk, train on it, go on to the next", "free eval")
     adapt_steps: int = knob(1, "SGD steps per chunk", "free result eval", low=1)
-    adapt_lr: float = knob(0.002, "LR at the first chunk; cosine to 0 at the end of the text",
-                           "free result eval")
-    adapt_chunk_tokens: int = knob(32_768, "tokens per chunk, rounded up to whole batches",
-                                   "free result eval", low=1)
-    adapt_params: str = knob("all", "parameters that learn: all, or some of matrices, embedding, "
-                             "scalars, joined by commas", "free result eval")
+    adapt_lr: float = knob(0.002, "LR at the first chunk; cosine to 0", "free result eval")
+    adapt_chunk_tokens: int = knob(32_768, "tokens per chunk", "free result eval", low=1)
+    adapt_params: str = knob("all", "or some of matrices, embedding, scalars", "free result eval")
     adapt_clip: float = knob(1.0, "maximum gradient norm (0 = off)", "free result eval")
-    diagnostics: bool = knob(
-        True, "1 = statistics of the latent at each validation and after training", "free")
+    diagnostics: bool = knob(True, "1 = statistics of the latent at each validation", "free")
     probe_steps: int = knob(200, "steps of the linear probe on frozen h (0 = none)", "free")
 
-    checkpoint_every: int = knob(0, "steps between checkpoints (0 = off)", "free",
-                                 group="checkpoints")
+    checkpoint_every: int = knob(0, "steps between them (0 = off)", "free", group="checkpoints")
     checkpoint_dir: str = knob("", "folder of checkpoints (empty: in the run's folder)", "free")
     checkpoint_keep: int = knob(2, "number of checkpoints kept", "free", low=1)
 
@@ -402,15 +309,14 @@ class Config:
     num_samples: int = knob(1, "number of samples", "free", low=1, high=1024)
     temperature: float = knob(0.8, "temperature of sampling (0 = most likely token)", "free")
     top_k: int = knob(0, "sample among the k most likely tokens (0 = all)", "free")
-    top_p: float = knob(1.0, "sample among the fewest tokens with this probability", "free",
-                        low=0.001, high=1)
+    top_p: float = knob(1.0, "sample among so much probability", "free", low=0.001, high=1)
 
     sources: dict = field(default_factory=dict, compare=False, repr=False)  # of values; no knob
 
     @classmethod
     def knobs(cls) -> dict[str, dataclasses.Field]:
         """Field of every knob by its upper-case name, in order."""
-        return {f.name.upper(): f for f in dataclasses.fields(cls) if f.name != "sources"}
+        return {f.name.upper(): f for f in dataclasses.fields(cls) if f.metadata}
 
     @classmethod
     def tagged(cls, tag: str) -> list[str]:
@@ -419,33 +325,27 @@ class Config:
 
     @classmethod
     def from_env(cls, environ: dict[str, str], argv: Sequence[str] = ()) -> Config:
-        """Read knobs from NAME=value arguments and the environment; empty means the default.
-
+        """From the environment and NAME=value arguments, which win; empty means the default.
         UserError with a line for every value that does not fit and every misspelled name."""
-        knobs = cls.knobs()
-        known = [*knobs, *SCRIPT_KNOBS]
-        errors = check_spelling(environ, known)
-        # The run scripts export this: their name, then the knobs that they set by default.
+        knobs, values, sources = cls.knobs(), {}, {}
+        errors = check_spelling(environ, [*knobs, *SCRIPT_KNOBS])
+        # From tools/launch.sh: the script, the knobs that it set, what it replaced of them.
         script, *scripted = environ.get("RUN_SCRIPT_DEFAULTS", "").split() or [""]
-        published = dict(pair.split("=", 1) for pair in environ.get("RUN_SCRIPT_PUBLISHED", "").split())
-        given = {name: (value, script if name in scripted else "environment")
-                 for name, value in environ.items() if name in knobs}
+        published = dict(re.findall(r"(\w+)=(\S*)", environ.get("RUN_SCRIPT_PUBLISHED", "")))
+        given = {name: (text, script if name in scripted else "environment")
+                 for name, text in environ.items() if name in knobs}
         for argument in argv:
-            name, equals, value = argument.partition("=")
+            name, equals, text = argument.partition("=")
             if equals and name in knobs:
-                given[name] = value, "argument"
+                given[name] = text, "argument"
                 continue
-            near = difflib.get_close_matches(name.upper(), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "--help lists all knobs"
-            if name in SCRIPT_KNOBS:
-                hint = "that one is for the run scripts"
-            errors.append(f"{argument}: arguments are NAME=value with the name of a knob; {hint}")
-        values, sources = {}, {}
+            near = difflib.get_close_matches(name.upper(), knobs, n=1) or ["--help"]
+            errors.append(f"{argument}: no NAME=value with a knob's name; did you mean {near[0]}?")
         for name, (text, source) in given.items():
-            sources[name] = source if text else f"{source} (empty: default)"
+            sources[name] = source
             if source == script and name in published:
-                replaced = published[name].replace("-", format_knob(knobs[name].default))
-                sources[name] = f"{script} (published: {replaced})"
+                shown = published[name].replace("-", format_knob(knobs[name].default))
+                sources[name] += f" (published: {shown})"
             try:
                 if text:
                     values[name.lower()] = parse_knob(name, knobs[name], text)
@@ -457,37 +357,31 @@ class Config:
 
     def validate(self) -> Config:
         """Return self, or raise UserError with a line for every combination without sense."""
-        c, faults = self, []
-
-        def forbid(bad: bool, message: str) -> None:
-            if bad:
-                faults.append(message)
-
-        unit, cap = c.micro_batches * c.train_seq_len, c.max_wallclock_seconds
-        forbid(re.search(r"[/\\\0]|^\.", c.run_id) or len(os.fsencode(c.run_id)) > 255,
-               f"RUN_ID={c.run_id[:60]}: not a plain folder name of at most 255 bytes")
-        forbid(c.tokenizer == "byte" and c.vocab_size != 256,
-               f"VOCAB_SIZE={c.vocab_size}: TOKENIZER=byte needs 256")
-        forbid(c.train_batch_tokens % unit, f"TRAIN_BATCH_TOKENS={c.train_batch_tokens}: must be "
-               f"a multiple of MICRO_BATCHES*TRAIN_SEQ_LEN={unit}")
-        forbid(cap and c.reserve_seconds >= cap, f"RESERVE_SECONDS={c.reserve_seconds:g}: must be "
-               f"below MAX_WALLCLOCK_SECONDS={cap:g}")
-        forbid(c.ce_weight == 0 and not (c.jepa_on and c.joint and c.jepa_anneal == 0),
-               "CE_WEIGHT=0 with JEPA off, annealed or staged: no loss is left; raise it")
-        forbid(not c.joint and c.jepa_on and c.jepa_pure_frac >= c.ce_pure_frac,
-               f"JEPA_PURE_FRAC={c.jepa_pure_frac}: must be below CE_PURE_FRAC={c.ce_pure_frac}")
-        forbid(c.jepa_on and c.jepa_steps >= c.train_seq_len,
-               f"JEPA_STEPS={c.jepa_steps}: must be below TRAIN_SEQ_LEN={c.train_seq_len}")
-        forbid(c.jepa_dim and c.projector_type == "none",
-               f"JEPA_DIM={c.jepa_dim}: PROJECTOR_TYPE=none leaves z = h; take linear")
-        forbid(c.anticollapse != "sigreg" and c.sigreg_axis != "batch",
-               f"SIGREG_AXIS={c.sigreg_axis}: needs ANTICOLLAPSE=sigreg")
-        forbid(c.sliding_eval and c.sliding_eval_stride > c.train_seq_len, f"SLIDING_EVAL_STRIDE="
-               f"{c.sliding_eval_stride}: at most TRAIN_SEQ_LEN={c.train_seq_len}")
-        forbid(c.tracker != "none" and not importlib.util.find_spec(c.tracker), f"TRACKER={c.tracker}: "
-               f"not installed; .venv/bin/python -m pip install {c.tracker} brings it")
-        for check in CHECKS:
-            faults += check(c)
+        c, unit = self, self.micro_batches * self.train_seq_len
+        table = [  # (bad, knob, what would be right)
+            (re.search(r"[/\\\0]|^\.", c.run_id) or len(os.fsencode(c.run_id)) > 255,
+             "RUN_ID", "not a plain folder name of at most 255 bytes"),
+            (c.tokenizer == "byte" and c.vocab_size != 256, "VOCAB_SIZE", "must be 256 for bytes"),
+            (c.train_batch_tokens % unit,
+             "TRAIN_BATCH_TOKENS", f"must be a multiple of MICRO_BATCHES*TRAIN_SEQ_LEN={unit}"),
+            (0 < c.max_wallclock_seconds <= c.reserve_seconds,
+             "RESERVE_SECONDS", "must be below MAX_WALLCLOCK_SECONDS"),
+            (c.ce_weight == 0 and not (c.jepa_on and c.joint and c.jepa_anneal == 0),
+             "CE_WEIGHT", "no loss is left with JEPA off, annealed or staged; raise it"),
+            (not c.joint and c.jepa_on and c.jepa_pure_frac >= c.ce_pure_frac,
+             "JEPA_PURE_FRAC", f"must be below CE_PURE_FRAC={c.ce_pure_frac}"),
+            (c.jepa_on and c.jepa_steps >= c.train_seq_len,
+             "JEPA_STEPS", f"must be below TRAIN_SEQ_LEN={c.train_seq_len}"),
+            (c.jepa_dim and c.projector_type == "none", "JEPA_DIM", "needs PROJECTOR_TYPE=linear"),
+            (c.anticollapse != "sigreg" and c.sigreg_axis != "batch",
+             "SIGREG_AXIS", "needs ANTICOLLAPSE=sigreg"),
+            (c.sliding_eval and c.sliding_eval_stride > c.train_seq_len,
+             "SLIDING_EVAL_STRIDE", f"at most TRAIN_SEQ_LEN={c.train_seq_len}"),
+            (c.tracker != "none" and not importlib.util.find_spec(c.tracker),
+             "TRACKER", f"not installed; .venv/bin/python -m pip install {c.tracker} brings it")]
+        faults = [f"{name}={format_knob(getattr(c, name.lower()))}: {fault}"
+                  for bad, name, fault in table if bad]
+        faults += [fault for check in CHECKS for fault in check(c)]
         if faults:
             raise UserError("\n".join(faults))
         return self
@@ -504,17 +398,10 @@ class Config:
     in_lanes = property(lambda c: c.lanes or c.carry_state)
     micro_tokens = property(lambda c: c.train_batch_tokens // c.micro_batches)
     micro_sequences = property(lambda c: c.micro_tokens // c.train_seq_len)
-
-    @property
-    def overlap(self) -> int | None:
-        """ATTENTION_OVERLAP for models with attention, which alone need it."""
-        return self.attention_overlap if "a" in self.pattern else None
-
-    @property
-    def pattern(self) -> str:
-        """Mixer of each block as a letter: m Mamba-2, a attention."""
-        letter = {"mamba2": "m", "attention": "a"}.get(self.mixer)
-        return letter * self.num_layers if letter else self.mixer
+    # The mixer of each block as a letter; ATTENTION_OVERLAP, for models with attention.
+    pattern = property(lambda c: {"mamba2": "m" * c.num_layers,
+                                  "attention": "a" * c.num_layers}.get(c.mixer, c.mixer))
+    overlap = property(lambda c: c.attention_overlap if "a" in c.pattern else None)
 
     def named(self) -> dict[str, Any]:
         """All values by knob name."""
@@ -529,26 +416,20 @@ class Config:
         """The knobs that an artifact carries, to rebuild the model."""
         return {name: getattr(self, name.lower()) for name in self.tagged("model")}
 
-    def render(self) -> str:
-        """Every knob with its value and source, for logs and ALL=1."""
-        return "\n".join(f"{name:<28} {format_knob(value):<34} {self.sources.get(name, 'default')}"
-                         for name, value in self.named().items())
-
-    def render_changed(self) -> str:
-        """By group, the knobs that differ from the defaults, with these and the source."""
-        lines, group = [f"{'knob':<30} {'value':<32} {'default':<12} source"], ""
-        for name, f in self.knobs().items():
-            value, group = getattr(self, f.name), f.metadata["group"] or group
-            if value != f.default:
-                if f"{group}:" not in lines:
-                    lines.append(f"{group}:")
-                lines.append(f"  {name:<28} {format_knob(value):<32} {format_knob(f.default):<12} "
-                             f"{self.sources.get(name, '')}")
-        return "\n".join(lines) + "\nEverything else has its default; ALL=1 shows all knobs."
+    def render(self, changed: bool = False) -> str:
+        """Knobs by group with value, default and source; `changed`: only those that differ."""
+        lines, values = [f"{'knob':<30} {'value':<32} {'default':<12} source"], self.named()
+        for group, name, default, _ in knob_table()[:len(values)]:
+            value, source = format_knob(values[name]), self.sources.get(name, "default")
+            if value != default or not changed:
+                lines += [] if f"{group}:" in lines else [f"{group}:"]
+                lines.append(f"  {name:<28} {value:<32} {default:<12} {source}")
+        rest = ["Everything else has its default; ALL=1 shows all knobs."] if changed else []
+        return "\n".join(lines + rest)
 
 
 def knob_table() -> list[tuple[str, str, str, str]]:
-    """(group, knob, default, help) of every knob, for --help and README.md."""
+    """(group, knob, default, help) of every knob, for --help and KNOBS.md."""
     rows, group = [], ""
     for name, f in Config.knobs().items():
         group, choices = f.metadata["group"] or group, ", ".join(f.metadata["choices"])
@@ -559,13 +440,10 @@ def knob_table() -> list[tuple[str, str, str, str]]:
 
 def help_text() -> str:
     """What --help prints."""
-    lines, last = ["Every knob is an environment variable or a NAME=value argument "
-                   "(arguments win).", ""], ""
-    for group, name, default, text in knob_table():
-        if group != last:
-            lines.append(f"{group}:")
-        lines.append(f"  {name}={default} ".ljust(38) + text)
-        last = group
+    lines = ["Every knob is an environment variable or a NAME=value argument (arguments win).", ""]
+    for group, rows in itertools.groupby(knob_table(), key=lambda row: row[0]):
+        lines.append(f"{group}:")
+        lines += [f"  {name}={default} ".ljust(38) + text for _, name, default, text in rows]
     return "\n".join(lines)
 
 
@@ -579,21 +457,10 @@ def now() -> float:
 
 
 def check_world(config: Config, world: int) -> None:
-    """UserError if the ranks cannot share the micro-batches, with settings that work."""
-    parts = config.micro_batches
-    if parts % world:
-        fits = [n for n in range(1, parts + 1) if parts % n == 0]
-        raise UserError(f"{world} ranks cannot share MICRO_BATCHES={parts}: start {fits} ranks, or "
-                        f"set MICRO_BATCHES={world} (with TRAIN_BATCH_TOKENS a multiple of "
-                        f"{world * config.train_seq_len})")
-
-
-def end_with_parent() -> None:
-    """Ask Linux for SIGTERM when torchrun is gone, so that no worker trains on beside the next start."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-        if os.getppid() == 1:  # it was gone before
-            os.kill(os.getpid(), signal.SIGTERM)
+    """UserError if the ranks cannot share the micro-batches."""
+    if config.micro_batches % world:
+        raise UserError(f"{world} ranks cannot share MICRO_BATCHES={config.micro_batches}: start a "
+                        f"number of ranks that divides it, or set MICRO_BATCHES={world}")
 
 
 def keep_freed_memory() -> None:
@@ -615,28 +482,24 @@ def machine_memory(cuda: bool) -> float:
     if cuda:
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     memory = math.inf
-    with contextlib.suppress(OSError):
-        if match := re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text()):
-            memory = 1024 * int(match[1])
+    with contextlib.suppress(OSError, TypeError):
+        match = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+        memory = 1024 * int(match[1])
         limit = Path("/sys/fs/cgroup/memory.max").read_text()  # "max": none
-        memory = min(memory, int(limit)) if limit.strip().isdigit() else memory
+        return min(memory, float(limit.replace("max", "inf")))
     return memory
 
 
 def package_version(name: str) -> str | None:
     """Installed version, without importing the package."""
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def cpu_name() -> str:
     """Processor name as the system gives it."""
-    with contextlib.suppress(OSError):
-        text = Path("/proc/cpuinfo").read_text()
-        if match := re.search(r"model name\s*:\s*(.+)", text):
-            return match[1]
+    with contextlib.suppress(OSError, TypeError):
+        return re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
     return platform.processor() or platform.machine()
 
 
@@ -645,39 +508,34 @@ class Runtime(contextlib.AbstractContextManager):
 
     def __init__(self, config: Config):
         env = lambda name, default: int(os.environ.get(name, default))
-        self.rank, self.world = env("RANK", 0), env("WORLD_SIZE", 1)
+        self.rank, self.world, local = env("RANK", 0), env("WORLD_SIZE", 1), env("LOCAL_RANK", 0)
+        self.main = self.rank == 0
         check_world(config, self.world)
-        has_cuda = torch.cuda.is_available()
-        if config.device == "cuda" and not has_cuda:
+        self.cuda = config.device != "cpu" and torch.cuda.is_available()
+        if config.device == "cuda" and not self.cuda:
             raise UserError("DEVICE=cuda: no CUDA device is found; take DEVICE=cpu or auto")
-        self.cuda = has_cuda and config.device != "cpu"
         bf16 = self.cuda if config.dtype == "auto" else config.dtype == "bf16"
         self.dtype = torch.bfloat16 if bf16 else torch.float32
-        self.device = torch.device("cpu")
-        if self.cuda:
-            self._take_gpu(env("LOCAL_RANK", 0))
-        else:
+        self.device = torch.device("cuda", local) if self.cuda else torch.device("cpu")
+        if not self.cuda:
             keep_freed_memory()
+        elif local >= torch.cuda.device_count():
+            raise UserError(f"rank {local} has no GPU, {torch.cuda.device_count()} are found here; "
+                            "start as many ranks as GPUs (NPROC_PER_NODE)")
+        else:
+            torch.cuda.set_device(self.device)
+            if bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+                raise UserError(f"{torch.cuda.get_device_name()} has no bf16; take DTYPE=fp32")
         # fp32 products keep all their bits (SIGReg, covariance, GPTQ moments): no TF32 unless a
         # kernel asks for it. The compiler would advise against that.
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
-        self.control = None
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            end_with_parent()
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # when torchrun is gone, this process gets SIGTERM
+            with contextlib.suppress(OSError, AttributeError):
+                ctypes.CDLL("libc.so.6").prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
         if self.world > 1:
             self._join(timedelta(seconds=config.collective_timeout))
-
-    def _take_gpu(self, index: int) -> None:
-        if index >= torch.cuda.device_count():
-            raise UserError(f"rank {index} has no GPU, {torch.cuda.device_count()} are found here; "
-                            "start as many ranks as GPUs (NPROC_PER_NODE)")
-        self.device = torch.device("cuda", index)
-        torch.cuda.set_device(self.device)
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        if self.dtype == torch.bfloat16 and not has_bf16:
-            raise UserError(f"{torch.cuda.get_device_name()} has no bf16; take DTYPE=fp32")
 
     def _join(self, limit: timedelta) -> None:
         # torchrun keeps one store over restarts, so each attempt gets its own keys in it.
@@ -685,12 +543,9 @@ class Runtime(contextlib.AbstractContextManager):
         store, _, _ = next(dist.rendezvous("env://", timeout=limit))
         dist.init_process_group("nccl" if self.cuda else "gloo", timeout=limit, rank=self.rank,
                                 store=dist.PrefixStore(f"attempt_{attempt}", store),
-                                world_size=self.world,
-                                device_id=self.device if self.cuda else None)
+                                world_size=self.world, device_id=self.device if self.cuda else None)
         # Clock and signals travel over gloo, without waiting for the GPU's queue.
         self.control = dist.new_group(backend="gloo", timeout=limit)
-
-    main = property(lambda self: self.rank == 0)
 
     def __exit__(self, kind, error, trace) -> None:
         # After an error the peers may never answer, and destroying the group waits for them.
@@ -699,11 +554,7 @@ class Runtime(contextlib.AbstractContextManager):
 
     def agree(self, *values: float) -> list[float]:
         """Elementwise maximum over ranks of host numbers; a rank without a value passes -inf."""
-        if self.world == 1:
-            return list(values)
-        box = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
-        return box.tolist()
+        return [max(column) for column in zip(*self.collect(values))]
 
     def sum_host(self, tensor: Tensor) -> Tensor:
         """Sum of a CPU tensor over ranks, in place."""
@@ -729,25 +580,18 @@ class Runtime(contextlib.AbstractContextManager):
             dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def from_main(self, value):
-        """Rank 0's picklable value on every rank (never one from a file)."""
-        box = [value]
-        if self.world > 1:
-            dist.broadcast_object_list(box, group=self.control)
-        return box[0]
-
     def main_first(self, work: Callable[[], Any]):
         """Run `work` on rank 0 for all; its value, or its UserError, reaches every rank."""
         outcome = None
         if self.main:
             try:
-                outcome = work(), None
-            except UserError as fault:
-                outcome = None, str(fault)
-        value, error = self.from_main(outcome)
-        if error is not None:
-            raise UserError(error)
-        return value
+                outcome = work()
+            except UserError as error:
+                outcome = error
+        outcome = self.collect(outcome)[0]
+        if isinstance(outcome, UserError):
+            raise outcome
+        return outcome
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """Copy from the host without stalling the GPU."""
@@ -762,7 +606,6 @@ class Runtime(contextlib.AbstractContextManager):
         """Peak bytes allocated on the GPU, or resident in this process."""
         if self.cuda:
             return torch.cuda.max_memory_allocated()
-        import resource
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def describe(self) -> dict[str, Any]:
@@ -772,25 +615,20 @@ class Runtime(contextlib.AbstractContextManager):
                      world_size=self.world, cores=os.cpu_count(), threads=torch.get_num_threads(),
                      python=platform.python_version(), torch=torch.__version__)
         if self.cuda:
-            facts |= dict(cuda=torch.version.cuda, triton=package_version("triton"),
-                          mamba_ssm=package_version("mamba_ssm"))
+            facts |= dict(cuda=torch.version.cuda) | {
+                name: package_version(name) for name in ("triton", "mamba_ssm")}
         return facts
 
 
-class Heartbeat:
+class Heartbeat(threading.Thread):
     """After every ten seconds without output, a line on stderr that says what is being done."""
 
     def __init__(self, every: float = 10):
-        self.every, self.doing, self.spoke, self.thread = every, "", 0.0, None
+        super().__init__(daemon=True)
+        self.every, self.doing, self.spoke = every, "", math.inf
 
-    def start(self) -> None:
-        """Begin to watch; once per process."""
+    def run(self) -> None:
         self.spoke = time.monotonic()
-        if self.thread is None:
-            self.thread = threading.Thread(target=self._watch, daemon=True)
-            self.thread.start()
-
-    def _watch(self) -> None:
         while True:
             time.sleep(self.every / 20)
             if self.doing and time.monotonic() - self.spoke >= self.every:
@@ -798,34 +636,22 @@ class Heartbeat:
                     print(f"[{datetime.now():%H:%M:%S}] {self.doing}", file=sys.stderr, flush=True)
                 self.spoke = time.monotonic()
 
-    def follow(self, items, label: str) -> Iterator:
+    def follow(self, items, label: str, show: bool = True) -> Iterator:
         """The items; their number is what is being done."""
         for index, item in enumerate(items):
-            self.doing = f"{label} {index}/{len(items)}"
+            if show:
+                self.doing = f"{label} {index}/{len(items)}"
             yield item
         self.doing = ""
 
 
 HEARTBEAT = Heartbeat()
-
-
-def progress_bar(items, label: str, show: bool = True):
-    """tqdm on a terminal; elsewhere the heartbeat tells how many items are done."""
-    if not show:
-        return items
-    if sys.stderr.isatty():
-        with contextlib.suppress(ImportError):
-            from tqdm import tqdm
-            HEARTBEAT.doing = ""  # it would tear the bar
-            columns = shutil.get_terminal_size().columns  # 80 where tqdm would see a width of 0
-            return tqdm(items, desc=label, leave=False, ncols=columns)
-    return HEARTBEAT.follow(items, label)
+progress_bar = HEARTBEAT.follow
 
 
 @functools.cache
 def source_text() -> str:
-    """This file as it was at the first call: it may be edited during a run. The self-extracting
-    script of a submission keeps it in SOURCE."""
+    """This file as it was at the first call; the self-extracting script keeps it in SOURCE."""
     return globals().get("SOURCE") or Path(__file__).read_text(encoding="utf-8")
 
 
@@ -834,8 +660,8 @@ SHIPPED_NAME = "train_gpt.py"  # what the challenge calls the script
 
 @functools.cache
 def shipped_script(source: str) -> bytes:
-    """The script as a submission ships it, and as its bytes count: a Python file that unpacks `source`
-    in memory and runs it as its own text. bz2 packs it 4% smaller than lzma; base85 survives editors."""
+    """The script as a submission ships it, and as its bytes count: it unpacks and runs `source`.
+    bz2 packs it 4% smaller than lzma; base85 survives editors."""
     packed = base64.b85encode(bz2.compress(source.encode())).decode()
     return f'''\
 #!/usr/bin/env python3
@@ -851,39 +677,32 @@ else:  # inspect, and thereby Triton, reads the lines of functions from linecach
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Any]:
-    """A binary file that takes the place of `path` when the block ends: all or nothing.
+def file_errors(path, fault: str = "cannot be read", remedy: str = "") -> Iterator[None]:
+    """Turns an OSError of the block into a UserError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: {fault} ({error.strerror or error}){remedy}") from error
 
-    It is written under a temporary name, synced and renamed; UserError if that fails."""
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Any]:
+    """A binary file that takes the place of `path` when the block ends: written under a temporary
+    name, synced and renamed, all or nothing; UserError if that fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
+        with file_errors(path, "cannot be written", "; earlier files are intact"):
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
-        finally:
             os.close(folder)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); earlier files "
-                        "are intact") from error
     finally:
         with contextlib.suppress(OSError):  # left over only after an error
             temporary.unlink()
-
-
-def say(line: str) -> None:
-    """Print a line at once. A console on a full disk must not end a run; a closed pipe ends it."""
-    HEARTBEAT.spoke = time.monotonic()
-    try:
-        print(line, flush=True)
-    except BrokenPipeError:
-        raise
-    except OSError:
-        pass
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -896,6 +715,16 @@ def file_hash(path: Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
+def say(line: str) -> None:
+    """Print a line at once. A console on a full disk must not end a run; a closed pipe ends it."""
+    HEARTBEAT.spoke = time.monotonic()
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+
+
 def open_tracker(c: Config, path: Path) -> Callable[[dict[str, float], int], Any] | None:
     """TRACKER: takes values and step to a tracker of experiments, under the name of the run."""
     if c.tracker == "none":
@@ -905,7 +734,7 @@ def open_tracker(c: Config, path: Path) -> Callable[[dict[str, float], int], Any
         writer = SummaryWriter(str(path), flush_secs=10)
         return lambda values, step: [writer.add_scalar(*item, step) for item in values.items()]
     package = importlib.import_module(c.tracker)
-    again = dict(id=path.name) if c.tracker == "wandb" else {}  # a resumed run goes on in its curves
+    again = dict(id=path.name) if c.tracker == "wandb" else {}  # a resumed run goes on there
     package.init(project="train_jepa", name=path.name, config=c.named(), resume="allow", **again)
     atexit.register(package.finish)
     return lambda values, step: package.log(values, step=step)
@@ -917,26 +746,16 @@ class RunFolder:
     def __init__(self, path: Path, main: bool, resume_bytes: dict[str, int] | None = None):
         """Open both journals; a resumed run cuts them to their lengths in the checkpoint."""
         self.path, self.main, self.files, self.track = path, main, {}, None
-        if not main:
-            return
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            for name in ("log.txt", "metrics.jsonl"):
-                self.files[name] = open(path / name, "a", encoding="utf-8")
-                if name in (resume_bytes or {}):
-                    size = (path / name).stat().st_size
-                    os.truncate(path / name, min(resume_bytes[name], size))
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror}); mend its rights, "
-                            "or take another RUN_ID") from error
+        with file_errors(path, "cannot be written", "; mend its rights, or take another RUN_ID"):
+            for name in ("log.txt", "metrics.jsonl") if main else ():
+                path.mkdir(parents=True, exist_ok=True)
+                self.files[name] = file = open(path / name, "a", encoding="utf-8")
+                file.truncate(min(file.tell(), (resume_bytes or {}).get(name, file.tell())))
 
     def _append(self, name: str, text: str) -> None:
-        try:
+        with file_errors(self.path / name, "cannot be written", "; make room"):
             self.files[name].write(text + "\n")
             self.files[name].flush()
-        except OSError as error:
-            path = self.path / name
-            raise UserError(f"{path}: cannot be written ({error.strerror}); make room") from error
 
     def log(self, line: str, console: bool = True) -> None:
         """One short greppable line to log.txt and the console."""
@@ -948,17 +767,15 @@ class RunFolder:
     def metric(self, **values) -> None:
         """One line of metrics.jsonl; its numbers to the tracker, if there is one."""
         if self.main:
-            self._append("metrics.jsonl", json.dumps(values, allow_nan=True))
+            self._append("metrics.jsonl", json.dumps(values))
         if self.track:
             self.track({f"{values['kind']}/{name}": value for name, value in values.items()
                         if isinstance(value, (int, float)) and name != "step"}, values["step"])
 
     def sizes(self) -> dict[str, int]:
         """Lengths of the journals in bytes, for the checkpoint."""
-        try:
+        with file_errors(self.path, "the run's folder is gone"):
             return {name: (self.path / name).stat().st_size for name in self.files}
-        except OSError as error:
-            raise UserError(f"{self.path}: the run's folder is gone ({error.strerror})") from error
 
     def write_json(self, name: str, value) -> None:
         """Replace one JSON file of the folder."""
@@ -975,50 +792,28 @@ BYTE_BOS = 0     # bos_id of byte shards: a byte that UTF-8 text never contains
 BYTES = "bytes"  # the tokenizer of byte shards in source.json, and Vocabulary.source
 
 
-def shard_remedy(path: Path) -> str:
-    """The command that makes the shard anew."""
-    return f"bash setup_jepa.sh {'demo' if 'demo' in path.parent.name else 'fineweb'} makes it anew"
-
-
 def shard_length(path: Path) -> int:
     """Number of tokens of a shard; UserError unless magic, version and size fit."""
-    remedy = shard_remedy(path)
-    try:
-        size, regular = os.path.getsize(path), path.is_file()
-        header = np.fromfile(path, dtype="<i4", count=256) if regular else []
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    if len(header) < 256 or header[0] != SHARD_MAGIC:
-        raise UserError(f"{path}: not a token shard (no magic {SHARD_MAGIC}); {remedy}")
-    version, count = int(header[1]), int(header[2])
-    if version != SHARD_VERSION:
-        raise UserError(f"{path}: shard version {version}, not {SHARD_VERSION}; {remedy}")
-    if count < 0 or size != SHARD_HEADER + 2 * count:
-        raise UserError(f"{path}: {size} bytes, but its header promises {count} tokens "
-                        f"({SHARD_HEADER + 2 * count} bytes); {remedy}")
+    with file_errors(path):
+        size = os.path.getsize(path)
+        header = np.fromfile(path, dtype="<i4", count=256) if path.is_file() else []
+    if len(header) < 256 or tuple(header[:2]) != (SHARD_MAGIC, SHARD_VERSION):
+        raise UserError(f"{path}: not a token shard of version {SHARD_VERSION}")
+    count, data = int(header[2]), "demo" if "demo" in path.parent.name else "fineweb"
+    if size != SHARD_HEADER + 2 * count:
+        raise UserError(f"{path}: {size} bytes, but its header promises {count} tokens; "
+                        f"bash setup_jepa.sh {data} makes it anew")
     return count
-
-
-def read_shard(path: Path, start: int, count: int) -> np.ndarray:
-    """`count` tokens from `start`. Not a memory map: if the file shrinks, that kills the process."""
-    try:
-        tokens = np.fromfile(path, dtype="<u2", count=count, offset=SHARD_HEADER + 2 * start)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    if len(tokens) < count:
-        raise UserError(f"{path}: became shorter while in use; {shard_remedy(path)}")
-    return tokens
 
 
 def find_shards(data_path: str, part: str) -> list[Path]:
     """The shards `fineweb_<part>_*.bin` of a folder, in order; UserError if there are none."""
     paths = sorted(Path(data_path).glob(f"fineweb_{part}_*.bin"))
     if not paths:
-        others = sorted({str(path.parent) for path in
-                         Path(data_path).parent.glob(f"*/fineweb_{part}_*.bin")})
-        raise UserError(f"DATA_PATH={data_path}: holds no fineweb_{part}_*.bin; " + (
-            f"{', '.join(others[:3])} would do" if others else "bash run_jepa_byte.sh makes its shards "
-            "itself; bash setup_jepa.sh demo makes data/datasets/demo_bytes"))
+        others = [path.parent for path in Path(data_path).parent.glob(f"*/fineweb_{part}_*.bin")]
+        remedy = (f"{min(others)} would do" if others else
+                  "bash run_jepa_byte.sh makes its shards itself; so does bash setup_jepa.sh demo")
+        raise UserError(f"DATA_PATH={data_path}: holds no fineweb_{part}_*.bin; {remedy}")
     return paths
 
 
@@ -1026,11 +821,11 @@ class TokenStream:
     """The tokens of many shards as one stream, readable at any position; it wraps around."""
 
     def __init__(self, paths: Sequence[Path], vocab_size: int):
-        self.paths, self.vocab_size = list(paths), vocab_size
-        self.lengths = [shard_length(path) for path in self.paths]
+        self.paths, self.vocab_size = paths, vocab_size
+        self.lengths = [shard_length(path) for path in paths]
         self.ends = np.cumsum(self.lengths)
         if len(self) == 0:
-            raise UserError(f"{self.paths[0].parent}: no tokens in these shards")
+            raise UserError(f"{paths[0].parent}: no tokens in these shards")
         for index, length in enumerate(self.lengths):  # small shards wholly, the head of large ones
             self._read(index, 0, min(length, 4_000_000))
 
@@ -1038,12 +833,15 @@ class TokenStream:
         return int(self.ends[-1])
 
     def _read(self, index: int, start: int, count: int) -> np.ndarray:
-        """Tokens of one shard; UserError if an id is not in the vocabulary."""
-        tokens = read_shard(self.paths[index], start, count)
-        largest = int(tokens.max(initial=0))
-        if largest >= self.vocab_size:
-            raise UserError(f"{self.paths[index]}: token id {largest}, but VOCAB_SIZE="
-                            f"{self.vocab_size}; these shards were made with another tokenizer")
+        # Not a memory map: if the file shrinks, that kills the process.
+        path = self.paths[index]
+        with file_errors(path):
+            tokens = np.fromfile(path, dtype="<u2", count=count, offset=SHARD_HEADER + 2 * start)
+        if len(tokens) < count:
+            raise UserError(f"{path}: became shorter while in use")
+        if (largest := int(tokens.max(initial=0))) >= self.vocab_size:
+            raise UserError(f"{path}: token id {largest}, but VOCAB_SIZE={self.vocab_size}; these "
+                            "shards were made with another tokenizer")
         return tokens
 
     def read(self, position: int, count: int) -> np.ndarray:
@@ -1053,23 +851,23 @@ class TokenStream:
             position %= len(self)
             index = int(np.searchsorted(self.ends, position, side="right"))
             left = int(self.ends[index]) - position  # in this shard
-            piece = self._read(index, self.lengths[index] - left, min(left, count))
-            pieces.append(piece.astype(np.int64))
-            position, count = position + len(piece), count - len(piece)
-        return np.concatenate(pieces)
+            pieces.append(self._read(index, self.lengths[index] - left, min(left, count)))
+            position, count = position + left, count - left
+        return np.concatenate(pieces).astype(np.int64)
 
 
+@dataclass
 class Batches:
     """Micro-batches by position and index alone: the same for any number of ranks.
 
-    Each takes its tokens + 1 values of the stream: x is all but the last, y all but the first,
-    cut into sequences. With `lanes` (LANES, CARRY_STATE) the stream is cut into one lane per
-    sequence of the whole batch, and each step reads the next `seq_len` tokens of every lane."""
-
-    def __init__(self, stream: TokenStream, micro_batches: int, sequences: int, seq_len: int,
-                 lanes: bool = False):
-        self.stream, self.micro_batches, self.sequences = stream, micro_batches, sequences
-        self.seq_len, self.lanes = seq_len, lanes
+    Each takes its tokens + 1 values of the stream: x is all but the last, y all but the first. With
+    `lanes` the stream is cut into one lane per sequence of the whole batch, and each step reads the
+    next `seq_len` tokens of every lane."""
+    stream: TokenStream
+    micro_batches: int
+    sequences: int
+    seq_len: int
+    lanes: bool = False
 
     def span(self) -> int:
         """Positions until the run reads the same tokens again: the stream, or one lane."""
@@ -1077,16 +875,14 @@ class Batches:
 
     def values_per_step(self) -> int:
         """How far one step advances the position."""
-        if self.lanes:
-            return self.seq_len
-        return self.micro_batches * (self.sequences * self.seq_len + 1)
+        values = self.sequences * self.seq_len + 1
+        return self.seq_len if self.lanes else self.micro_batches * values
 
     def __call__(self, position: int, micro: int) -> tuple[Tensor, Tensor]:
         """x and y, (sequences, seq_len) int64 each, of one micro-batch of the step there."""
         n, length = self.sequences, self.seq_len
         if self.lanes:
-            lane = self.span()
-            starts = [(micro * n + i) * lane + position for i in range(n)]
+            starts = [row * self.span() + position for row in range(micro * n, (micro + 1) * n)]
             values = np.stack([self.stream.read(start, length + 1) for start in starts])
             return torch.from_numpy(values[:, :-1].copy()), torch.from_numpy(values[:, 1:].copy())
         count = n * length + 1
@@ -1096,12 +892,10 @@ class Batches:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """How many bytes of UTF-8 text each token stands for.
-
-    Control, unknown and unused pieces count 0 and are boundaries; byte pieces count 1; other
-    pieces count their UTF-8 length without a leading "\u2581" (the space mark), which counts 1
-    unless the previous token is a boundary. The counts of a document thus add up to the UTF-8
-    length of its text as the tokenizer normalizes it."""
+    """How many bytes of UTF-8 text each token stands for; those of a document add up to its text's
+    length as the tokenizer normalizes it. Control, unknown and unused pieces count 0 and are
+    boundaries; byte pieces count 1; others their UTF-8 length without a leading "\u2581" (the space
+    mark), which counts 1 unless the previous token is a boundary."""
     base_bytes: Tensor  # (V,) int64
     space: Tensor       # (V,) bool: begins with the space mark
     boundary: Tensor    # (V,) bool: control, unknown or unused
@@ -1122,59 +916,46 @@ class Vocabulary:
     def unpack(cls, packed: dict[str, Any], vocab_size: int) -> Vocabulary:
         """Inverse of `pack`; UserError if the form is damaged or of another size."""
         try:
-            packed_codes, bos_id = base64.b64decode(packed["codes"]), int(packed["bos_id"])
-            source = str(packed.get("source", ""))  # artifacts of v0.1 have none
-            data = zlib.decompressobj().decompress(packed_codes, 2 * vocab_size + 1)
+            data = base64.b64decode(packed["codes"])
+            data = zlib.decompressobj().decompress(data, 2 * vocab_size + 1)
             codes = torch.from_numpy(np.frombuffer(data, dtype="<u2").astype(np.int64))
+            bos_id, source = int(packed["bos_id"]), str(packed.get("source", ""))  # v0.1 has none
+            if len(codes) != vocab_size or not 0 <= bos_id < vocab_size:
+                raise ValueError(f"{len(codes)} tokens")
         except (KeyError, TypeError, ValueError, OverflowError, zlib.error) as error:
             raise UserError(f"the artifact's vocabulary is damaged ({ascii(error)[:60]})") from None
-        if len(codes) != vocab_size or not 0 <= bos_id < vocab_size:
-            raise UserError(f"the artifact's vocabulary has {len(codes)} tokens, not {vocab_size}")
         return cls(codes >> 2, (codes & 2) > 0, (codes & 1) > 0, bos_id, source)
 
 
 def byte_vocabulary() -> Vocabulary:
     """256 byte values of one byte each, except BYTE_BOS: 0 bytes."""
-    base = torch.ones(256, dtype=torch.int64)
-    base[BYTE_BOS] = 0
-    return Vocabulary(base, torch.zeros(256, dtype=torch.bool), base == 0, BYTE_BOS, BYTES)
+    bos = torch.arange(256) == BYTE_BOS
+    return Vocabulary(1 - bos.long(), torch.zeros_like(bos), bos, BYTE_BOS, BYTES)
 
 
 def load_sentencepiece(path: str):
     """The SentencePiece model at TOKENIZER_PATH; UserError if it is missing or damaged."""
-    if not Path(path).is_file():
-        raise UserError(f"TOKENIZER_PATH={path}: BPE tokens need a SentencePiece model there; bash "
-                        "run_jepa_bpe.sh with the same arguments names the right one")
     try:
         import sentencepiece
-        return sentencepiece.SentencePieceProcessor(model_file=path)
-    except ImportError:
-        raise UserError("TOKENIZER=bpe: the package sentencepiece is missing; bash setup_jepa.sh env "
-                        "installs it into .venv") from None
-    except Exception as error:  # RuntimeError, OSError or TypeError for a damaged file
+        model = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
+        model.id_to_piece(list(range(model.vocab_size())))  # all are UTF-8
+        return model
+    except Exception as error:  # ImportError, OSError, RuntimeError, UnicodeDecodeError
         reason = str(error).splitlines()[0]
-        raise UserError(f"TOKENIZER_PATH={path}: not a SentencePiece model ({reason})") from None
+        raise UserError(f"TOKENIZER_PATH={path}: not a SentencePiece model ({reason}); bash "
+                        "run_jepa_bpe.sh with the same arguments names the right one") from None
 
 
 def bpe_vocabulary(path: str, vocab_size: int) -> Vocabulary:
     """Byte counts of a SentencePiece model's pieces."""
-    model, rows = load_sentencepiece(path), []
-    size, mark = model.vocab_size(), "\u2581"
-    if size != vocab_size:
+    model, rows, mark = load_sentencepiece(path), [], "\u2581"
+    if (size := model.vocab_size()) != vocab_size:
         raise UserError(f"TOKENIZER_PATH={path}: has {size} pieces, but VOCAB_SIZE={vocab_size}")
     for token in range(size):
-        try:
-            piece = model.id_to_piece(token)
-        except UnicodeDecodeError:
-            raise UserError(f"TOKENIZER_PATH={path}: piece {token} is no UTF-8; fetch the file "
-                            "again with setup_jepa.sh") from None
-        if model.is_control(token) or model.is_unknown(token) or model.is_unused(token):
-            rows.append((0, False, True))
-        elif model.is_byte(token):
-            rows.append((1, False, False))
-        else:
-            length = len(piece.removeprefix(mark).encode())
-            rows.append((length, piece.startswith(mark), False))
+        special = model.is_control(token) or model.is_unknown(token) or model.is_unused(token)
+        piece = "" if special else model.id_to_piece(token)
+        length = 1 if model.is_byte(token) else len(piece.removeprefix(mark).encode())
+        rows.append((length, piece.startswith(mark), special))
     base, space, boundary = (torch.tensor(column) for column in zip(*rows))
     bos_id = model.bos_id() if model.bos_id() >= 0 else 1
     return Vocabulary(base, space, boundary, bos_id, file_hash(path))
@@ -1182,31 +963,26 @@ def bpe_vocabulary(path: str, vocab_size: int) -> Vocabulary:
 
 def load_vocabulary(config: Config) -> Vocabulary:
     """The vocabulary of TOKENIZER."""
-    if config.tokenizer == "byte":
-        return byte_vocabulary()
-    return bpe_vocabulary(config.tokenizer_path, config.vocab_size)
+    bpe = config.tokenizer == "bpe"
+    return bpe_vocabulary(config.tokenizer_path, config.vocab_size) if bpe else byte_vocabulary()
 
 
 def shards_source(data_path: str) -> str | None:
-    """What made the shards of a folder (Vocabulary.source), as set-up wrote into its source.json;
-    None where nothing says it."""
+    """What made the shards (Vocabulary.source), from their source.json; None if it is silent."""
     path = Path(data_path) / "source.json"
     try:
-        facts = json.loads(path.read_bytes()) if path.is_file() else {}
-    except (OSError, ValueError, RecursionError) as error:
-        reason = ascii(str(error))[1:61]
-        raise UserError(f"{path}: cannot be read ({reason}); run setup_jepa.sh") from None
-    source = facts.get("tokenizer") if isinstance(facts, dict) else None
-    return source if isinstance(source, str) else None
+        return json.loads(path.read_bytes()).get("tokenizer") if path.is_file() else None
+    except Exception as error:
+        raise UserError(f"{path}: cannot be read ({ascii(error)[:60]}); setup_jepa.sh makes it "
+                        "anew") from None
 
 
 def check_source(config: Config, vocabulary: Vocabulary) -> None:
     """UserError if the shards were made with another tokenizer: their ids would mean other text."""
     source = shards_source(config.data_path)
     if source and vocabulary.source and source != vocabulary.source:
-        name = lambda text: text if text == BYTES else f"tokenizer {ascii(text)[1:9]}..."
         raise UserError(f"DATA_PATH={config.data_path}: its source.json says that the shards hold "
-                        f"{name(source)}, but the model reads {name(vocabulary.source)}")
+                        f"{source!s:.8}, but the model reads {vocabulary.source:.8}")
 
 
 def load_validation(config: Config) -> Tensor:
@@ -1215,11 +991,9 @@ def load_validation(config: Config) -> Tensor:
     length, limit = config.train_seq_len, config.val_max_tokens or len(stream)
     count = min(len(stream) - 1, limit) // length * length
     if count <= 0:
-        raise UserError(f"DATA_PATH={config.data_path}: {len(stream)} validation tokens do not "
-                        f"fill one sequence of TRAIN_SEQ_LEN={length}; "
-                        f"VAL_MAX_TOKENS={config.val_max_tokens}")
+        raise UserError(f"DATA_PATH={config.data_path}: its validation tokens, {limit} at most, "
+                        f"do not fill one sequence of TRAIN_SEQ_LEN={length}")
     return torch.from_numpy(stream.read(0, count + 1))
-
 
 # ------------------------------------------------------------------------------
 # SSD: the selective state-space scan of Mamba-2 and its convolution, in PyTorch
@@ -4298,7 +4072,7 @@ def linear_probe(h: Tensor, targets: Tensor, lengths: Tensor, vocab_size: int, s
     weight = torch.zeros(vocab_size, h.size(-1), device=h.device, requires_grad=True)
     bias = torch.zeros(vocab_size, device=h.device, requires_grad=True)
     adam = torch.optim.Adam([weight, bias], lr=1e-3)
-    for _ in HEARTBEAT.follow(range(steps), "probe step"):
+    for _ in progress_bar(range(steps), "probe step"):
         adam.zero_grad()
         batch = torch.randint(cut, (min(4096, cut),), generator=generator).to(h.device)
         with torch.enable_grad():
@@ -5336,7 +5110,7 @@ def describe(c: Config) -> dict[str, Any]:
     check_memory(c.validate(), cuda=False)
     model, jepa = build_models(c)
     plan, rows, by_storage = storage_plan(model, c), {}, {}
-    print((c.render() if c.all else c.render_changed()) + "\n")
+    print(c.render(changed=not c.all) + "\n")
     for name, _, parameter in named_roles(model) + (named_roles(jepa, "jepa.") if jepa else []):
         large = parameter.numel() >= 1024 and parameter.ndim > 1
         kind = re.sub(r"\.\d+\.", ".*.", name) if large else "small tensors"

@@ -1,5 +1,4 @@
 """Knobs: the table of the specification, where values come from, what is refused, and the exact parameter counts."""
-import itertools
 import re
 import subprocess
 import sys
@@ -143,11 +142,12 @@ def test_a_misspelled_argument_is_refused_with_the_nearest_knob(wrong, meant):
     assert len(lines) == 1 and lines[0].startswith(wrong) and (meant is None or meant in lines[0])
 
 
-@pytest.mark.parametrize("wrong, meant", [  # one edit each: swap, deletion, substitution, insertion
+@pytest.mark.parametrize("wrong, meant", [  # swap, deletion, substitution, insertion
     ("JEPA_WIEGHT", "JEPA_WEIGHT"), ("SIGREG_LAMDBA", "SIGREG_LAMBDA"), ("QUANT_BIT", "QUANT_BITS"),
     ("NUM_LAYER", "NUM_LAYERS"), ("VOCAB_SIZ", "VOCAB_SIZE"), ("MUON_VD", "MUON_WD"), ("TOP_KK", "TOP_K"),
-    ("TRAIN_SEQ_LENS", "TRAIN_SEQ_LEN"), ("WARMDOWN_ITER", "WARMDOWN_ITERS"), ("TRAIN_SHARD", "TRAIN_SHARDS")])
-def test_a_knob_of_a_family_misspelled_by_one_edit_in_the_environment_is_an_error(wrong, meant, capsys):
+    ("TRAIN_SEQ_LENS", "TRAIN_SEQ_LEN"), ("JEPA_WIEGHTS", "JEPA_WEIGHT"),
+    ("WARMDOWN_ITER", "WARMDOWN_ITERS"), ("TRAIN_SHARD", "TRAIN_SHARDS")])
+def test_a_misspelled_knob_of_a_family_in_the_environment_is_an_error(wrong, meant, capsys):
     assert refusal(Config.from_env, {wrong: "1"}) == [f"{wrong}: no such knob; did you mean {meant}?"]
     assert capsys.readouterr().err == ""
 
@@ -164,20 +164,10 @@ def test_names_in_the_environment_that_may_be_foreign_are_warned_of_in_one_line(
     assert capsys.readouterr().err == ""
 
 
-def test_two_edits_are_a_foreign_name(capsys):
-    for name in ("JEPA_WIEGHTS", "MUON_VDD", "NUM_WORKERS", "TRAIN_FILE", "MODEL_NAME", "DATA_DIR", "NODE", "BIT"):
+def test_names_that_are_only_somewhat_like_a_knob_are_foreign(capsys):
+    for name in ("LINES", "MUON_VDD", "NUM_WORKERS", "TRAIN_FILE", "MODEL_NAME", "DATA_DIR", "NODE", "BIT"):
         Config.from_env({name: "1"})
     assert capsys.readouterr().err == ""
-
-
-def test_one_edit_apart_against_the_definition():
-    letters, word = "abcd", "abca"
-    near = {word[:i] + word[i + 1:] for i in range(4)} | {word[:i] + x + word[i:] for i in range(5) for x in letters}
-    near |= {word[:i] + x + word[i + 1:] for i in range(4) for x in letters}
-    near |= {word[:i] + word[i + 1] + word[i] + word[i + 2:] for i in range(3)}
-    every = ["".join(w) for n in range(7) for w in itertools.product(letters, repeat=n)]
-    assert {w for w in every if tj.one_edit_apart(w, word)} | {word} == near
-    assert {w for w in every if tj.one_edit_apart(word, w)} | {word} == near
 
 
 @pytest.mark.parametrize("argument", ["--seed=1", "seed=1", "SEED", "-x", ""])
@@ -289,10 +279,10 @@ def test_a_reader_that_goes_away_is_no_traceback(argument):
 
 def test_what_is_rendered_reads_back_to_the_same_configuration():
     config = read(MATRIX_LR=0.1 + 0.2, SEED=7, SLIDING_EVAL=1, FP_STORAGE="FP8", ADAM_EPS=1e-30, MUON_WD=1 / 3)
-    rows = {line.split()[0]: re.fullmatch(r"(\S+) +(\S*) +(default|environment|argument).*", line)
-            for line in config.render().splitlines()}
+    rows = {match[1]: match for line in config.render().splitlines()[1:]
+            if (match := re.fullmatch(r"  (\S+) +(.{32}) .{12,} (default|environment|argument).*", line))}
     assert list(rows) == list(Config.knobs()) and all(rows.values())
-    assert read(**{name: row[2] for name, row in rows.items()}) == config
+    assert read(**{name: row[2].strip() for name, row in rows.items()}) == config
     assert rows["SEED"][3] == "environment" and rows["MODEL_DIM"][3] == "default"
 
 
@@ -379,7 +369,7 @@ def test_describe_shows_what_differs_by_group_with_the_published_value():
     script = dict(RUN_SCRIPT_DEFAULTS="run_x.sh MODEL_DIM WARMUP_STEPS EXPAND",
                   RUN_SCRIPT_PUBLISHED=" MODEL_DIM=640 WARMUP_STEPS=- SEED=3")
     config = Config.from_env(script | dict(MODEL_DIM="128", WARMUP_STEPS="3", EXPAND="1", SEED="7", MLP_MULT="3"))
-    head, *lines = config.render_changed().splitlines()
+    head, *lines = config.render(changed=True).splitlines()
     assert head.split() == ["knob", "value", "default", "source"] and "ALL=1" in lines.pop()
     assert [line.split(maxsplit=3) for line in lines] == [
         ["run:"], ["SEED", "7", "42", "environment"],

@@ -71,7 +71,8 @@ def test_the_log_opens_with_source_versions_hardware_and_configuration(trained):
     source = (harness.ROOT / "train_jepa.py").read_text()
     assert log.startswith(source)
     assert re.search(r"sha256 [0-9a-f]{64}", log) and re.search(r"machine: .*torch", log)
-    assert re.search(r"(?m)^MODEL_DIM +64 +environment$", log) and re.search(r"(?m)^D_CONV +4 +default$", log)
+    assert re.search(r"(?m)^  MODEL_DIM +64 +512 +environment$", log)
+    assert re.search(r"(?m)^  D_CONV +4 +4 +default$", log)
     for pattern in (r"step:1 0% ce:", r"step:3 val_loss:[\d.]+ val_bpb:", "artifact: ", "roundtrip ",
                     "sliding stride:8", "size: .*FITS", "done: "):
         assert re.search("(?m)^" + pattern, log) and re.search("(?m)^" + pattern, done.stdout), pattern
@@ -191,7 +192,7 @@ def bad_inputs(tmp: Path, demo) -> dict:
         "truncated shard": (data("cut", lambda d: d[:-7]), "promises 5000 tokens"),
         "truncated header": (data("head", lambda d: d[:100], "val"), "not a token shard"),
         "foreign shard": (data("text", lambda d: b"Once upon a time " * 200), "not a token shard"),
-        "other version": (data("v", lambda d: d[:4] + b"\7" + d[5:]), "version 7"),
+        "other version": (data("v", lambda d: d[:4] + b"\7" + d[5:]), "not a token shard of version 1"),
         "token too large": (dict(DATA_PATH=shards(tmp / "big", val=np.full(5000, 300))), "300.*VOCAB_SIZE=256"),
         "training token": (dict(DATA_PATH=shards(tmp / "big2", train=np.full(5000, 256))), "256.*VOCAB_SIZE=256"),
         "too little": (dict(DATA_PATH=shards(tmp / "few", val=np.full(20, 65))), "do not fill one sequence"),

@@ -82,7 +82,7 @@ class Settings:
     """Settings of submit.py."""
     run: str = knob("", "run folders of the submission, globs allowed, one per seed")
     out: str = knob("", "folder to write (empty: submissions/records/TRACK/DATE_TITLE)")
-    track: str = knob("10min", "challenge track", choices="10min unlimited")
+    track: str = knob("10min|unlimited", "challenge track")
     author: str = knob("", "author of the submission")
     github_id: str = knob("", "GitHub name of the author")
     submission_name: str = knob("", "title (empty: made from the configuration)")
