@@ -554,7 +554,10 @@ class Runtime(contextlib.AbstractContextManager):
 
     def agree(self, *values: float) -> list[float]:
         """Elementwise maximum over ranks of host numbers; a rank without a value passes -inf."""
-        return [max(column) for column in zip(*self.collect(values))]
+        box = torch.tensor(values, dtype=torch.float64)
+        if self.world > 1:
+            dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
+        return box.tolist()
 
     def sum_host(self, tensor: Tensor) -> Tensor:
         """Sum of a CPU tensor over ranks, in place."""
@@ -3162,13 +3165,6 @@ class Weights:
         return {name: view for group in self.groups
                 for name, view in zip(group.names, group.stack(which))}
 
-    def restore(self, which: str, tensors: dict[str, Tensor]) -> None:
-        """Put back what `tensors` gave, masters or averages; errors of `restore_views`."""
-        for group in self.groups:
-            if which == "average" and group.average is None:
-                group.average = torch.empty_like(group.master)
-        restore_views(self.tensors(which), tensors)
-
 
 class Muon:
     """Orthogonalized Nesterov momentum (https://kellerjordan.github.io/posts/muon/) with decoupled
@@ -4341,7 +4337,8 @@ class Stopwatch:
 
 
 def default_run_id(c: Config) -> str:
-    """Kind, size, seed, time and process of the run; the same after a restart by torchrun."""
+    """Kind, size, seed, time, process and a hash of the configuration: unique, and the same after
+    a restart by torchrun."""
     kind = {"mamba2": "mamba2", "attention": "bytejepa"}.get(c.mixer, "hybrid")
     process, begun = os.getpid(), datetime.now()
     if "TORCHELASTIC_RESTART_COUNT" in os.environ:
@@ -4349,7 +4346,8 @@ def default_run_id(c: Config) -> str:
         with contextlib.suppress(OSError):
             begun = datetime.fromtimestamp(os.stat(f"/proc/{process}").st_ctime)
     size = f"{c.num_layers}x{c.model_dim}-seed{c.seed}"
-    return f"{kind}-{c.tokenizer}-{size}-{begun:%Y%m%d-%H%M%S}-{process}"
+    digest = hashlib.sha256(repr(c.named()).encode()).hexdigest()[:6]
+    return f"{kind}-{c.tokenizer}-{size}-{begun:%Y%m%d-%H%M%S}-{process}-{digest}"
 
 
 class Run:
@@ -4382,7 +4380,7 @@ class Run:
         with contextlib.suppress(ValueError):  # outside the main thread, in tests
             for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
                 signal.signal(number, self.catch)
-        path = Path(c.runs_dir) / runtime.from_main(c.run_id or default_run_id(c))
+        path = Path(c.runs_dir) / runtime.main_first(lambda: c.run_id or default_run_id(c))
         folder = Path(c.checkpoint_dir) / path.name if c.checkpoint_dir else path / "checkpoints"
         self.checkpoints = Checkpoints(folder, c.checkpoint_keep)
         runtime.main_first(lambda: self.claim(path, notes.append))
@@ -4432,7 +4430,7 @@ class Run:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 self.lock.seek(0)
-                holder = self.lock.read() or "another run"
+                holder = printable(self.lock.read(200)) or "another run"
                 raise UserError(f"RUN_ID={path.name}: {path} is in use by {holder}; stop that run, "
                                 "or choose another RUN_ID") from None
             except OSError as error:
@@ -4444,6 +4442,8 @@ class Run:
             if self.config.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
                 old += [path / name for name in names] + self.checkpoints.paths()
             elif (path / "result.json").exists():
+                if not (path / "curves.png").exists():  # the run was killed just before it
+                    plot_curves(path)
                 raise UserError(f"RUN_ID={path.name}: {path} holds a finished run; choose another "
                                 "RUN_ID, or OVERWRITE=1")
             for file in old:
@@ -4691,10 +4691,12 @@ class Run:
             if not all_finite(weight):
                 raise RunStopped(f"the last steps diverged: {name} holds NaN or infinity; lower "
                                  "the learning rates", 1)
+        if trainer.weights.groups[0].average is not None:
+            trainer.weights.load()
+            last = self.evaluator.standard()[0].bpb
+            self.log(f"last weights: val_bpb:{last:.4f}, averaged {self.score.bpb:.4f}")
         trainer.weights.load("average")
-        diagnostics = self.latent_report() if c.diagnostics else {}
-        if c.diagnostics and c.probe_steps:
-            diagnostics["probe_bpb"] = self.probe()
+        diagnostics = self.latent_report() | self.diagnose() if c.diagnostics else {}
         if c.diagnostics:
             self.log("diagnostics " + " ".join(f"{k}:{x:.4g}" for k, x in diagnostics.items()))
         sizes, path, calibration = self.write_model(), self.folder.path / "model.jepa", None
@@ -4825,17 +4827,33 @@ class Run:
             return report | gradient_shares(leaf, weighted)
 
     @torch.no_grad()
-    def probe(self) -> float:
-        """Bits per byte of a linear probe on h of at most 50,000 validation tokens."""
-        c, evaluator, runtime = self.config, self.evaluator, self.runtime
-        rows = min(50_000, evaluator.targets) // c.train_seq_len or 1
+    def diagnose(self) -> dict[str, float]:
+        """On at most 50,000 validation tokens: cosine and MSE of the prediction, accuracies, and bits
+        per byte of a linear probe on h."""
+        c, evaluator, to, model = self.config, self.evaluator, self.runtime.to_device, self.trainer.model
+        rows, jepa = min(50_000, evaluator.targets) // c.train_seq_len or 1, self.trainer.jepa
         tokens = evaluator.tokens[:rows * c.train_seq_len + 1]
+        hidden, cosines, errors, places = [], [], [], []
         batches = tokens[:-1].view(-1, c.train_seq_len).split(evaluator.sequences)
-        hidden = [self.trainer.model(runtime.to_device(x), runtime.dtype)[0].flatten(0, 1)
-                  for x in progress_bar(batches, "hidden states", runtime.main)]
-        lengths = self.vocabulary.target_bytes(tokens[:-1], tokens[1:])
-        return linear_probe(torch.cat(hidden), tokens[1:].to(runtime.device),
-                            lengths.to(runtime.device), c.vocab_size, c.probe_steps, c.seed)
+        for x in progress_bar(batches, "hidden states", self.runtime.main):
+            h = model(to(x), self.runtime.dtype)[0]
+            hidden += h.flatten(0, 1).split(1024)
+            if c.jepa_on:
+                prediction, target = (t.float() for t in next(rollout(jepa, jepa.project(h), 1)))
+                cosines.append(F.cosine_similarity(prediction, target, dim=-1).flatten())
+                errors.append((prediction - target).square().mean(-1).flatten())
+        h, ids, mean = torch.cat(hidden), to(tokens[1:]), lambda parts: float(torch.cat(parts).mean())
+        for part, targets in zip(h.split(1024), ids.split(1024)):
+            logits = model.logits(part)
+            places.append((logits > logits.gather(1, targets[:, None])).sum(1))  # 0: the likeliest
+        report = {f"top{k}_accuracy": mean([place.lt(k).float() for place in places])
+                  for k in (1, 5, 10)}
+        if c.jepa_on:
+            report |= dict(jepa_cosine=mean(cosines), jepa_mse=mean(errors))
+        if c.probe_steps:
+            lengths = to(self.vocabulary.target_bytes(tokens[:-1], tokens[1:]))
+            report["probe_bpb"] = linear_probe(h, ids, lengths, c.vocab_size, c.probe_steps, c.seed)
+        return report
 
 
 CALIBRATION = 65_536  # training tokens that the temperature is chosen on
@@ -4860,15 +4878,18 @@ def plot_curves(folder: Path) -> None:
     plt.switch_backend("Agg")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     figure, panels = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
-    titles = "Cross-entropy, nats per token", "Latent terms", "Validation, bits per byte"
-    curves = ((0, "ce", "#0072B2"), (1, "jepa", "#E69F00"), (1, "anti", "#009E73"),
-              (1, "cov", "#CC79A7"), (2, "val_bpb", "#D55E00"))  # colors of Okabe and Ito
-    for panel, name, color in curves:
+    titles = ("Cross-entropy, nats per token", "Latent terms, unweighted (log scale)",
+              "Validation before storage, bits per byte")
+    curves = ((0, "ce", "", "#0072B2"), (1, "jepa", "JEPA", "#E69F00"),  # colors of Okabe and Ito
+              (1, "anti", "anti-collapse", "#009E73"), (1, "cov", "covariance", "#CC79A7"),
+              (2, "val_bpb", "", "#D55E00"))
+    for panel, name, label, color in curves:
         points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
         if name == "val_bpb" and len(points) > 2:  # the untrained model would flatten the rest
             points = points[1:]
         if points:
-            panels[panel].plot(*zip(*points), label=name, color=color, marker=".")
+            marker = "." if len(points) < 40 else None
+            panels[panel].plot(*zip(*points), label=label, color=color, marker=marker)
     for panel, title in zip(panels, titles):
         panel.set(xlabel="step", title=title)
         panel.grid(alpha=0.3)

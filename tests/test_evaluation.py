@@ -541,6 +541,8 @@ def diagnosed(tmp_path_factory, demo_data):
 
 def test_diagnostics_of_a_run_are_complete_and_in_range(diagnosed):
     found = tj.json.loads((diagnosed / "result.json").read_text())["diagnostics"]
+    assert 0 <= found["top1_accuracy"] <= found["top5_accuracy"] <= found["top10_accuracy"] <= 1
+    assert -1 <= found["jepa_cosine"] <= 1 and found["jepa_mse"] >= 0
     assert 0 < found["probe_bpb"] < 10 and found["predictability_1"] <= 1
     assert 1 <= found["z_effective_rank"] <= 64 and found["sigreg_over_null"] > 0
     assert set(found) >= {"h_effective_rank", "h_within_share", "z_within_share", "z_lag1_autocorrelation",
