@@ -1335,8 +1335,8 @@ def custom_op(name: str, tensors: str, options: str, results: int, outputs: Call
     """The op jepa::name of tensors and options; the first two of its results have gradients.
 
     outputs(*arguments) allocates the results, for tracing as well; launch(*results, *arguments)
-    fills them, or returns others like them. So does backward, as another op, with gradients of the
-    tensors and (*upstream, *tensors, *results[2:], *options); `traced`: it is no op, returns them."""
+    fills them, or returns others. So does backward with the gradients of the tensors, as an op of
+    (*upstream, *tensors, *results[2:], *options); traced: it is no op and returns the gradients."""
     count, listing = tensors.count("Tensor"), lambda n: ", ".join(["Tensor"] * n)
 
     def register(name, schema, outputs, launch):
@@ -1584,9 +1584,9 @@ def snap_rows(table, OUT: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr)
 class FusedSnap:
     """Rounds many fp32 masters to their grids, into compute-dtype tensors, in one launch.
 
-    items: (master, target, format, parameter); contiguous tensors of equal shape, targets of one
-    dtype, format of FORMATS, parameter the bound 2^(n-1) - 1 (int) or the step in standard
-    deviations (sigma). Their addresses are kept: update them in place. Bit-equal to `snap`."""
+    items: (master, target, format, parameter); contiguous, of equal shape, targets of one dtype;
+    parameter: the bound 2^(n-1) - 1 (int), the step in standard deviations (sigma). Addresses are
+    kept: update tensors in place. Bit-equal to `snap`."""
 
     def __init__(self, items: list[tuple[Tensor, Tensor, str, float]]):
         self.dtype, rows = items[0][1].dtype, []
@@ -1627,15 +1627,15 @@ def conv_input(u, init, t, c, ok, C, W, K: tl.constexpr):
 @jit
 def conv_begin(u, w, bias, init, t, c, ok, C, W, K: tl.constexpr):
     """For a walk from time t on: bias, four taps (0 from K on), and the three inputs before t."""
+    u1 = conv_input(u, init, t - 1, c, ok, C, W, K)
+    u2 = conv_input(u, init, t - 2, c, ok, C, W, K)
+    u3 = conv_input(u, init, t - 3, c, ok, C, W, K)
     w += c * K + K - 1
-    return (tl.load(bias + c, mask=ok, other=0.0).to(tl.float32),
-            tl.load(w, mask=ok, other=0.0).to(tl.float32),
-            tl.load(w - 1, mask=ok & (K > 1), other=0.0).to(tl.float32),
-            tl.load(w - 2, mask=ok & (K > 2), other=0.0).to(tl.float32),
-            tl.load(w - 3, mask=ok & (K > 3), other=0.0).to(tl.float32),
-            conv_input(u, init, t - 1, c, ok, C, W, K),
-            conv_input(u, init, t - 2, c, ok, C, W, K),
-            conv_input(u, init, t - 3, c, ok, C, W, K))
+    w0 = tl.load(w, mask=ok, other=0.0).to(tl.float32)
+    w1 = tl.load(w - 1, mask=ok & (K > 1), other=0.0).to(tl.float32)
+    w2 = tl.load(w - 2, mask=ok & (K > 2), other=0.0).to(tl.float32)
+    w3 = tl.load(w - 3, mask=ok & (K > 3), other=0.0).to(tl.float32)
+    return tl.load(bias + c, mask=ok, other=0.0).to(tl.float32), w0, w1, w2, w3, u1, u2, u3
 
 
 @jit
@@ -1660,10 +1660,8 @@ def conv_fwd(u, w, bias, init, out, T, C, W, K: tl.constexpr, S: tl.constexpr, B
 @jit
 def conv_bwd(u, w, bias, init, dout, du, dinit, part, T, C, W,
              K: tl.constexpr, S: tl.constexpr, BC: tl.constexpr):
-    """du, dinit and, per strip of S times, the K + 1 sums for weight and bias.
-
-    Inputs u1, u2, u3 and gradients d1, d2, d3 of the three times before stay in registers. The walk
-    goes on for three times past the strip, whose gradients reach back into it."""
+    """du, dinit and, per strip of S times, the K + 1 sums for weight and bias. The walk goes on for
+    three times past the strip, whose gradients reach back into it."""
     c, strip = tl.program_id(0) * BC + tl.arange(0, BC), tl.program_id(1)
     b, ok, start = tl.program_id(2).to(tl.int64), c < C, strip * S
     u, dout, du = u + b * T * W, dout + b * T * C + c, du + b * T * W + c
@@ -1749,8 +1747,8 @@ def ssd_scan(x, v, raw, bias, A, D, first, y, states, last, T, W: tl.constexpr, 
     skip = tl.load(D + h).to(tl.float32)
     state = tl.load(first + cell) if first is not None else tl.zeros((N, P), tl.float32)
     c = (chunks - 1) * Q if BACK else 0
-    _, dt = load_dt(raw + (c + i) * W, shift, c + i < T)
-    for k in range(chunks):
+    dt = load_dt(raw + (c + i) * W, shift, c + i < T)[1]
+    for _ in range(chunks):
         ok = c + row < T
         Ls = tl.load(left + (c + row) * ROW, mask=ok, other=0.0)
         Rs = tl.load(right + (c + row) * ROW, mask=ok, other=0.0)
@@ -1770,7 +1768,7 @@ def ssd_scan(x, v, raw, bias, A, D, first, y, states, last, T, W: tl.constexpr, 
         Rs = (Rs * leave[:, None]).to(dtype)
         state = dot_tiles(tl.trans(Rs), xs, state * tl.exp2(total))
         c += STEP * Q
-        _, dt = load_dt(raw + (c + i) * W, shift, (c + i < T) & (c >= 0))
+        dt = load_dt(raw + (c + i) * W, shift, (c + i < T) & (c >= 0))[1]
     if last is not None:
         tl.store(last + cell, state)
 
@@ -1780,30 +1778,30 @@ def ssd_bwd_bc(v, dy, raw, bias, A, states, dstates, draw, dv, part, T, W: tl.co
                H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr):
     """One program per (chunk, sequence) sums dB and dC over the heads in registers.
 
-    B and C serve all heads, so the gradient of C B^T is summed first and multiplied once; the
-    rest of dB and dC passes through the states. The gradient of the log decay is the reverse sum
-    of C_i.dC_i - B_i.dB_i; terms that cancel (those through the chunk's end) are left out, not
-    subtracted."""
+    B and C serve all heads: the gradient of C B^T is summed first and multiplied once; the rest of
+    dB and dC passes through the states. The gradient of the log decay is the reverse sum of
+    C_i.dC_i - B_i.dB_i, without the terms through the chunk's end, which cancel."""
     ROW: tl.constexpr = H * P + 2 * N  # of v and dv
     dtype: tl.constexpr = v.dtype.element_ty
     c, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i, p, n = tl.arange(0, Q), tl.arange(0, P), tl.arange(0, N)
-    chunks, row, ok = tl.num_programs(0), b * T + c * Q, c * Q + i < T
-    raw, draw, part = raw + row * W, draw + row * W, part + (b * chunks + c) * 3 * H
-    at = row * ROW + H * P + i[:, None] * ROW + n[None, :]  # of B
-    v_at = row * ROW + i[:, None] * ROW + p[None, :]
-    dy_at = row * H * P + i[:, None] * H * P + p[None, :]
-    Bs = tl.load(v + at, mask=ok[:, None], other=0.0)
-    Cs = tl.load(v + N + at, mask=ok[:, None], other=0.0)
+    chunks, start, ok = tl.num_programs(0), b * T + c * Q, c * Q + i < T
+    row, live = i[:, None], ok[:, None]
+    raw, draw = raw + start * W + i * W, draw + start * W + i * W
+    part += (b * chunks + c) * 3 * H
+    dy += start * H * P + row * (H * P) + p[None, :]
+    x_at, B_at = start * ROW + row * ROW + p[None, :], start * ROW + H * P + row * ROW + n[None, :]
+    Bs = tl.load(v + B_at, mask=live, other=0.0)
+    Cs = tl.load(v + B_at + N, mask=live, other=0.0)
     cell = (b * H * chunks + c) * N * P + n[:, None] * P + p[None, :]
     gain = dot_tiles(Cs, tl.trans(Bs))
     acc = tl.zeros((Q, Q), tl.float32)
     sum_B, sum_C = tl.zeros((Q, N), tl.float32), tl.zeros((Q, N), tl.float32)
     for h in range(H):
-        xs = tl.load(v + h * P + v_at, mask=ok[:, None], other=0.0)
-        g = tl.load(dy + h * P + dy_at, mask=ok[:, None], other=0.0)
+        xs = tl.load(v + x_at + h * P, mask=live, other=0.0)
+        g = tl.load(dy + h * P, mask=live, other=0.0)
         rate = tl.load(A + h)
-        x, step = load_dt(raw + h + i * W, tl.load(bias + h), ok)
+        x, step = load_dt(raw + h, tl.load(bias + h), ok)
         logs = step * (rate * 1.4426950408889634)
         cs, total = tl.cumsum(logs, 0), tl.sum(logs, 0)
         share = dot_tiles(g, tl.trans(xs))  # dy_i . x_j
@@ -1824,14 +1822,14 @@ def ssd_bwd_bc(v, dy, raw, bias, A, states, dstates, draw, dv, part, T, W: tl.co
         r = tl.sum(out * Bs, 1)
         da = tl.cumsum(inside + q, 0, reverse=True) + tl.cumsum(r * step, 0) - r * step + through
         dx = tl.where(ok, (rate * da + column + r) * tl.sigmoid(x), 0.0)
-        tl.store(draw + h + i * W, dx.to(draw.dtype.element_ty), mask=ok)
+        tl.store(draw + h, dx.to(dtype), mask=ok)
         tl.store(part + h, tl.sum(step * da, 0))
         tl.store(part + H + h, dD)
         tl.store(part + 2 * H + h, tl.sum(dx, 0))
     acc = acc.to(dtype)
     sum_B, sum_C = dot_tiles(tl.trans(acc), Cs, sum_B), dot_tiles(acc, Bs, sum_C)
-    tl.store(dv + at, sum_B.to(dtype), mask=ok[:, None])
-    tl.store(dv + N + at, sum_C.to(dtype), mask=ok[:, None])
+    tl.store(dv + B_at, sum_B.to(dtype), mask=live)
+    tl.store(dv + B_at + N, sum_C.to(dtype), mask=live)
 
 
 @jit
@@ -1977,9 +1975,9 @@ def mamba_ssm(launcher: str, *arguments, **options):
     except (torch.OutOfMemoryError, AssertionError):
         raise
     except Exception as e:  # an incompatible Triton fails in many ways
-        ours, triton_ = (package_version(name) or "(none)" for name in ("mamba_ssm", "triton"))
+        ours, tritons = (package_version(name) or "(none)" for name in ("mamba_ssm", "triton"))
         raise UserError(
-            f"SSD_KERNEL=mamba_ssm: mamba_ssm {ours} does not work with triton {triton_} and torch "
+            f"SSD_KERNEL=mamba_ssm: mamba_ssm {ours} does not work with triton {tritons} and torch "
             f"{torch.__version__} ({error_text(e)}); install mamba-ssm==2.3.2.post1 (setup_jepa.sh "
             "does), or set SSD_KERNEL=fused or SSD_KERNEL=torch") from e
 
