@@ -1591,8 +1591,7 @@ class FusedSnap:
     def __init__(self, items: list[tuple[Tensor, Tensor, str, float]]):
         self.dtype, rows = items[0][1].dtype, []
         for master, target, kind, parameter in items:
-            assert master.is_contiguous() and target.is_contiguous()
-            assert master.shape == target.shape and master.dtype == torch.float32
+            assert master.shape == target.shape and all(map(Tensor.is_contiguous, (master, target)))
             size = master.numel()  # a vector is one row; bf16 and fp8 take rows of 1024
             columns = size // (len(master) if master.dim() > 1 else 1)
             start = torch.arange(0, size, 1024 if FORMATS[kind] < 2 else columns)
@@ -1616,7 +1615,7 @@ class FusedSnap:
 # wide (B,T,W) holds z, x, B, C, dt and padding; v (B,T,H*P+2N) the convolution's x, B, C.
 @jit
 def conv_input(u, init, t, c, ok, C, W, K: tl.constexpr):
-    """Inputs at time t and channels c; before time 0 those of init (K-1 rows), else zeros."""
+    """Inputs at time t; before time 0 those of init (K-1 rows), else zeros."""
     x = tl.load(u + t * W + c, mask=ok & (t >= 0), other=0.0).to(tl.float32)
     if init is not None:
         earlier = ok & (t < 0) & (t > -K)
@@ -1626,7 +1625,7 @@ def conv_input(u, init, t, c, ok, C, W, K: tl.constexpr):
 
 @jit
 def conv_begin(u, w, bias, init, t, c, ok, C, W, K: tl.constexpr):
-    """For a walk from time t on: bias, four taps (0 from K on), and the three inputs before t."""
+    """For a walk from time t on: bias, four taps (0 beyond K), and the three inputs before t."""
     u1 = conv_input(u, init, t - 1, c, ok, C, W, K)
     u2 = conv_input(u, init, t - 2, c, ok, C, W, K)
     u3 = conv_input(u, init, t - 3, c, ok, C, W, K)
@@ -1707,12 +1706,6 @@ def dot_tiles(a, b, acc=None):
 
 
 @jit
-def exp2_where(ok, x):
-    """exp2(x), or 0 where not ok; masked first, since exp2 may overflow there."""
-    return tl.exp2(tl.where(ok, x, -float("inf")))
-
-
-@jit
 def load_dt(raw, bias, ok):
     """x = raw + bias, and dt = softplus(x); both where ok, else dt = 0."""
     x = tl.load(raw, mask=ok, other=0.0).to(tl.float32) + bias
@@ -1762,7 +1755,8 @@ def ssd_scan(x, v, raw, bias, A, D, first, y, states, last, T, W: tl.constexpr, 
         out = dot_tiles(Ls, now) * enter[:, None]
         # x_j reaches y_i if j <= i; BACK: rows are j
         mix = dot_tiles(Ls, tl.trans(Rs)) * (dt[:, None] if BACK else dt[None, :])
-        mix *= exp2_where(STEP * (row - i[None, :]) >= 0, STEP * (cs[:, None] - cs[None, :]))
+        gap = STEP * (cs[:, None] - cs[None, :])  # masked before exp2, which may overflow there
+        mix *= tl.exp2(tl.where(STEP * (row - i[None, :]) >= 0, gap, -float("inf")))
         out = dot_tiles(mix.to(dtype), xs, out) + skip * xs
         tl.store(y + (c + row) * Y, out.to(y.dtype.element_ty), mask=ok)
         Rs = (Rs * leave[:, None]).to(dtype)
@@ -1805,8 +1799,8 @@ def ssd_bwd_bc(v, dy, raw, bias, A, states, dstates, draw, dv, part, T, W: tl.co
         logs = step * (rate * 1.4426950408889634)
         cs, total = tl.cumsum(logs, 0), tl.sum(logs, 0)
         share = dot_tiles(g, tl.trans(xs))  # dy_i . x_j
-        share *= exp2_where(i[:, None] >= i[None, :], cs[:, None] - cs[None, :])
-        dD = tl.sum(tl.sum(tl.where(i[:, None] == i[None, :], share, 0.0), 1), 0)
+        share *= tl.exp2(tl.where(row >= i[None, :], cs[:, None] - cs[None, :], -float("inf")))
+        dD = tl.sum(tl.sum(tl.where(row == i[None, :], share, 0.0), 1), 0)
         column = tl.sum(share * gain, 0)  # by j, without dt_j
         share *= step[None, :]
         acc += share
@@ -1913,8 +1907,8 @@ def _launch_mix_backward(dwide, dconv_weight, dconv_bias, ddt_bias, dA, dD, dgai
     (dout, dfinal, wide, conv_weight, conv_bias, dt_bias, A, D, gain, conv_state,
      ssm_state) = contiguous(dout, dfinal, *inputs)
     grid, conv, scan, gate = _mix_options(wide, conv_weight, A, gain, chunk)
-    (xBC, raw), (dxBC, draw) = ((t[..., len(gain):], t[..., len(gain) + len(conv_bias):])
-                                for t in (wide, dwide))
+    xBC, raw = wide[..., len(gain):], wide[..., len(gain) + len(conv_bias):]
+    dxBC, draw = dwide[..., len(gain):], dwide[..., len(gain) + len(conv_bias):]
     dy, dv, dstates = map(torch.empty_like, (y, v, states))
     chunks, new = states.size(2), functools.partial(wide.new_empty, dtype=torch.float32)
     part = new(triton.cdiv(gate["rows"], 64), len(gain))
@@ -1944,15 +1938,15 @@ _mix = custom_op(
 def mamba_mix_triton(wide: Tensor, *parameters: Tensor, chunk: int = 64,
                      state: tuple | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """mamba_mix by kernels."""
-    conv_weight, conv_bias, *_, gain = parameters
+    (conv_weight, conv_bias, *_, gain), length = parameters, wide.size(1)
+    reach = conv_weight.size(-1) - 1
+    if length < reach:  # earlier inputs stay in the state
+        return mamba_mix(wide, *parameters, chunk=chunk, state=state)
     inputs = wide, *parameters, *(state or (None, None))
     needed = any(t is not None and t.requires_grad for t in inputs)
     out, final, *_ = _mix(*inputs, chunk, needed and torch.is_grad_enabled())
-    tail, reach = wide[..., len(gain):len(gain) + len(conv_bias)], conv_weight.size(-1) - 1
-    if wide.size(1) < reach:
-        before = tail.new_zeros(len(wide), reach, len(conv_bias)) if state is None else state[0]
-        tail = torch.cat((before.to(wide.dtype), tail), 1)
-    return out, (tail[:, tail.size(1) - reach:].clone(), final)  # a view would keep all of wide
+    tail = wide[:, length - reach:, len(gain):len(gain) + len(conv_bias)]
+    return out, (tail.clone(), final)  # a view would keep all of wide in memory
 
 
 # -- scan by mamba-ssm ---------------------------------------------------------
@@ -2026,8 +2020,8 @@ FORMS = {  # in order of preference; mamba-ssm writes fp32 states: 2.5 GB a laye
 
 
 # -- self-check and choice -----------------------------------------------------
-# A user's GPU may be the first that ever runs a kernel. Each one meets its PyTorch twin there, on
-# small odd sizes, forward and backward.
+# A user's GPU may be the first that runs a kernel: it meets its PyTorch twin there, on small odd
+# sizes, forward and backward.
 CHECK_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 3e-2}  # largest difference / largest entry
 COSTS = {"head": "about +10 ms", "mixer": "about +17 ms by mamba-ssm, +32 ms by PyTorch",
          "snap": "about +2 ms"}  # modelled
@@ -2065,9 +2059,9 @@ def check_table(c: Config, device: torch.device, dtype: torch.dtype) -> dict[str
         wide, tail = make(dtype, (2, T, inner + channels + H + 5), (2, c.d_conv - 1, channels))
         weight, *rest = make(f32, (channels, 1, c.d_conv), channels, H, H, H, inner, (2, H, P, N))
         bias, dt_bias, A, D, gain, state = rest
+        inputs = [wide, weight * 0.5, bias, dt_bias - 2, -A.abs() - 0.1, D, gain, tail, state]
         forms = (functools.partial(mix, form) for form in (mamba_mix_triton, mamba_mix))
-        table["mixer"] = *forms, [wide, weight * 0.5, bias, dt_bias - 2, -A.abs() - 0.1, D, gain,
-                                  tail, state]
+        table["mixer"] = *forms, inputs
     return table
 
 
@@ -2132,22 +2126,22 @@ def check_kernels(c: Config, runtime: Runtime) -> dict[str, str]:
 
 def obstacle(form: str, c: Config, device: torch.device) -> str:
     """Why this form of the mixer cannot run here, or ""."""
-    if form == "torch":
-        return ""
-    if device.type != "cuda" and not INTERPRETED:
+    if form != "torch" and device.type != "cuda" and not INTERPRETED:
         return f"SSD_KERNEL={form} needs a CUDA device; on {device.type} set it to torch or auto"
+    if form == "fused":
+        if triton is None:
+            return "SSD_KERNEL=fused needs the package triton: pip install triton"
+        for name, size in (("D_STATE", c.d_state), ("SSD_CHUNK", c.ssd_chunk or 64)):
+            if size not in (16, 32, 64, 128):
+                return f"{name}={size}: SSD_KERNEL=fused takes 16, 32, 64 or 128; else set torch"
+        if c.d_conv > 4:
+            return f"D_CONV={c.d_conv}: SSD_KERNEL=fused takes up to 4; else set torch"
     if form == "mamba_ssm":
         try:
             mamba_ssm("fwd"), mamba_ssm("bwd")
         except UserError as error:
             return str(error)
-        return ""
-    if triton is None:
-        return "SSD_KERNEL=fused needs the package triton: pip install triton"
-    faults = [f"{name}={size} is not 16, 32, 64 or 128" for name, size in (
-        ("D_STATE", c.d_state), ("SSD_CHUNK", c.ssd_chunk or 64)) if size not in (16, 32, 64, 128)]
-    faults += [f"D_CONV={c.d_conv} is above 4"] if c.d_conv > 4 else []
-    return f"SSD_KERNEL=fused: {', '.join(faults)}; else set SSD_KERNEL=torch" if faults else ""
+    return ""
 
 
 def choose_kernels(c: Config, runtime: Runtime) -> tuple[Kernels, str]:
@@ -2155,24 +2149,23 @@ def choose_kernels(c: Config, runtime: Runtime) -> tuple[Kernels, str]:
 
     auto: the first of FORMS that works on this GPU. UserError if a form asked for by name cannot
     run, or under KERNEL_CHECK=strict if a kernel is at fault."""
-    device, forms = runtime.device, list(FORMS)
-    if c.ssd_kernel != "auto":
-        forms = forms[forms.index(c.ssd_kernel):]
-        if reason := obstacle(forms[0], c, device):
-            raise UserError(reason)
-    elif device.type != "cuda" and not INTERPRETED:
-        forms = ["torch"]
+    on_gpu, forms = runtime.device.type == "cuda" or INTERPRETED, list(FORMS)
     faults = runtime.main_first(lambda: check_kernels(c, runtime))
     faults = {name: fault for name, fault in faults.items() if fault}
     REPLACED.clear()
     REPLACED.update(faults)
     notes = [replaced(name, fault, c.kernel_check) for name, fault in faults.items()]
-    if "mixer" in faults:
-        forms.remove("fused")
-    while reason := obstacle(forms[0], c, device):
+    auto = "fused" if on_gpu else "torch"
+    for form in forms[forms.index(auto if c.ssd_kernel == "auto" else c.ssd_kernel):]:
+        if form == "fused" and "mixer" in faults:
+            continue
+        reason = obstacle(form, c, runtime.device)
+        if not reason:
+            break
+        if form == c.ssd_kernel:
+            raise UserError(reason)
         notes.append(f"{reason}; taking another form")
-        forms.pop(0)
-    return FORMS[forms[0]], "\n".join(notes)
+    return FORMS[form], "\n".join(notes)
 
 
 # ------------------------------------------------------------------------------
