@@ -1001,12 +1001,10 @@ def load_validation(config: Config) -> Tensor:
 # ------------------------------------------------------------------------------
 # SSD: the selective state-space scan of Mamba-2 and its convolution, in PyTorch
 # ------------------------------------------------------------------------------
-
 def decay_between(logs: Tensor) -> Tensor:
     """exp(logs_i - logs_j) for j <= i, else 0; (..., n) -> (..., n, n)."""
-    n = logs.size(-1)
-    future = torch.ones(n, n, dtype=torch.bool, device=logs.device).triu(1)
     gaps = logs.unsqueeze(-1) - logs.unsqueeze(-2)
+    future = torch.ones(gaps.shape[-2:], dtype=torch.bool, device=logs.device).triu(1)
     return gaps.masked_fill_(future, -math.inf).exp_()  # masked first, else inf * 0 = NaN
 
 
@@ -1014,68 +1012,50 @@ def ssd_chunked(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tenso
                 chunk: int = 64, initial_state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T and y_t = h_t C_t + D x_t, for any length T.
 
-    x (B,T,H,P); dt (B,T,H) fp32, after softplus; A (H,) fp32, negative; B, C (B,T,N);
-    D (H,); initial_state (B,H,P,N) fp32, None for zeros. Returns y (B,T,H,P) in x's dtype and
-    the final state in fp32. Four steps: https://arxiv.org/abs/2405.21060, section 6."""
-    batch, length, heads, width = x.shape
-    state_size, chunk = B.size(-1), min(chunk, length)
+    x (B,T,H,P); dt (B,T,H) fp32, after softplus; A (H,) fp32, negative; B, C (B,T,N); D (H,);
+    initial_state (B,H,P,N) fp32. Returns y (B,T,H,P) in x's dtype and the final state in fp32.
+    Steps: https://arxiv.org/abs/2405.21060, section 6."""
+    (length, heads, width), chunk = x.shape[1:], min(chunk, x.size(1))
     if pad := -length % chunk:  # dt = 0 neither decays nor adds: padding keeps the state
         x, dt, B, C = (F.pad(t, (0, 0) * (t.ndim - 2) + (0, pad)) for t in (x, dt, B, C))
-    chunks = (length + pad) // chunk
-    split = lambda t: t.reshape(batch, chunks, chunk, *t.shape[2:])
-    u = split((x * dt.unsqueeze(-1)).to(x.dtype))  # (b,c,Q,H,P)
-    B, C = split(B), split(C)  # (b,c,Q,N)
+    split = lambda t: t.unflatten(1, (-1, chunk))
+    u, B, C = split((x * dt.unsqueeze(-1)).to(x.dtype)), split(B), split(C)  # (b,c,Q,...)
     logs = split(dt * A).transpose(2, 3).cumsum(-1)  # (b,c,H,Q) log decay so far
     # 1. Within a chunk: y_i = sum_{j<=i} (C_i.B_j) exp(logs_i - logs_j) u_j.
     scores = (C @ B.mT).unsqueeze(2) * decay_between(logs)  # (b,c,H,Q,Q)
     y = (scores.to(x.dtype) @ u.transpose(2, 3)).transpose(2, 3)  # (b,c,Q,H,P)
     # 2. What each chunk adds to the state by its end.
     to_end = (logs[..., -1:] - logs).exp().transpose(2, 3).unsqueeze(-1)
-    added = (u * to_end).to(x.dtype).flatten(3).mT @ B  # (b,c,H*P,N)
-    added = added.to(logs.dtype).view(batch, chunks, heads, width * state_size)
+    added = ((u * to_end).to(x.dtype).flatten(3).mT @ B).to(logs.dtype)  # (b,c,H*P,N)
     # 3. States at chunk starts and at the end, by one (c+1, c+1) decay matrix.
     carry = decay_between(F.pad(logs[..., -1].transpose(1, 2), (1, 0)).cumsum(-1))
-    states = carry[..., 1:] @ added.transpose(1, 2)  # (b,H,c+1,P*N)
+    states = carry[..., 1:] @ added.view(*logs.shape[:3], -1).transpose(1, 2)  # (b,H,c+1,P*N)
     if initial_state is not None:
-        first = initial_state.reshape(batch, heads, 1, -1).to(logs.dtype)
-        states = states + carry[..., :1] * first
-    final = states[:, :, -1].reshape(batch, heads, width, state_size)
+        states = states + carry[..., :1] * initial_state.to(logs.dtype).flatten(2).unsqueeze(2)
     # 4. What the state at a chunk's start gives to its positions.
-    starts = states[:, :, :-1].transpose(1, 2).to(x.dtype)
-    starts = starts.reshape(batch, chunks, heads * width, state_size)
-    carried = (C @ starts.mT).view(batch, chunks, chunk, heads, width)
-    so_far = logs.exp().transpose(2, 3).unsqueeze(-1)
-    y = torch.addcmul(y.to(so_far.dtype), carried, so_far)
-    y = torch.addcmul(y.reshape(batch, length + pad, heads, width), D.unsqueeze(-1), x)
-    return y[:, :length].to(x.dtype), final
+    starts = states[:, :, :-1].transpose(1, 2).to(x.dtype).unflatten(-1, (width, -1)).flatten(2, 3)
+    carried = (C @ starts.mT).unflatten(-1, (heads, width))
+    y = torch.addcmul(y.to(logs.dtype), carried, logs.exp().transpose(2, 3).unsqueeze(-1))
+    y = torch.addcmul(y.flatten(1, 2), D.unsqueeze(-1), x)
+    return y[:, :length].to(x.dtype), states[:, :, -1].unflatten(-1, (width, -1))
 
 
-def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
-             state: Tensor) -> tuple[Tensor, Tensor]:
-    """One position: x (B,H,P), dt (B,H), B, C (B,N), state (B,H,P,N) -> y and new state."""
-    added = (dt.unsqueeze(-1) * x).unsqueeze(-1) * B[:, None, None, :]
-    state = (dt * A).exp()[..., None, None] * state + added
-    y = (state * C[:, None, None, :]).sum(-1) + D.unsqueeze(-1) * x
-    return y.to(x.dtype), state
-
-
-def ssd_position(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *,
-                 chunk: int, initial_state: Tensor) -> tuple[Tensor, Tensor]:
-    """ssd_chunked for one position, T = 1, by ssd_step."""
-    y, state = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, initial_state)
-    return y.unsqueeze(1), state
+def ssd_position(x, dt, A, B, C, D, *, chunk: int, initial_state: Tensor) -> tuple[Tensor, Tensor]:
+    """ssd_chunked for T = 1, by the recurrence itself."""
+    added = (dt.unsqueeze(-1) * x).unsqueeze(-1) * B[:, :, None, None]  # (B,1,H,P,N)
+    state = (dt * A).exp()[..., None, None] * initial_state.unsqueeze(1) + added
+    y = (state * C[:, :, None, None]).sum(-1) + D.unsqueeze(-1) * x
+    return y.to(x.dtype), state[:, 0]
 
 
 def causal_conv_silu(u: Tensor, weight: Tensor, bias: Tensor, *,
                      initial: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """SiLU of the depthwise causal convolution of u (B,T,C) by weight (C,1,K), plus bias (C,).
-
-    initial (B,K-1,C): the inputs before the first, None for zeros. Returns (B,T,C) and the
-    last K-1 inputs."""
+    initial: the K-1 inputs before the first, else zeros. Returns (B,T,C), the last K-1 inputs."""
     size, length = weight.size(-1), u.size(1)
-    if initial is None:
-        initial = u.new_zeros(u.size(0), size - 1, u.size(2))
-    padded, out = torch.cat((initial.to(u.dtype), u), dim=1), bias.to(u.dtype)
+    padded, out = F.pad(u, (0, 0, size - 1, 0)), bias.to(u.dtype)
+    if initial is not None:
+        padded = torch.cat((initial.to(u.dtype), u), dim=1)
     for k in range(size):
         out = out + padded[:, k:k + length] * weight[:, 0, k].to(u.dtype)
     return F.silu(out), padded[:, length:].clone()  # a view would keep all inputs in memory
@@ -1083,34 +1063,26 @@ def causal_conv_silu(u: Tensor, weight: Tensor, bias: Tensor, *,
 
 def mamba_mix(wide: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor,
               D: Tensor, norm_weight: Tensor, *, chunk: int = 64, state: tuple | None = None,
-              conv: Callable = causal_conv_silu, ssd: Callable = ssd_chunked
-              ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """What lies between Mamba-2's projections: convolution, scan, gate, RMSNorm with gain (fp32).
-
-    wide (B,T,W): z, x, B, C, dt, and perhaps padding, as in_proj makes them. state: the last K-1
-    inputs of the convolution (B,K-1,C) and the SSM state (B,H,P,N); None for zeros. Returns what
-    out_proj takes, (B,T,H*P) in wide's dtype, and the new state."""
-    inner, channels, heads = len(norm_weight), len(conv_bias), len(A)
-    sizes = inner, channels, heads
+              ssd: Callable = ssd_chunked) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """What lies between Mamba-2's projections: convolution, scan, gate, RMSNorm with gain.
+    wide (B,T,W): z, x, B, C, dt, perhaps padding. state: the convolution's last K-1 inputs
+    (B,K-1,C), the scan's state (B,H,P,N); None: zeros. Returns (B,T,H*P), and the new state."""
+    sizes = inner, channels, heads = len(norm_weight), len(conv_bias), len(A)
     z, xBC, dt, _ = wide.split((*sizes, wide.size(-1) - sum(sizes)), dim=-1)
     conv_state, ssm_state = state or (None, None)
-    xBC, conv_state = conv(xBC, conv_weight, conv_bias, initial=conv_state)
-    N = (channels - inner) // 2
-    x, B, C = xBC.split((inner, N, N), dim=-1)
-    dt = F.softplus(dt.float() + dt_bias)
-    y, ssm_state = ssd(x.unflatten(-1, (heads, -1)), dt, A, B, C, D, chunk=chunk,
-                       initial_state=ssm_state)
+    xBC, conv_state = causal_conv_silu(xBC, conv_weight, conv_bias, initial=conv_state)
+    x, B, C = xBC.split((inner, (channels - inner) // 2, (channels - inner) // 2), dim=-1)
+    y, ssm_state = ssd(x.unflatten(-1, (heads, -1)), F.softplus(dt.float() + dt_bias), A, B, C, D,
+                       chunk=chunk, initial_state=ssm_state)
     gated = y.flatten(2).float() * F.silu(z.float())
-    out = F.rms_norm(gated, (inner,), norm_weight, GATE_EPS).to(y.dtype)
-    return out, (conv_state, ssm_state)
+    return F.rms_norm(gated, (inner,), norm_weight, GATE_EPS).to(y.dtype), (conv_state, ssm_state)
 
 
 # ------------------------------------------------------------------------------
-# kernels: Triton forms of the slow parts, each with its launcher
+# kernels: Triton forms of head, mixer and rounding to the storage grid, each with its launcher
 #
-# CUDA tensors go to kernels for the head, the convolution, the scan and the storage grid; the
-# first three are custom ops, around which torch.compile makes one graph. No atomics, and sums
-# in a fixed order: equal inputs give equal bits (mamba-ssm's backward pass excepted).
+# Head and mixer are custom ops: torch.compile makes one graph around them. No atomics, and sums in
+# a fixed order: equal inputs give equal bits (mamba-ssm's backward pass excepted).
 # TRITON_INTERPRET=1, set before the import, runs the kernels on CPU tensors; tests use that.
 # ------------------------------------------------------------------------------
 try:
@@ -1120,8 +1092,6 @@ except ImportError:
     triton = tl = None
 jit = triton.jit if triton else lambda function: function
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
 REPLACED: set[str] = set()  # kernels that PyTorch replaces: the self-check found them wrong here
 
 
@@ -1135,34 +1105,48 @@ def error_text(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"[:300]
 
 
-def custom_op(name: str, schema: str, outputs: Callable, launch: Callable,
-              backward: Callable | None = None, count: int = 0, grads: int = 1) -> Callable:
-    """The op jepa::name. outputs(*arguments) allocates its results, for tracing as well;
-    launch(*results, *arguments) fills them, or returns others like them.
+def custom_op(name: str, tensors: str, options: str, results: int, outputs: Callable,
+              launch: Callable, backward: Callable, traced: bool = False) -> Callable:
+    """The op jepa::name of tensors and options; the first two of its results have gradients.
 
-    backward gives the gradients of the first `count` arguments. It takes the gradients of the
-    first `grads` results, those arguments, the other results and the other arguments."""
-    def run(*arguments, launch=launch):
-        results = outputs(*arguments)
-        results = launch(*results, *arguments) or results
-        return results if len(results) > 1 else results[0]
+    outputs(*arguments) allocates the results, for tracing as well; launch(*results, *arguments)
+    fills them, or returns others. So does backward with the gradients of the tensors, as an op of
+    (*upstream, *tensors, *results[2:], *options); traced: it is no op and returns the gradients."""
+    count, listing = tensors.count("Tensor"), lambda n: ", ".join(["Tensor"] * n)
+
+    def register(name, schema, outputs, launch):
+        def run(*arguments):
+            made = outputs(*arguments)
+            return launch(*made, *arguments) or made
+        op = torch.library.custom_op(f"jepa::{name}", run, mutates_args=(), schema=schema)
+        op.register_fake(outputs)
+        return op
+
+    def gradients(*arguments):
+        inputs = (arguments[2][:0] if t is None else t for t in arguments[2:2 + count])
+        return tuple(t.new_empty(t.shape) for t in inputs)
 
     def save(ctx, inputs, output):
         ctx.set_materialize_grads(False)
-        others = output[grads:] if isinstance(output, tuple) else ()
-        ctx.save_for_backward(*inputs[:count], *others)
-        ctx.others = inputs[count:]
+        ctx.save_for_backward(*inputs[:count], *output[2:])
+        ctx.options = inputs[count:]
 
     def differentiate(ctx, *upstream):
-        found = backward(*upstream[:grads], *ctx.saved_tensors, *ctx.others)
+        found = backward(*upstream[:2], *ctx.saved_tensors, *ctx.options)
         found = [t if t is None else g.to(t.dtype) for t, g in zip(ctx.saved_tensors, found)]
-        return *found[:count], *(None,) * len(ctx.others)
+        return *found, *(None,) * len(ctx.options)
 
-    op = torch.library.custom_op(f"jepa::{name}", run, mutates_args=(), schema=schema)
-    op.register_fake(functools.partial(run, launch=lambda *_: None))
-    if backward:
-        op.register_autograd(differentiate, setup_context=save)
+    if not traced:
+        saved = "".join(f"Tensor saved{i}, " for i in range(results - 2))
+        schema = f"(Tensor? up0, Tensor? up1, {tensors}, {saved}{options}) -> ({listing(count)})"
+        backward = register(f"{name}_backward", schema, gradients, backward)
+    op = register(name, f"({tensors}, {options}) -> ({listing(results)})", outputs, launch)
+    op.register_autograd(differentiate, setup_context=save)
     return op
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
 
 
 # -- head ----------------------------------------------------------------------
@@ -1180,94 +1164,56 @@ def soft_cap(logits: Tensor, cap: float, kind: str) -> Tensor:
 
 
 @jit
-def capped_logits(base, bias, col, live, V, cap, inverse, CAP: tl.constexpr):
-    """Logits of columns col after bias and soft_cap, and the cap's derivative; inverse = 1 / cap."""
-    x = tl.load(base + col, mask=live & (col < V), other=0.0).to(tl.float32)
+def head_rows(logits, bias, targets, nll, lse, n, V, cap, inverse, z_loss,
+              CAP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """nll and logsumexp of ROWS rows of logits (n, V), V <= BLOCK; their gradient overwrites the
+    logits. A row stays in registers: read once, one exponential per logit. inverse = 1 / cap."""
+    row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)[None, :]
+    live = (row < n)[:, None] & (col < V)
+    logits += row.to(tl.int64)[:, None] * V + col
+    target = tl.load(targets + row, mask=row < n, other=0).to(tl.int32)[:, None]
+    x = tl.load(logits, mask=live, other=0.0).to(tl.float32)
     x += tl.load(bias + col, mask=col < V, other=0.0)
+    slope = 1.0
     if CAP == "poly":  # |p| passes 1 before |u| passes 2: one mask serves both clamps
         u = tl.minimum(tl.maximum(x * inverse, -2.0), 2.0)
         u2 = u * u
         p = u * (1.0 + u2 * (u2 * (1.0 / 15.0) - 1.0 / 3.0))
         slope = tl.where(tl.abs(p) <= 1.0, 1.0 + u2 * (u2 * (1.0 / 3.0) - 1.0), 0.0)
-        return cap * tl.minimum(tl.maximum(p, -1.0), 1.0), slope
+        x = cap * tl.minimum(tl.maximum(p, -1.0), 1.0)
     elif CAP == "tanh":
         th = 2.0 * tl.sigmoid(2.0 * x * inverse) - 1.0
-        return cap * th, 1.0 - th * th
-    else:
-        return x, tl.full(x.shape, 1.0, tl.float32)
-
-
-@jit
-def head_rows(logits, bias, targets, nll, lse, n, V, cap, inverse, z_loss,
-              CAP: tl.constexpr, ONE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """nll and logsumexp of ROWS rows of logits (n, V); their gradient overwrites the logits.
-
-    ONE: V <= BLOCK, and a row stays in registers: read once, one exponential per logit."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    live = (row < n)[:, None]
-    base = logits + row.to(tl.int64)[:, None] * V
-    col = tl.arange(0, BLOCK)[None, :]
-    target = tl.load(targets + row, mask=row < n, other=0).to(tl.int32)[:, None]
-    if ONE:
-        y, slope = capped_logits(base, bias, col, live, V, cap, inverse, CAP)
-        picked = tl.sum(tl.where(col == target, y, 0.0), 1)
-        y = tl.where(col < V, y, -float("inf"))
-        peak = tl.max(y, 1)
-        e = tl.exp(y - peak[:, None])
-        total = tl.sum(e, 1)
-        log_sum = peak + tl.log(total)
-        # d(nll + z lse^2) / dlogit = softmax (1 + 2 z lse) - [target], times the cap's derivative
-        grad = e * ((1.0 + 2.0 * z_loss * log_sum) / total)[:, None]
-        grad = (grad - tl.where(col == target, 1.0, 0.0)) * slope
-        tl.store(base + col, grad.to(logits.dtype.element_ty), mask=live & (col < V))
-    else:
-        top = tl.full((ROWS, BLOCK), -1e38, tl.float32)  # finite: -inf - -inf is NaN
-        total = tl.zeros((ROWS, BLOCK), tl.float32)
-        here = tl.zeros((ROWS, BLOCK), tl.float32)
-        for v in range(0, V, BLOCK):
-            y, _ = capped_logits(base, bias, v + col, live, V, cap, inverse, CAP)
-            y = tl.where(v + col < V, y, -float("inf"))
-            peak = tl.maximum(top, y)
-            total = total * tl.exp(top - peak) + tl.exp(y - peak)
-            top = peak
-            here += tl.where(v + col == target, y, 0.0)
-        picked, peak = tl.sum(here, 1), tl.max(top, 1)
-        log_sum = peak + tl.log(tl.sum(total * tl.exp(top - peak[:, None]), 1))
-        weight = (1.0 + 2.0 * z_loss * log_sum)[:, None]
-        for v in range(0, V, BLOCK):
-            y, slope = capped_logits(base, bias, v + col, live, V, cap, inverse, CAP)
-            grad = tl.exp(y - log_sum[:, None]) * weight
-            grad = (grad - tl.where(v + col == target, 1.0, 0.0)) * slope
-            grad = grad.to(logits.dtype.element_ty)
-            tl.store(base + v + col, grad, mask=live & (v + col < V))
+        x, slope = cap * th, 1.0 - th * th
+    picked = tl.sum(tl.where(col == target, x, 0.0), 1)
+    x = tl.where(col < V, x, -float("inf"))
+    peak = tl.max(x, 1)
+    e = tl.exp(x - peak[:, None])
+    total = tl.sum(e, 1)
+    log_sum = peak + tl.log(total)
+    # d(nll + z lse^2) / dlogit = softmax (1 + 2 z lse) - [target], times the cap's derivative
+    grad = e * ((1.0 + 2.0 * z_loss * log_sum) / total)[:, None]
+    grad = (grad - tl.where(col == target, 1.0, 0.0)) * slope
+    tl.store(logits, grad.to(logits.dtype.element_ty), mask=live)
     tl.store(lse + row, log_sum, mask=row < n)
     tl.store(nll + row, log_sum - picked, mask=row < n)
 
 
-def _head_chunk(logits, bias, targets, nll, lse, softcap, kind, z_loss):
-    """Launches head_rows for one chunk of tokens, or does the same in PyTorch."""
-    if not runs_triton(logits.device) or "head" in REPLACED:
-        return _head_chunk_torch(logits, bias, targets, nll, lse, softcap, kind, z_loss)
-    n, V = logits.shape
-    one = V <= 16384
-    block = triton.next_power_of_2(V) if one else 4096
-    rows = max(1, 2048 // block)
-    head_rows[(triton.cdiv(n, rows),)](
-        logits, bias, targets, nll, lse, n, V, softcap, 1 / (softcap or 1), z_loss,
-        CAP=kind, ONE=one, ROWS=rows, BLOCK=block, num_warps=16 if block > 4096 else 8)
-
-
-def _head_chunk_torch(logits, bias, targets, nll, lse, softcap, kind, z_loss):
-    """In place: on a CPU each pass over the chunk costs."""
+def _head_chunk(logits, bias, targets, nll, lse, cap, kind, z_loss):
+    """head_rows, or the same in PyTorch, in place: on a CPU each pass over the chunk costs."""
+    if runs_triton(logits.device) and "head" not in REPLACED and logits.size(1) <= 16384:
+        n, V, block = *logits.shape, triton.next_power_of_2(logits.size(1))
+        rows = max(1, 2048 // block)
+        head_rows[(triton.cdiv(n, rows),)](
+            logits, bias, targets, nll, lse, n, V, cap, 1 / (cap or 1), z_loss, CAP=kind,
+            ROWS=rows, BLOCK=block, num_warps=16 if block > 4096 else 8)
+        return
     x, slope, one = logits.float().add_(bias), None, torch.ones((), device=logits.device)
     if kind == "poly":
-        u = x.mul_(1 / softcap)
+        u = x.mul_(1 / cap)
         low, high = torch.aminmax(u)
         # Clamp only if some logit passes 1.69 caps, where the polynomial saturates, or is NaN.
         saturates = not max(-float(low), float(high)) < 1.69
-        if saturates:
-            u.clamp_(-2, 2)
-        u2 = u * u
+        u2 = (u.clamp_(-2, 2) if saturates else u).square()
         p = torch.add(one / -3, u2, alpha=1 / 15)
         p = torch.addcmul(one, u2, p, out=p).mul_(u)
         slope = torch.add(-one, u2, alpha=1 / 3)
@@ -1275,13 +1221,13 @@ def _head_chunk_torch(logits, bias, targets, nll, lse, softcap, kind, z_loss):
         if saturates:
             slope.mul_(p.abs() <= 1)
             p.clamp_(-1, 1)
-        x = p.mul_(softcap)
+        x = p.mul_(cap)
     elif kind == "tanh":
-        th = x.mul_(1 / softcap).tanh_()
+        th = x.mul_(1 / cap).tanh_()
         slope = torch.addcmul(one, th, th, value=-1)
-        x = th.mul_(softcap)
+        x = th.mul_(cap)
     picked = x.gather(1, targets[:, None]).squeeze(1)
-    bounded = kind and softcap <= 60  # exp is finite without subtracting the maximum
+    bounded = kind and cap <= 60  # exp is finite without subtracting the maximum
     top = None if bounded else x.amax(1, keepdim=True)
     e = (x if bounded else x.sub_(top)).exp_()
     total = e.sum(1, keepdim=True)
@@ -1293,50 +1239,40 @@ def _head_chunk_torch(logits, bias, targets, nll, lse, softcap, kind, z_loss):
     logits.copy_(e if slope is None else e.mul_(slope))
 
 
-def _head_outputs(h, weight, bias, *_):
+def _head_outputs(h, weight, *_):
     """Loss, mean nll, and n times the gradients of h, weight and bias."""
     zeros = functools.partial(h.new_zeros, dtype=torch.float32)
     return zeros(()), zeros(()), h.new_empty(h.shape), zeros(weight.shape), zeros(len(weight))
 
 
-def _launch_head(loss, mean, dh, dw, db, h, weight, bias, targets, softcap, kind, z_loss, rows):
+def _launch_head(loss, mean, dh, dw, db, h, weight, bias, targets, cap, kind, z_loss, rows):
     """Gradients are divided by n in the backward pass, in fp32: bf16 never holds tiny values."""
-    n, V = len(h), len(weight)
+    (n, width), V, gpu = h.shape, len(weight), h.is_cuda
     h, w = h.contiguous(), weight.to(h.dtype).contiguous()
     bias = torch.zeros(V, device=h.device) if bias is None else bias.float()
     nll, lse = torch.empty(2, n, device=h.device).unbind(0)
     # 64 MiB of bf16 logits on a GPU, 2 MiB of fp32 in a CPU's cache
-    rows = min(n, rows or (max(256, (1 << 25) // V) if h.is_cuda else max(64, (1 << 19) // V)))
+    rows = min(n, rows or (max(256, (1 << 25) // V) if gpu else max(64, (1 << 19) // V)))
     # [h, 1]: the bias gradient is one more column of dW. 8 columns keep rows aligned.
-    ones = torch.cat((h, h.new_ones(n, 1), h.new_zeros(n, 7)), 1) if h.is_cuda else None
-    sums = dw.new_zeros(V, ones.size(1)) if h.is_cuda else dw.zero_()
-    db.zero_()
-    buffer = h.new_empty(rows, V)
+    ones = torch.cat((h, h.new_ones(n, 1), h.new_zeros(n, 7)), 1) if gpu else h
+    sums, buffer = dw.new_zeros(V, ones.size(1)) if gpu else dw, h.new_empty(rows, V)
     for i in range(0, n, rows):
         part = slice(i, min(n, i + rows))
         logits = torch.mm(h[part], w.T, out=buffer[:part.stop - i])
-        _head_chunk(logits, bias, targets[part], nll[part], lse[part], softcap, kind, z_loss)
+        _head_chunk(logits, bias, targets[part], nll[part], lse[part], cap, kind, z_loss)
         torch.mm(logits, w, out=dh[part])
-        if h.is_cuda:
-            _add_product(sums, logits.T, ones[part])
-            continue
-        dw += (logits.T @ h[part]).float()
-        db += logits.sum(0, dtype=torch.float32)
-    if h.is_cuda:
-        dw.copy_(sums[:, :h.size(1)])
-        db.copy_(sums[:, h.size(1)])
+        if not gpu or "head" in REPLACED:
+            sums += (logits.T @ ones[part]).float()
+        else:  # bf16: the GEMM itself adds in fp32, without rounding the product
+            how = {} if h.dtype == torch.float32 else dict(out_dtype=torch.float32)
+            torch.addmm(sums, logits.T, ones[part], **how, out=sums)
+        if not gpu:
+            db += logits.sum(0, dtype=torch.float32)
+    if gpu:
+        dw.copy_(sums[:, :width])
+        db.copy_(sums[:, width])
     mean = nll.mean()
     return mean + z_loss * lse.square().mean(), mean, dh, dw, db
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in fp32 by the GEMM itself, without rounding the product to bf16."""
-    if a.dtype == torch.float32:
-        torch.addmm(total, a, b, out=total)
-    elif "head" in REPLACED:
-        total += a @ b
-    else:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
 def _head_backward(grad, _, h, weight, bias, dh, dw, db, *options):
@@ -1344,10 +1280,9 @@ def _head_backward(grad, _, h, weight, bias, dh, dw, db, *options):
     return dh.float() * scale, dw * scale, db * scale
 
 
-_head_train = custom_op(
-    "head_train", "(Tensor h, Tensor weight, Tensor? bias, Tensor targets, float softcap, str kind,"
-    " float z_loss, int rows) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _head_outputs, _launch_head, _head_backward, count=3, grads=2)
+_head = custom_op("head_train", "Tensor h, Tensor weight, Tensor? bias",
+                  "Tensor targets, float cap, str kind, float z_loss, int rows", 5,
+                  _head_outputs, _launch_head, _head_backward, traced=True)
 
 
 def token_loss_fused(h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *,
@@ -1355,161 +1290,12 @@ def token_loss_fused(h: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
                      rows: int = 0) -> tuple[Tensor, Tensor]:
     """Mean of nll + z_loss logsumexp^2, and mean nll for the log, without gradient; fp32.
 
-    h (n,E); weight (V,E), cast to h's dtype, its gradient summed in fp32; bias (V,) or None;
-    targets (n,) int64. Goes through `rows` tokens at a time (0: by vocabulary) and computes
-    gradients on the way: no (n,V) tensor exists."""
+    h (n,E); weight (V,E), cast to h's dtype, its gradient summed in fp32; bias (V,); targets (n,)
+    int64. Computes gradients on the way, `rows` tokens at a time (0: by vocabulary), so that no
+    (n,V) tensor exists."""
     kind = softcap_type if softcap else ""
-    loss, nll = _head_train(h, weight, bias, targets, softcap, kind, z_loss, rows)[:2]
+    loss, nll, *_ = _head(h, weight, bias, targets, softcap, kind, z_loss, rows)
     return loss, nll.detach()
-
-
-# -- causal convolution --------------------------------------------------------
-
-@jit
-def conv_input(u, init, t, c, ok, T, C, row, K: tl.constexpr, INIT: tl.constexpr):
-    """Inputs at time t and channels c; before time 0 those of init (K-1 rows), else zeros."""
-    v = tl.load(u + t * row + c, mask=ok & (t >= 0) & (t < T), other=0.0).to(tl.float32)
-    if INIT:
-        earlier = ok & (t < 0) & (t > -K)
-        v += tl.load(init + (t + K - 1) * C + c, mask=earlier, other=0.0).to(tl.float32)
-    return v
-
-
-@jit
-def conv_tap(w, c, ok, back: tl.constexpr, K: tl.constexpr):
-    """Weights of the inputs `back` steps ago; 0 where the convolution does not reach so far."""
-    if back < K:
-        return tl.load(w + c * K + (K - 1 - back), mask=ok, other=0.0).to(tl.float32)
-    else:
-        return tl.zeros((c.shape[0],), tl.float32)
-
-
-@jit
-def conv_fwd(u, w, bias, init, out, T, C, batch, row,
-             K: tl.constexpr, INIT: tl.constexpr, S: tl.constexpr, BC: tl.constexpr):
-    """S times of BC channels; K <= 4. The three inputs before the current one are in registers."""
-    c, start = tl.program_id(0) * BC + tl.arange(0, BC), tl.program_id(1) * S
-    b, ok = tl.program_id(2).to(tl.int64), c < C
-    u, out = u + b * batch, out + b * T * C + c
-    if INIT:
-        init += b * (K - 1) * C
-    w0, w1 = conv_tap(w, c, ok, 0, K), conv_tap(w, c, ok, 1, K)
-    w2, w3 = conv_tap(w, c, ok, 2, K), conv_tap(w, c, ok, 3, K)
-    shift = tl.load(bias + c, mask=ok, other=0.0).to(tl.float32)
-    u1 = conv_input(u, init, start - 1, c, ok, T, C, row, K, INIT)
-    u2 = conv_input(u, init, start - 2, c, ok, T, C, row, K, INIT)
-    u3 = conv_input(u, init, start - 3, c, ok, T, C, row, K, INIT)
-    for i in range(0, S, 8):
-        for j in tl.static_range(8):
-            t = start + i + j
-            live = ok & (t < T)
-            u0 = tl.load(u + t * row + c, mask=live, other=0.0).to(tl.float32)
-            x = shift + w0 * u0 + w1 * u1 + w2 * u2 + w3 * u3
-            tl.store(out + t * C, (x * tl.sigmoid(x)).to(out.dtype.element_ty), mask=live)
-            u1, u2, u3 = u0, u1, u2
-
-
-@jit
-def conv_bwd(u, w, bias, init, dout, du, dinit, part, T, C, batch, row, out_row,
-             K: tl.constexpr, INIT: tl.constexpr, S: tl.constexpr, BC: tl.constexpr):
-    """du, dinit and, per strip of S times, the K + 1 sums for weight and bias; K <= 4.
-
-    The program walks the strip: inputs u1, u2, u3 and gradients d1, d2, d3 of the three times before
-    stay in registers, so that each input is read once. It goes on for three times past the strip,
-    whose gradients reach back into it."""
-    c, strip = tl.program_id(0) * BC + tl.arange(0, BC), tl.program_id(1)
-    b, ok = tl.program_id(2).to(tl.int64), c < C
-    u, dout, du = u + b * batch, dout + b * T * C + c, du + b * T * out_row + c
-    if INIT:
-        init, dinit = init + b * (K - 1) * C, dinit + b * (K - 1) * C + c
-    w0, w1 = conv_tap(w, c, ok, 0, K), conv_tap(w, c, ok, 1, K)
-    w2, w3 = conv_tap(w, c, ok, 2, K), conv_tap(w, c, ok, 3, K)
-    shift = tl.load(bias + c, mask=ok, other=0.0).to(tl.float32)
-    start = strip * S
-    u1 = conv_input(u, init, start - 1, c, ok, T, C, row, K, INIT)
-    u2 = conv_input(u, init, start - 2, c, ok, T, C, row, K, INIT)
-    u3 = conv_input(u, init, start - 3, c, ok, T, C, row, K, INIT)
-    zero = tl.zeros((BC,), tl.float32)
-    d1, d2, d3, a0, a1, a2, a3, total = zero, zero, zero, zero, zero, zero, zero, zero
-    for i in range(0, S + 4, 4):
-        for j in tl.static_range(4):
-            t, r = start + i + j, i + j
-            live = ok & (t < T)
-            u0 = tl.load(u + t * row + c, mask=live, other=0.0).to(tl.float32)
-            g = tl.load(dout + t * C, mask=live, other=0.0).to(tl.float32)
-            x = shift + w0 * u0 + w1 * u1 + w2 * u2 + w3 * u3
-            gate = tl.sigmoid(x)
-            d0 = g * gate * (1.0 + x * (1.0 - gate))
-            if i < S:
-                a0, a1, a2, a3 = a0 + d0 * u0, a1 + d0 * u1, a2 + d0 * u2, a3 + d0 * u3
-                total += d0
-            grad = w0 * d3 + w1 * d2 + w2 * d1 + w3 * d0  # of the input three times before
-            inside = ok & (r >= 3) & (r < S + 3) & (t < T + 3)
-            tl.store(du + (t - 3) * out_row, grad.to(du.dtype.element_ty), mask=inside)
-            if INIT:
-                before = ok & (strip == 0) & (r < 3) & (r >= 4 - K)
-                tl.store(dinit + (r + K - 4) * C, grad.to(dinit.dtype.element_ty), mask=before)
-            u1, u2, u3, d1, d2, d3 = u0, u1, u2, d0, d1, d2
-    part += (b * tl.num_programs(1) + strip) * (K + 1) * C + c
-    tl.store(part + K * C, total, mask=ok)
-    tl.store(part + (K - 1) * C, a0, mask=ok)
-    if K > 1:
-        tl.store(part + (K - 2) * C, a1, mask=ok)
-    if K > 2:
-        tl.store(part + (K - 3) * C, a2, mask=ok)
-    if K > 3:
-        tl.store(part + (K - 4) * C, a3, mask=ok)
-
-
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in tensors]
-
-
-def _launch_conv(out, u, weight, bias, initial):
-    (B, T, C), K = u.shape, weight.size(-1)
-    u = u if u.stride(-1) == 1 else u.contiguous()
-    conv_fwd[triton.cdiv(C, 128), triton.cdiv(T, 64), B](
-        u, *_contiguous(weight, bias, initial), out, T, C, u.stride(0), u.stride(1),
-        K=K, INIT=initial is not None, S=64, BC=128, num_warps=2)
-
-
-def _launch_conv_backward(du, dw, db, dinit, dout, u, weight, bias, initial):
-    (B, T, C), K = u.shape, weight.size(-1)
-    u, strips = u if u.stride(-1) == 1 else u.contiguous(), triton.cdiv(T, 64)
-    part = torch.empty(B * strips, K + 1, C, device=u.device)
-    conv_bwd[triton.cdiv(C, 128), strips, B](
-        u, *_contiguous(weight, bias, initial, dout), du, dinit, part, T, C, u.stride(0),
-        u.stride(1), du.stride(1), K=K, INIT=initial is not None, S=64, BC=128, num_warps=2)
-    part = part.sum(0)
-    dw.copy_(part[:K].T.unsqueeze(1))
-    db.copy_(part[K])
-
-
-def _conv_grads(dout, u, weight, bias, initial):
-    inputs = u, weight, bias, u[:0] if initial is None else initial
-    return tuple(t.new_empty(t.shape) for t in inputs)
-
-
-CONV = "Tensor u, Tensor weight, Tensor bias, Tensor? initial"
-_conv_silu_backward = custom_op(
-    "conv_silu_backward", f"(Tensor dout, {CONV}) -> (Tensor, Tensor, Tensor, Tensor)",
-    _conv_grads, _launch_conv_backward)
-_conv_silu = custom_op("conv_silu", f"({CONV}) -> Tensor", lambda u, *_: (u.new_empty(u.shape),),
-                       _launch_conv, _conv_silu_backward, count=4)
-
-
-def causal_conv_silu_triton(u: Tensor, weight: Tensor, bias: Tensor, *,
-                            initial: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """causal_conv_silu by kernels; u may be a slice of a wider tensor (last stride 1)."""
-    return _conv_silu(u, weight, bias, initial), conv_tail(u, initial, weight.size(-1) - 1)
-
-
-def conv_tail(u: Tensor, initial: Tensor | None, reach: int) -> Tensor:
-    """The last `reach` inputs of a convolution, copied: a view would keep all of u in memory."""
-    if u.size(1) < reach:
-        before = u.new_zeros(len(u), reach, u.size(2)) if initial is None else initial
-        u = torch.cat((before.to(u.dtype), u), 1)
-    return u[:, u.size(1) - reach:].clone()
 
 
 # -- rounding to the storage grid ----------------------------------------------
@@ -1573,22 +1359,21 @@ def snap_rows(table, OUT: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr)
 class FusedSnap:
     """Rounds many fp32 masters to their grids, into compute-dtype tensors, in one launch.
 
-    items: (master, target, format, parameter); contiguous tensors of equal shape, targets of one
-    dtype, format of FORMATS, parameter the bound 2^(n-1) - 1 (int) or the step in standard
-    deviations (sigma). Their addresses are kept: update them in place. Bit-equal to `snap`."""
+    items: (master, target, format, parameter); contiguous, of equal shape, targets of one dtype;
+    parameter: the bound 2^(n-1) - 1 (int), the step in standard deviations (sigma). Addresses are
+    kept: update tensors in place. Bit-equal to `snap`."""
 
     def __init__(self, items: list[tuple[Tensor, Tensor, str, float]]):
         self.dtype, rows = items[0][1].dtype, []
         for master, target, kind, parameter in items:
-            assert master.is_contiguous() and target.is_contiguous()
-            assert master.shape == target.shape and master.dtype == torch.float32
+            assert master.shape == target.shape and all(map(Tensor.is_contiguous, (master, target)))
             size = master.numel()  # a vector is one row; bf16 and fp8 take rows of 1024
             columns = size // (len(master) if master.dim() > 1 else 1)
             start = torch.arange(0, size, 1024 if FORMATS[kind] < 2 else columns)
             addresses = (t.data_ptr() + t.element_size() * start for t in (master, target))
-            sizes = start.diff(append=torch.tensor([size]))
             bits = torch.tensor(parameter, dtype=torch.float64).view(torch.int64)
             constants = (torch.full_like(start, int(n)) for n in (FORMATS[kind], bits))
+            sizes = start.diff(append=torch.tensor([size]))
             rows.append(torch.stack((*addresses, sizes, *constants), 1))
         table = torch.cat(rows)
         self.even = not (table[:, :3] % torch.tensor([16, 16, 8])).any()
@@ -1599,35 +1384,96 @@ class FusedSnap:
         snap_rows[(len(self.table),)](self.table, OUT=out, EVEN=self.even, BLOCK=1024, num_warps=4)
 
 
-# -- SSD by kernels of our own -------------------------------------------------
-# The state of a head stays on chip. Q, P and N are tile sizes. Strides are constexpr: as
-# run-time values they cost thirty registers. Rows past T load as zeros, dt too, and change
+# -- mixer: all between Mamba-2's projections as one op ------------------------
+# As ops of their own, convolution, scan and gate would hand the compiler slices of in_proj's
+# output, and gradients to be joined and padded: 1.6 GB a layer at 65,536 tokens.
+# wide (B,T,W) holds z, x, B, C, dt and padding; v (B,T,H*P+2N) the convolution's x, B, C.
+@jit
+def conv_input(u, init, t, c, ok, C, W, K: tl.constexpr):
+    """Inputs at time t; before time 0 those of init (K-1 rows), else zeros."""
+    x = tl.load(u + t * W + c, mask=ok & (t >= 0), other=0.0).to(tl.float32)
+    if init is not None:
+        earlier = ok & (t < 0) & (t > -K)
+        x += tl.load(init + (t + K - 1) * C + c, mask=earlier, other=0.0).to(tl.float32)
+    return x
+
+
+@jit
+def conv_begin(u, w, bias, init, t, c, ok, C, W, K: tl.constexpr):
+    """For a walk from time t on: bias, four taps (0 beyond K), and the three inputs before t."""
+    u1 = conv_input(u, init, t - 1, c, ok, C, W, K)
+    u2 = conv_input(u, init, t - 2, c, ok, C, W, K)
+    u3 = conv_input(u, init, t - 3, c, ok, C, W, K)
+    w += c * K + K - 1
+    w0 = tl.load(w, mask=ok, other=0.0).to(tl.float32)
+    w1 = tl.load(w - 1, mask=ok & (K > 1), other=0.0).to(tl.float32)
+    w2 = tl.load(w - 2, mask=ok & (K > 2), other=0.0).to(tl.float32)
+    w3 = tl.load(w - 3, mask=ok & (K > 3), other=0.0).to(tl.float32)
+    return tl.load(bias + c, mask=ok, other=0.0).to(tl.float32), w0, w1, w2, w3, u1, u2, u3
+
+
+@jit
+def conv_fwd(u, w, bias, init, out, T, C, W, K: tl.constexpr, S: tl.constexpr, BC: tl.constexpr):
+    """S times of BC channels; u in rows of W, K <= 4. The inputs before stay in registers."""
+    c, start = tl.program_id(0) * BC + tl.arange(0, BC), tl.program_id(1) * S
+    b, ok = tl.program_id(2).to(tl.int64), c < C
+    u, out = u + b * T * W, out + b * T * C + c
+    if init is not None:
+        init += b * (K - 1) * C
+    shift, w0, w1, w2, w3, u1, u2, u3 = conv_begin(u, w, bias, init, start, c, ok, C, W, K)
+    for i in range(0, S, 8):
+        for j in tl.static_range(8):
+            t = start + i + j
+            live = ok & (t < T)
+            u0 = tl.load(u + t * W + c, mask=live, other=0.0).to(tl.float32)
+            x = shift + w0 * u0 + w1 * u1 + w2 * u2 + w3 * u3
+            tl.store(out + t * C, (x * tl.sigmoid(x)).to(out.dtype.element_ty), mask=live)
+            u1, u2, u3 = u0, u1, u2
+
+
+@jit
+def conv_bwd(u, w, bias, init, dout, du, dinit, part, T, C, W,
+             K: tl.constexpr, S: tl.constexpr, BC: tl.constexpr):
+    """du, dinit and, per strip of S times, the K + 1 sums for weight and bias. The walk goes on for
+    three times past the strip, whose gradients reach back into it."""
+    c, strip = tl.program_id(0) * BC + tl.arange(0, BC), tl.program_id(1)
+    b, ok, start = tl.program_id(2).to(tl.int64), c < C, strip * S
+    u, dout, du = u + b * T * W, dout + b * T * C + c, du + b * T * W + c
+    if init is not None:
+        init, dinit = init + b * (K - 1) * C, dinit + b * (K - 1) * C + c
+    shift, w0, w1, w2, w3, u1, u2, u3 = conv_begin(u, w, bias, init, start, c, ok, C, W, K)
+    zero = tl.zeros((BC,), tl.float32)
+    d1, d2, d3, a0, a1, a2, a3, total = zero, zero, zero, zero, zero, zero, zero, zero
+    for i in range(0, S + 4, 4):
+        for j in tl.static_range(4):
+            t, r = start + i + j, i + j
+            live = ok & (t < T)
+            u0 = tl.load(u + t * W + c, mask=live, other=0.0).to(tl.float32)
+            g = tl.load(dout + t * C, mask=live, other=0.0).to(tl.float32)
+            x = shift + w0 * u0 + w1 * u1 + w2 * u2 + w3 * u3
+            gate = tl.sigmoid(x)
+            d0 = g * gate * (1.0 + x * (1.0 - gate))
+            if i < S:
+                a0, a1, a2, a3 = a0 + d0 * u0, a1 + d0 * u1, a2 + d0 * u2, a3 + d0 * u3
+                total += d0
+            grad = w0 * d3 + w1 * d2 + w2 * d1 + w3 * d0  # of the input three times before
+            inside = ok & (r >= 3) & (r < S + 3) & (t < T + 3)
+            tl.store(du + (t - 3) * W, grad.to(du.dtype.element_ty), mask=inside)
+            if init is not None:
+                before = ok & (strip == 0) & (r < 3) & (r >= 4 - K)
+                tl.store(dinit + (r + K - 4) * C, grad.to(dinit.dtype.element_ty), mask=before)
+            u1, u2, u3, d1, d2, d3 = u0, u1, u2, d0, d1, d2
+    part += (b * tl.num_programs(1) + strip) * (K + 1) * C + c
+    tl.store(part + K * C, total, mask=ok)
+    tl.store(part + (K - 1) * C, a0, mask=ok)
+    tl.store(part + (K - 2) * C, a1, mask=ok & (K > 1))
+    tl.store(part + (K - 3) * C, a2, mask=ok & (K > 2))
+    tl.store(part + (K - 4) * C, a3, mask=ok & (K > 3))
+
+
+# The scan. The state of a head stays on chip; Q, P and N are tile sizes. Row lengths are constexpr:
+# as run-time values they cost thirty registers. Rows past T load as zeros, dt too, and change
 # nothing. States in memory are (N, P) in the compute dtype, one per chunk.
-@jit
-def load_tile(base, row, stride: tl.constexpr, col, ok):
-    return tl.load(base + (row[:, None] * stride + col[None, :]), mask=ok[:, None], other=0.0)
-
-
-@jit
-def store_tile(base, row, stride: tl.constexpr, col, ok, tile):
-    tile = tile.to(base.dtype.element_ty)
-    tl.store(base + (row[:, None] * stride + col[None, :]), tile, mask=ok[:, None])
-
-
-@jit
-def decays(dt, rate, i, ok, H: tl.constexpr):
-    """dt of a chunk; running sums of the log2 decays dt A log2(e), and their total."""
-    step = tl.load(dt + i * H, mask=ok, other=0.0)
-    logs = step * (rate * 1.4426950408889634)
-    return step, tl.cumsum(logs, 0), tl.sum(logs, 0)
-
-
-@jit
-def exp2_where(ok, x):
-    """exp2(x), or 0 where not ok; masked first, since exp2 may overflow there."""
-    return tl.exp2(tl.where(ok, x, -float("inf")))
-
-
 @jit
 def dot_tiles(a, b, acc=None):
     """Product of tiles in fp32; without TF32 where the tiles are fp32."""
@@ -1635,83 +1481,101 @@ def dot_tiles(a, b, acc=None):
 
 
 @jit
-def ssd_scan(x, left, right, dt, A, D, first, y, states, last, T, X: tl.constexpr,
-             ROW: tl.constexpr, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-             Q: tl.constexpr, BACK: tl.constexpr, FIRST: tl.constexpr, SAVE: tl.constexpr,
-             LAST: tl.constexpr, Y: tl.constexpr):
-    """One program per (head, sequence) walks the chunks: y from x, with left = C, right = B.
+def load_dt(raw, bias, ok):
+    """x = raw + bias, and dt = softplus(x); both where ok, else dt = 0."""
+    x = tl.load(raw, mask=ok, other=0.0).to(tl.float32) + bias
+    e = tl.exp(tl.minimum(x, 20.0))
+    u = 1.0 + e  # log(1 + e) without the rounding of 1 + e
+    dt = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+    return x, tl.where(ok, tl.where(x > 20.0, x, dt), 0.0)
 
-    BACK: dx from dy is the same scan backwards in time, with left = B, right = C; its state is
-    the gradient of the state. SAVE: store the state with which each chunk begins."""
+
+@jit
+def ssd_scan(x, v, raw, bias, A, D, first, y, states, last, T, W: tl.constexpr, H: tl.constexpr,
+             P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BACK: tl.constexpr):
+    """One program per (head, sequence) walks the chunks: y from x, which is v, with left = C and
+    right = B; the state with which each chunk begins goes to `states`.
+
+    BACK: dx (y, in rows like v) from dy (x) is the same scan backwards in time, with left = B,
+    right = C; its state is the gradient of the state."""
+    ROW: tl.constexpr = H * P + 2 * N  # of v
+    X: tl.constexpr = H * P if BACK else ROW
+    Y: tl.constexpr = ROW if BACK else H * P
+    STEP: tl.constexpr = -1 if BACK else 1
+    dtype: tl.constexpr = x.dtype.element_ty
     h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i, p, n = tl.arange(0, Q), tl.arange(0, P), tl.arange(0, N)
-    dtype: tl.constexpr = x.dtype.element_ty
-    x, left, right = x + b * T * X + h * P, left + b * T * ROW, right + b * T * ROW
-    dt, y = dt + b * T * H + h, y + b * T * Y + h * P
-    chunks = tl.cdiv(T, Q)
-    states += (b * H + h) * chunks * N * P
+    row, chunks = i[:, None], tl.cdiv(T, Q)
+    x, y = x + b * T * X + h * P + p[None, :], y + b * T * Y + h * P + p[None, :]
+    raw, B = raw + b * T * W + h, v + b * T * ROW + H * P + n[None, :]
+    left, right = (B, B + N) if BACK else (B + N, B)
+    tile = (b * H + h) * chunks * N * P + n[:, None] * P + p[None, :]
     cell = (b * H + h) * P * N + p[None, :] * N + n[:, None]  # (N, P) view of a (P, N) state
-    rate, skip = tl.load(A + h), tl.load(D + h)
-    state = tl.load(first + cell) if FIRST else tl.zeros((N, P), tl.float32)
-    for k in range(chunks):
-        c = chunks - 1 - k if BACK else k
-        ok = c * Q + i < T
-        step, cs, total = decays(dt + c * Q * H, rate, i, ok, H)
-        Ls = load_tile(left + c * Q * ROW, i, ROW, n, ok)
-        Rs = load_tile(right + c * Q * ROW, i, ROW, n, ok)
-        xs = load_tile(x + c * Q * X, i, X, p, ok)
-        now = state.to(dtype)
-        if SAVE:
-            tl.store(states + c * N * P + (n[:, None] * P + p[None, :]), now)
-        enter, leave = tl.exp2(cs), tl.exp2(total - cs) * step
+    rate, shift = tl.load(A + h) * 1.4426950408889634, tl.load(bias + h)  # log2(e): decays by exp2
+    skip = tl.load(D + h).to(tl.float32)
+    state = tl.load(first + cell) if first is not None else tl.zeros((N, P), tl.float32)
+    c = (chunks - 1) * Q if BACK else 0
+    dt = load_dt(raw + (c + i) * W, shift, c + i < T)[1]
+    for _ in range(chunks):
+        ok = c + row < T
+        Ls = tl.load(left + (c + row) * ROW, mask=ok, other=0.0)
+        Rs = tl.load(right + (c + row) * ROW, mask=ok, other=0.0)
+        xs = tl.load(x + (c + row) * X, mask=ok, other=0.0)
+        cs, total, now = tl.cumsum(dt * rate, 0), tl.sum(dt * rate, 0), state.to(dtype)
+        if states is not None:
+            tl.store(states + c // Q * N * P + tile, now)
+        enter, leave = tl.exp2(cs), tl.exp2(total - cs) * dt
         if BACK:
             enter, leave = leave, enter
         out = dot_tiles(Ls, now) * enter[:, None]
-        mix = dot_tiles(Ls, tl.trans(Rs))
-        if BACK:  # x_j reaches y_i if j <= i; rows are j here
-            mix *= step[:, None]
-            mix *= exp2_where(i[:, None] <= i[None, :], cs[None, :] - cs[:, None])
-        else:
-            mix *= step[None, :]
-            mix *= exp2_where(i[:, None] >= i[None, :], cs[:, None] - cs[None, :])
+        # x_j reaches y_i if j <= i; BACK: rows are j
+        mix = dot_tiles(Ls, tl.trans(Rs)) * (dt[:, None] if BACK else dt[None, :])
+        gap = STEP * (cs[:, None] - cs[None, :])  # masked before exp2, which may overflow there
+        mix *= tl.exp2(tl.where(STEP * (row - i[None, :]) >= 0, gap, -float("inf")))
         out = dot_tiles(mix.to(dtype), xs, out) + skip * xs
-        store_tile(y + c * Q * Y, i, Y, p, ok, out)
+        tl.store(y + (c + row) * Y, out.to(y.dtype.element_ty), mask=ok)
         Rs = (Rs * leave[:, None]).to(dtype)
         state = dot_tiles(tl.trans(Rs), xs, state * tl.exp2(total))
-    if LAST:
+        c += STEP * Q
+        dt = load_dt(raw + (c + i) * W, shift, (c + i < T) & (c >= 0))[1]
+    if last is not None:
         tl.store(last + cell, state)
 
 
 @jit
-def ssd_bwd_bc(x, B, C, dy, dt, A, states, dstates, ddt, dB, dC, part, T, ROW: tl.constexpr,
-               H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
-               OUT: tl.constexpr):
+def ssd_bwd_bc(v, dy, raw, bias, A, states, dstates, draw, dv, part, T, W: tl.constexpr,
+               H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr):
     """One program per (chunk, sequence) sums dB and dC over the heads in registers.
 
-    B and C serve all heads, so the gradient of C B^T is summed first and multiplied once; the
-    rest of dB and dC passes through the states. The gradient of the log decay is the reverse sum
-    of C_i.dC_i - B_i.dB_i; terms that cancel (those through the chunk's end) are left out, not
-    subtracted."""
+    B and C serve all heads: the gradient of C B^T is summed first and multiplied once; the rest of
+    dB and dC passes through the states. The gradient of the log decay is the reverse sum of
+    C_i.dC_i - B_i.dB_i, without the terms through the chunk's end, which cancel."""
+    ROW: tl.constexpr = H * P + 2 * N  # of v and dv
+    dtype: tl.constexpr = v.dtype.element_ty
     c, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i, p, n = tl.arange(0, Q), tl.arange(0, P), tl.arange(0, N)
-    dtype: tl.constexpr = x.dtype.element_ty
-    chunks, row, ok = tl.num_programs(0), b * T + c * Q, c * Q + i < T
-    Bs = load_tile(B + row * ROW, i, ROW, n, ok)
-    Cs = load_tile(C + row * ROW, i, ROW, n, ok)
-    x, dy, dt, ddt = x + row * ROW, dy + row * H * P, dt + row * H, ddt + row * H
+    chunks, start, ok = tl.num_programs(0), b * T + c * Q, c * Q + i < T
+    row, live = i[:, None], ok[:, None]
+    raw, draw = raw + start * W + i * W, draw + start * W + i * W
+    part += (b * chunks + c) * 3 * H
+    dy += start * H * P + row * (H * P) + p[None, :]
+    x_at, B_at = start * ROW + row * ROW + p[None, :], start * ROW + H * P + row * ROW + n[None, :]
+    Bs = tl.load(v + B_at, mask=live, other=0.0)
+    Cs = tl.load(v + B_at + N, mask=live, other=0.0)
     cell = (b * H * chunks + c) * N * P + n[:, None] * P + p[None, :]
-    part += (b * chunks + c) * 2 * H
     gain = dot_tiles(Cs, tl.trans(Bs))
     acc = tl.zeros((Q, Q), tl.float32)
     sum_B, sum_C = tl.zeros((Q, N), tl.float32), tl.zeros((Q, N), tl.float32)
     for h in range(H):
-        xs = load_tile(x + h * P, i, ROW, p, ok)
-        g = load_tile(dy + h * P, i, H * P, p, ok)
+        xs = tl.load(v + x_at + h * P, mask=live, other=0.0)
+        g = tl.load(dy + h * P, mask=live, other=0.0)
         rate = tl.load(A + h)
-        step, cs, total = decays(dt + h, rate, i, ok, H)
+        x, step = load_dt(raw + h, tl.load(bias + h), ok)
+        logs = step * (rate * 1.4426950408889634)
+        cs, total = tl.cumsum(logs, 0), tl.sum(logs, 0)
         share = dot_tiles(g, tl.trans(xs))  # dy_i . x_j
-        share *= exp2_where(i[:, None] >= i[None, :], cs[:, None] - cs[None, :])
-        dD = tl.sum(tl.sum(tl.where(i[:, None] == i[None, :], share, 0.0), 1), 0)
+        share *= tl.exp2(tl.where(row >= i[None, :], cs[:, None] - cs[None, :], -float("inf")))
+        dD = tl.sum(tl.sum(tl.where(row == i[None, :], share, 0.0), 1), 0)
         column = tl.sum(share * gain, 0)  # by j, without dt_j
         share *= step[None, :]
         acc += share
@@ -1723,172 +1587,18 @@ def ssd_bwd_bc(x, B, C, dy, dt, A, states, dstates, ddt, dB, dC, part, T, ROW: t
         sum_C += out
         q = tl.sum(out * Cs, 1)
         out = dot_tiles(xs, tl.trans(dS)) * tl.exp2(total - cs)[:, None]
-        r = tl.sum(out * Bs, 1)
         sum_B += out * step[:, None]
+        r = tl.sum(out * Bs, 1)
         da = tl.cumsum(inside + q, 0, reverse=True) + tl.cumsum(r * step, 0) - r * step + through
-        tl.store(ddt + h + i * H, rate * da + column + r, mask=ok)
+        dx = tl.where(ok, (rate * da + column + r) * tl.sigmoid(x), 0.0)
+        tl.store(draw + h, dx.to(dtype), mask=ok)
         tl.store(part + h, tl.sum(step * da, 0))
         tl.store(part + H + h, dD)
+        tl.store(part + 2 * H + h, tl.sum(dx, 0))
     acc = acc.to(dtype)
-    store_tile(dB + row * OUT, i, OUT, n, ok, dot_tiles(tl.trans(acc), Cs, sum_B))
-    store_tile(dC + row * OUT, i, OUT, n, ok, dot_tiles(acc, Bs, sum_C))
-
-
-def tile_fault(P: int, N: int, chunk: int) -> str:
-    """Why the fused scan cannot take these sizes, or ""."""
-    for name, size in (("headdim", P), ("D_STATE", N), ("SSD_CHUNK", chunk)):
-        if size not in (16, 32, 64, 128):
-            return (f"{name}={size}: the fused SSD kernel takes 16, 32, 64 or 128; "
-                    "else set SSD_KERNEL=torch")
-    return ""
-
-
-def _ssd_layout(x, B, C, chunk):
-    """x, B and C as slices of one dense tensor, which they are behind the convolution, and the
-    sizes that the kernels are compiled for. UserError if one is no tile size."""
-    (_, T, H, P), N, row = x.shape, B.size(2), x.stride(1)
-    if fault := tile_fault(P, N, chunk):
-        raise UserError(fault)
-    strides = {(t.stride(0), t.stride(1), t.stride(-1)) for t in (x, B, C)}
-    if strides != {(T * row, row, 1)} or x.stride(2) != P:
-        row = H * P + 2 * N
-        x, B, C = torch.cat((x.flatten(2), B, C), 2).split((H * P, N, N), 2)
-    return x, B, C, dict(ROW=row, H=H, P=P, N=N, Q=chunk)
-
-
-def _launch_ssd_fused(y, final, states, x, dt, A, B, C, D, initial_state, chunk, save):
-    (b, T, H, _), (dt, first) = x.shape, _contiguous(dt, initial_state)
-    x, B, C, sizes = _ssd_layout(x, B, C, chunk)
-    ssd_scan[H, b](x, C, B, dt, A, D.float(), first, y, states, final, T, X=sizes["ROW"],
-                   BACK=False, FIRST=first is not None, SAVE=save, LAST=True, Y=y.stride(1),
-                   **sizes, num_warps=4, num_stages=3)
-
-
-def _launch_ssd_fused_backward(dx, ddt, dA, dB, dC, dD, dinit, dy, dfinal, x, dt, A, B, C, D,
-                               initial_state, states, chunk, save):
-    """dx, dB and dC may be slices of one wider tensor, dense but for their rows."""
-    (b, T, H, P), chunks = x.shape, states.size(2)
-    dy, dfinal, dt = _contiguous(torch.zeros_like(x) if dy is None else dy, dfinal, dt)
-    x, B, C, sizes = _ssd_layout(x, B, C, chunk)
-    dstates, part = torch.empty_like(states), dt.new_empty(b, chunks, 2, H)
-    ssd_scan[H, b](dy, B, C, dt, A, D.float(), dfinal, dx, dstates, dinit, T, X=H * P,
-                   BACK=True, FIRST=dfinal is not None, SAVE=True, LAST=initial_state is not None,
-                   Y=dx.stride(1), **sizes, num_warps=4, num_stages=3)
-    ssd_bwd_bc[chunks, b](x, B, C, dy, dt, A, states, dstates, ddt, dB, dC, part, T, **sizes,
-                          OUT=dB.stride(1), num_warps=8, num_stages=2)
-    for gradient, total in zip((dA, dD), part.sum((0, 1))):
-        gradient.copy_(total)
-
-
-# -- SSD by mamba-ssm ----------------------------------------------------------
-def mamba_ssm(launcher: str, *arguments, **options):
-    """Call launcher fwd or bwd of https://github.com/state-spaces/mamba; without arguments only
-    import it. Turns import-time and launch-time Triton mismatches into one UserError."""
-    try:
-        if "mamba_ssm" not in sys.modules:
-            spec = importlib.util.find_spec("mamba_ssm")
-            if spec is None:
-                raise ModuleNotFoundError("the package is not installed")
-            # Its __init__ imports a CUDA extension that a pure-Python build lacks.
-            parent = sys.modules["mamba_ssm"] = types.ModuleType("mamba_ssm")
-            parent.__path__, parent.__spec__ = list(spec.submodule_search_locations), spec
-        from mamba_ssm.ops.triton import ssd_combined
-        launch = getattr(ssd_combined, f"_mamba_chunk_scan_combined_{launcher}")
-        if arguments:
-            return launch(*arguments, **options)
-        inspect.signature(launch).bind_partial(D=0, initial_states=0)  # TypeError if unknown
-    except (torch.OutOfMemoryError, AssertionError):
-        raise
-    except Exception as e:  # an incompatible Triton fails in many ways
-        version = lambda package: package_version(package) or "(none)"
-        raise UserError(
-            f"SSD_KERNEL=mamba_ssm: mamba_ssm {version('mamba_ssm')} does not work with triton "
-            f"{version('triton')} and torch {torch.__version__} ({error_text(e)}); install mamba-ssm=="
-            "2.3.2.post1 (setup_jepa.sh does), or set SSD_KERNEL=fused or SSD_KERNEL=torch") from e
-
-
-def _launch_mamba_ssm(y, final, states, x, dt, A, B, C, D, initial_state, chunk, save):
-    results = mamba_ssm("fwd", x, dt, A, B[:, :, None], C[:, :, None], chunk, D=D.float(),
-                        initial_states=initial_state)
-    return results[0], results[5], states
-
-
-def _launch_mamba_ssm_backward(dx, ddt, dA, dB, dC, dD, dinit, dy, dfinal, x, dt, A, B, C, D,
-                               initial_state, states, chunk, save):
-    dy, dfinal = _contiguous(torch.zeros_like(dx) if dy is None else dy, dfinal)
-    results = mamba_ssm(  # x stands in for the output, of which only the shape is read
-        "bwd", dy, x, dt, A, B[:, :, None], C[:, :, None], x, chunk, D=D.float(),
-        initial_states=initial_state, dfinal_states=dfinal,
-        dx=dx, ddt=ddt, dB=dB[:, :, None], dC=dC[:, :, None])
-    for gradient, result in zip((dA, dD, dinit), (results[2], results[5], results[8])):
-        if result is not None:
-            gradient.copy_(result)
-
-
-# -- SSD: custom ops, and the choice among the three forms ---------------------
-def _ssd_outputs(x, dt, A, B, C, D, initial_state, chunk, save):
-    """y, the final state, and with `save` the states at chunk starts, for the backward pass."""
-    (b, T, H, P), N = x.shape, B.size(2)
-    states = x.new_empty((b, H, (T + chunk - 1) // chunk, N, P) if save else 0)
-    return x.new_empty(x.shape), dt.new_empty(b, H, P, N), states
-
-
-def _ssd_grads(dy, dfinal, x, dt, A, B, C, D, initial_state, *_):
-    state = dt[:0] if initial_state is None else initial_state
-    return tuple(t.new_empty(t.shape) for t in (x, dt, A, B, C, D, state))
-
-
-def _ssd_form(name: str, launch: Callable, launch_backward: Callable, saves: bool) -> Callable:
-    """A function with the arguments and results of ssd_chunked, for CUDA."""
-    tensors = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? initial_state"
-    backward = custom_op(
-        f"{name}_backward", f"(Tensor? dy, Tensor? dfinal, {tensors}, Tensor states, int chunk,"
-        f" bool save) -> ({', '.join(['Tensor'] * 7)})", _ssd_grads, launch_backward)
-    op = custom_op(name, f"({tensors}, int chunk, bool save) -> (Tensor, Tensor, Tensor)",
-                   _ssd_outputs, launch, backward, count=7, grads=2)
-
-    def scan(*inputs: Tensor, chunk: int = 64, initial_state: Tensor | None = None):
-        inputs = *inputs, initial_state
-        needed = any(t is not None and t.requires_grad for t in inputs)
-        return op(*inputs, chunk, saves and needed and torch.is_grad_enabled())[:2]
-    return scan
-
-
-ssd_triton = _ssd_form("ssd_fused", _launch_ssd_fused, _launch_ssd_fused_backward, saves=True)
-ssd_mamba_ssm = _ssd_form("ssd_mamba_ssm", _launch_mamba_ssm, _launch_mamba_ssm_backward,
-                          saves=False)
-SCANS = {"torch": ssd_chunked, "mamba_ssm": ssd_mamba_ssm, "fused": ssd_triton}
-CHUNKS = {"mamba_ssm": 256}  # where SSD_CHUNK=0; it writes fp32 states: 2.5 GB a layer, 3.5 at 64
-
-
-# -- mixer: all between Mamba-2's projections as one op ------------------------
-# Apart, convolution, scan and gate hand the compiler slices of in_proj's output, and gradients to
-# be joined and padded: 1.6 GB a layer at 65,536 tokens. The op writes one gradient for all.
-
-@jit
-def softplus_rows(wide, bias, dt, rows, W, H: tl.constexpr, R: tl.constexpr, BH: tl.constexpr):
-    """dt = softplus(raw + bias); raw are the H columns from `wide` on, in rows of W."""
-    r, h = (tl.program_id(0) * R + tl.arange(0, R))[:, None], tl.arange(0, BH)[None, :]
-    ok = (r < rows) & (h < H)
-    x = tl.load(wide + r.to(tl.int64) * W + h, mask=ok, other=0.0).to(tl.float32)
-    x += tl.load(bias + h, mask=h < H, other=0.0)
-    e = tl.exp(tl.minimum(x, 20.0))
-    u = 1.0 + e  # log(1 + e) without the rounding of 1 + e
-    y = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
-    tl.store(dt + r * H + h, tl.where(x > 20.0, x, y), mask=ok)
-
-
-@jit
-def softplus_rows_bwd(wide, bias, ddt, dwide, part, rows, W, H: tl.constexpr, PAD: tl.constexpr,
-                      R: tl.constexpr, BH: tl.constexpr):
-    """The gradient of raw, zeros in the PAD columns behind it, and its sums over R rows."""
-    r, h = (tl.program_id(0) * R + tl.arange(0, R))[:, None], tl.arange(0, BH)[None, :]
-    ok, at = (r < rows) & (h < H), r.to(tl.int64) * W + h
-    x = tl.load(wide + at, mask=ok, other=0.0).to(tl.float32)
-    x += tl.load(bias + h, mask=h < H, other=0.0)
-    grad = tl.load(ddt + r * H + h, mask=ok, other=0.0) * tl.sigmoid(x)
-    tl.store(dwide + at, grad.to(dwide.dtype.element_ty), mask=(r < rows) & (h < H + PAD))
-    tl.store(part + tl.program_id(0) * H + h, tl.sum(grad, 0)[None, :], mask=h < H)
+    sum_B, sum_C = dot_tiles(tl.trans(acc), Cs, sum_B), dot_tiles(acc, Bs, sum_C)
+    tl.store(dv + B_at, sum_B.to(dtype), mask=live)
+    tl.store(dv + B_at + N, sum_C.to(dtype), mask=live)
 
 
 @jit
@@ -1932,114 +1642,164 @@ def gate_norm_bwd(y, z, weight, dout, dy, dz, part, rows, W, n, eps,
     tl.store(part + tl.program_id(0) * n + col, total, mask=col < n)
 
 
-def _mix_parts(wide, v, A, norm_weight):
-    """z, xBC and dt of `wide` (B,T,W), each with the rest of the row behind it; and x, B and C of v,
-    the convolution's output."""
-    inner, channels, H = len(norm_weight), v.size(-1), len(A)
-    x, B, C = v.split((inner, (channels - inner) // 2, (channels - inner) // 2), dim=-1)
-    xBC = wide[..., inner:inner + channels]
-    return wide, xBC, wide[..., inner + channels:], x.unflatten(-1, (H, -1)), B, C
-
-
-def _mix_outputs(wide, conv_weight, conv_bias, dt_bias, A, D, norm_weight, conv_state, ssm_state,
+def _mix_outputs(wide, conv_weight, conv_bias, dt_bias, A, D, gain, conv_state, ssm_state,
                  chunk, save):
-    """The result and the final state; for the backward pass the convolution's output, dt, the
-    scan's output and the states at chunk starts."""
-    (b, T, _), inner, channels, H = wide.shape, len(norm_weight), len(conv_bias), len(A)
-    P, N = inner // H, (channels - inner) // 2
-    states = wide.new_empty((b, H, (T + chunk - 1) // chunk, N, P) if save else 0)
-    f32 = functools.partial(wide.new_empty, dtype=torch.float32)
-    make = lambda width: wide.new_empty(b, T, width)
-    return make(inner), f32(b, H, P, N), make(channels), f32(b, T, H), make(inner), states
+    """Result, final state; for the backward pass v, the scan's output, states at chunk starts."""
+    (b, T, _), inner, channels, H = wide.shape, len(gain), len(conv_bias), len(A)
+    P, N, new = inner // H, (channels - inner) // 2, wide.new_empty
+    states = new((b, H, (T + chunk - 1) // chunk, N, P) if save else 0)
+    final = new(b, H, P, N, dtype=torch.float32)
+    return new(b, T, inner), final, new(b, T, channels), new(b, T, inner), states
 
 
-def _launch_mix(out, final, v, dt, y, states, wide, conv_weight, conv_bias, dt_bias, A, D,
-                norm_weight, conv_state, ssm_state, chunk, save):
-    wide = wide.contiguous()
-    (b, T, W), inner, H = wide.shape, len(norm_weight), len(A)
-    z, xBC, raw, x, B, C = _mix_parts(wide, v, A, norm_weight)
-    _launch_conv(v, xBC, conv_weight, conv_bias, conv_state)
-    softplus_rows[(triton.cdiv(b * T, 64),)](
-        raw, dt_bias, dt, b * T, W, H=H, R=64, BH=triton.next_power_of_2(H), num_warps=4)
-    _launch_ssd_fused(y.view(x.shape), final, states, x, dt, A, B, C, D, ssm_state, chunk, save)
-    gate_norm[(triton.cdiv(b * T, 8),)](
-        y, z, norm_weight, out, b * T, W, inner, GATE_EPS, R=8,
-        BLOCK=triton.next_power_of_2(inner), num_warps=4)
+def _mix_options(wide, conv_weight, A, gain, chunk):
+    """Grid of the convolution, and what the launches of both passes share: its arguments, those of
+    the scan and those of the gate."""
+    (b, T, W), inner, channels, H = wide.shape, len(gain), len(conv_weight), len(A)
+    grid = triton.cdiv(channels, 128), triton.cdiv(T, 64), b
+    conv = dict(T=T, C=channels, W=W, K=conv_weight.size(-1), S=64, BC=128, num_warps=2)
+    scan = dict(T=T, W=W, H=H, P=inner // H, N=(channels - inner) // 2, Q=chunk)
+    gate = dict(rows=b * T, W=W, n=inner, eps=GATE_EPS, BLOCK=triton.next_power_of_2(inner))
+    return grid, conv, scan, gate | dict(num_warps=4)
 
 
-def _mix_grads(dout, dfinal, wide, conv_weight, conv_bias, dt_bias, A, D, norm_weight, conv_state,
-               ssm_state, *_):
-    states = (wide[:0] if t is None else t for t in (conv_state, ssm_state))
-    given = wide, conv_weight, conv_bias, dt_bias, A, D, norm_weight, *states
-    return tuple(t.new_empty(t.shape) for t in given)
+def _launch_mix(out, final, v, y, states, *inputs):
+    *inputs, chunk, save = inputs
+    wide, conv_weight, conv_bias, dt_bias, A, D, gain, conv_state, ssm_state = contiguous(*inputs)
+    grid, conv, scan, gate = _mix_options(wide, conv_weight, A, gain, chunk)
+    xBC, raw = wide[..., len(gain):], wide[..., len(gain) + len(conv_bias):]
+    conv_fwd[grid](xBC, conv_weight, conv_bias, conv_state, v, **conv)
+    ssd_scan[len(A), len(wide)](
+        v, v, raw, dt_bias, A, D, ssm_state, y, states if save else None, final, **scan,
+        BACK=False, num_warps=4, num_stages=3)
+    gate_norm[(triton.cdiv(gate["rows"], 8),)](y, wide, gain, out, **gate, R=8)
 
 
-def _launch_mix_backward(dwide, dcw, dcb, dbias, dA, dD, dweight, dconv, dinit, dout, dfinal,
-                         wide, conv_weight, conv_bias, dt_bias, A, D, norm_weight, conv_state,
-                         ssm_state, v, dt, y, states, chunk, save):
-    wide, dout = _contiguous(wide, torch.zeros_like(y) if dout is None else dout)
-    (b, T, W), inner, H = wide.shape, len(norm_weight), len(A)
-    rows, dy, dv, ddt = b * T, torch.empty_like(y), torch.empty_like(v), torch.empty_like(dt)
-    z, xBC, raw, x, B, C = _mix_parts(wide, v, A, norm_weight)
-    dz, dxBC, draw, dx, dB, dC = _mix_parts(dwide, dv, A, norm_weight)
-    part = dt.new_empty(triton.cdiv(rows, 64), inner)
-    gate_norm_bwd[(len(part),)](
-        y, z, norm_weight, dout, dy, dz, part, rows, W, inner, GATE_EPS, R=64,
-        BLOCK=triton.next_power_of_2(inner), num_warps=4)
-    torch.sum(part, 0, out=dweight)
-    _launch_ssd_fused_backward(dx, ddt, dA, dB, dC, dD, dinit, dy.view(x.shape), dfinal, x, dt, A,
-                               B, C, D, ssm_state, states, chunk, save)
-    _launch_conv_backward(dxBC, dcw, dcb, dconv, dv, xBC, conv_weight, conv_bias, conv_state)
-    part, pad = dt.new_empty(triton.cdiv(rows, 64), H), raw.size(-1) - H
-    softplus_rows_bwd[(len(part),)](
-        raw, dt_bias, ddt, draw, part, rows, W, H=H, PAD=pad, R=64,
-        BH=triton.next_power_of_2(H + pad), num_warps=4)
-    torch.sum(part, 0, out=dbias)
+def _launch_mix_backward(dwide, dconv_weight, dconv_bias, ddt_bias, dA, dD, dgain, dconv_state,
+                         dssm_state, dout, dfinal, *inputs):
+    *inputs, v, y, states, chunk, _ = inputs
+    dout = torch.zeros_like(y) if dout is None else dout
+    (dout, dfinal, wide, conv_weight, conv_bias, dt_bias, A, D, gain, conv_state,
+     ssm_state) = contiguous(dout, dfinal, *inputs)
+    grid, conv, scan, gate = _mix_options(wide, conv_weight, A, gain, chunk)
+    xBC, raw = wide[..., len(gain):], wide[..., len(gain) + len(conv_bias):]
+    dxBC, draw = dwide[..., len(gain):], dwide[..., len(gain) + len(conv_bias):]
+    dy, dv, dstates = map(torch.empty_like, (y, v, states))
+    chunks, new = states.size(2), functools.partial(wide.new_empty, dtype=torch.float32)
+    part = new(triton.cdiv(gate["rows"], 64), len(gain))
+    gate_norm_bwd[(len(part),)](y, wide, gain, dout, dy, dwide, part, **gate, R=64)
+    torch.sum(part, 0, out=dgain)
+    ssd_scan[len(A), len(wide)](
+        dy, v, raw, dt_bias, A, D, dfinal, dv, dstates, dssm_state if dssm_state.numel() else None,
+        **scan, BACK=True, num_warps=4, num_stages=3)
+    part = new(len(wide), chunks, 3, len(A))
+    ssd_bwd_bc[chunks, len(wide)](v, dy, raw, dt_bias, A, states, dstates, draw, dv, part, **scan,
+                                  num_warps=8, num_stages=2)
+    draw[..., len(A):].zero_()  # padding
+    taps = new(len(wide) * grid[1], conv["K"] + 1, len(conv_bias))
+    conv_bwd[grid](xBC, conv_weight, conv_bias, conv_state, dv, dxBC, dconv_state, taps, **conv)
+    taps = taps.sum(0)
+    sums = *part.sum((0, 1)), taps[:-1].T.unsqueeze(1), taps[-1]
+    for gradient, total in zip((dA, dD, ddt_bias, dconv_weight, dconv_bias), sums):
+        gradient.copy_(total)
 
 
-MIX = ("Tensor wide, Tensor conv_weight, Tensor conv_bias, Tensor dt_bias, Tensor A, Tensor D, "
-       "Tensor norm_weight, Tensor? conv_state, Tensor? ssm_state")
-_mix_backward = custom_op(
-    "mamba_mix_backward", f"(Tensor? dout, Tensor? dfinal, {MIX}, Tensor v, Tensor dt, Tensor y, "
-    f"Tensor states, int chunk, bool save) -> ({', '.join(['Tensor'] * 9)})", _mix_grads,
-    _launch_mix_backward)
-_mix = custom_op("mamba_mix", f"({MIX}, int chunk, bool save) -> ({', '.join(['Tensor'] * 6)})",
-                 _mix_outputs, _launch_mix, _mix_backward, count=9, grads=2)
+_mix = custom_op(
+    "mamba_mix", "Tensor wide, Tensor conv_weight, Tensor conv_bias, Tensor dt_bias, Tensor A, "
+    "Tensor D, Tensor gain, Tensor? conv_state, Tensor? ssm_state", "int chunk, bool save", 5,
+    _mix_outputs, _launch_mix, _launch_mix_backward)
 
 
 def mamba_mix_triton(wide: Tensor, *parameters: Tensor, chunk: int = 64,
                      state: tuple | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """mamba_mix by kernels."""
-    conv_weight, conv_bias, *_, norm_weight = parameters
-    inner, channels, reach = len(norm_weight), len(conv_bias), conv_weight.size(-1) - 1
-    conv_state, ssm_state = state or (None, None)
-    inputs = wide, *parameters, conv_state, ssm_state
+    (conv_weight, conv_bias, *_, gain), length = parameters, wide.size(1)
+    reach = conv_weight.size(-1) - 1
+    if length < reach:  # earlier inputs stay in the state
+        return mamba_mix(wide, *parameters, chunk=chunk, state=state)
+    inputs = wide, *parameters, *(state or (None, None))
     needed = any(t is not None and t.requires_grad for t in inputs)
     out, final, *_ = _mix(*inputs, chunk, needed and torch.is_grad_enabled())
-    return out, (conv_tail(wide[..., inner:inner + channels], conv_state, reach), final)
+    tail = wide[:, length - reach:, len(gain):len(gain) + len(conv_bias)]
+    return out, (tail.clone(), final)  # a view would keep all of wide in memory
+
+
+# -- scan by mamba-ssm ---------------------------------------------------------
+def mamba_ssm(launcher: str, *arguments, **options):
+    """Call launcher fwd or bwd of https://github.com/state-spaces/mamba; without arguments only
+    import it. Turns import-time and launch-time Triton mismatches into one UserError."""
+    try:
+        if "mamba_ssm" not in sys.modules:
+            spec = importlib.util.find_spec("mamba_ssm")
+            if spec is None:
+                raise ModuleNotFoundError("the package is not installed")
+            # Its __init__ imports a CUDA extension that a pure-Python build lacks.
+            parent = sys.modules["mamba_ssm"] = types.ModuleType("mamba_ssm")
+            parent.__path__, parent.__spec__ = list(spec.submodule_search_locations), spec
+        from mamba_ssm.ops.triton import ssd_combined
+        launch = getattr(ssd_combined, f"_mamba_chunk_scan_combined_{launcher}")
+        if arguments:
+            return launch(*arguments, **options)
+        inspect.signature(launch).bind_partial(D=0, initial_states=0)  # TypeError if unknown
+    except (torch.OutOfMemoryError, AssertionError):
+        raise
+    except Exception as e:  # an incompatible Triton fails in many ways
+        ours, tritons = (package_version(name) or "(none)" for name in ("mamba_ssm", "triton"))
+        raise UserError(
+            f"SSD_KERNEL=mamba_ssm: mamba_ssm {ours} does not work with triton {tritons} and torch "
+            f"{torch.__version__} ({error_text(e)}); install mamba-ssm==2.3.2.post1 (setup_jepa.sh "
+            "does), or set SSD_KERNEL=fused or SSD_KERNEL=torch") from e
+
+
+def _launch_scan(y, final, x, dt, A, B, C, D, initial_state, chunk):
+    results = mamba_ssm("fwd", x, dt, A, B[:, :, None], C[:, :, None], chunk, D=D.float(),
+                        initial_states=initial_state)
+    return results[0], results[5]
+
+
+def _launch_scan_backward(dx, ddt, dA, dB, dC, dD, dinitial, dy, dfinal, x, dt, A, B, C, D,
+                          initial_state, chunk):
+    dy, dfinal = contiguous(torch.zeros_like(dx) if dy is None else dy, dfinal)
+    results = mamba_ssm(  # x stands in for the output, of which only the shape is read
+        "bwd", dy, x, dt, A, B[:, :, None], C[:, :, None], x, chunk, D=D.float(),
+        initial_states=initial_state, dfinal_states=dfinal,
+        dx=dx, ddt=ddt, dB=dB[:, :, None], dC=dC[:, :, None])
+    for gradient, result in zip((dA, dD, dinitial), (results[2], results[5], results[8])):
+        if result is not None:
+            gradient.copy_(result)
+
+
+_scan = custom_op(
+    "ssd_mamba_ssm", "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, "
+    "Tensor? initial_state", "int chunk", 2, lambda x, dt, A, B, *_: (
+        x.new_empty(x.shape), dt.new_empty(len(x), *x.shape[2:], B.size(2))),
+    _launch_scan, _launch_scan_backward)
+
+
+def ssd_mamba_ssm(*inputs: Tensor, chunk: int = 256, initial_state: Tensor | None = None):
+    """ssd_chunked by mamba-ssm."""
+    return _scan(*inputs, initial_state, chunk)
 
 
 class Kernels(NamedTuple):
     """What the mixers call: `mix` has the arguments and results of mamba_mix."""
     name: str = "torch"  # of the scan
     mix: Callable = mamba_mix
-    chunk = property(lambda self: CHUNKS.get(self.name, 64))
+    chunk: int = 64      # where SSD_CHUNK=0
+
+
+FORMS = {  # in order of preference; mamba-ssm writes fp32 states: 2.5 GB a layer, 3.5 at chunk 64
+    "fused": Kernels("fused", mamba_mix_triton),
+    "mamba_ssm": Kernels("mamba_ssm", functools.partial(mamba_mix, ssd=ssd_mamba_ssm), 256),
+    "torch": Kernels()}
 
 
 # -- self-check and choice -----------------------------------------------------
-# A user's GPU may be the first that ever runs a kernel. Each one meets its PyTorch twin there, on
-# small odd sizes, forward and backward.
+# A user's GPU may be the first that runs a kernel: it meets its PyTorch twin there, on small odd
+# sizes, forward and backward.
 CHECK_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 3e-2}  # largest difference / largest entry
-COSTS = {  # modelled, per step of 65,536 tokens
-    "head": "about +10 ms", "mixer": "about +7 ms", "conv": "about +5 ms", "snap": "about +2 ms",
-    "scan": "about +5 ms by mamba-ssm, +20 ms by PyTorch"}
-
-
-class KernelCheck(NamedTuple):
-    """One row of the self-check. The twin gets the kernel's inputs in fp32; inputs are leaves."""
-    kernel: Callable[..., tuple[Tensor, ...]]
-    twin: Callable[..., tuple[Tensor, ...]]
-    inputs: list[Tensor]
+COSTS = {"head": "about +10 ms", "mixer": "about +17 ms by mamba-ssm, +32 ms by PyTorch",
+         "snap": "about +2 ms"}  # modelled
 
 
 def random_tensors(device: torch.device, dtype: torch.dtype, *shapes) -> list[Tensor]:
@@ -2048,109 +1808,86 @@ def random_tensors(device: torch.device, dtype: torch.dtype, *shapes) -> list[Te
     return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
 
 
-def check_table(c: Config, device: torch.device, dtype: torch.dtype) -> dict[str, KernelCheck]:
-    """The kernels that this configuration uses. The interpreter gets the smallest tiles. conv and
-    scan are parts of the mixer, which stand in for it by themselves if it is wrong."""
+def check_table(c: Config, device: torch.device, dtype: torch.dtype) -> dict[str, tuple]:
+    """Kernel, PyTorch twin and inputs of what this configuration uses; smallest tiles on a CPU."""
     real = device.type == "cuda"
     P, N, V, H = (HEADDIM, c.d_state, c.vocab_size, 3) if real else (16, 16, 300, 2)
-    chunk, T, cap = c.ssd_chunk or 64 if real else 16, 101 if real else 19, c.logit_softcap
-    f32, make = torch.float32, functools.partial(random_tensors, device)
-    h, w = make(dtype, (37, 32), (V, 32))
-    bias, targets = make(f32, V)[0], torch.arange(37, device=device) % V
-    options = dict(softcap=cap, softcap_type=c.softcap_type, z_loss=1e-2)
+    chunk, T, f32 = c.ssd_chunk or 64 if real else 16, 101 if real else 19, torch.float32
+    cap, kind, make = c.logit_softcap, c.softcap_type, functools.partial(random_tensors, device)
+    targets = torch.arange(37, device=device) % V
+
+    def head(*inputs):
+        return token_loss_fused(*inputs, targets, softcap=cap, softcap_type=kind, z_loss=1e-2)
 
     def head_twin(h, w, bias):
-        logits = soft_cap(F.linear(h, w) + bias, cap, c.softcap_type)
+        logits = soft_cap(F.linear(h, w) + bias, cap, kind)
         nll = F.cross_entropy(logits, targets)
         return nll + 1e-2 * logits.logsumexp(1).square().mean(), nll.detach()
 
-    table = {"head": KernelCheck(lambda *t: token_loss_fused(*t, targets, **options), head_twin,
-                                 [h, w, bias])}
-    if "m" not in c.pattern:
-        return table
-    channels, first = H * P + 2 * N, H * P
-    wide, tail = make(dtype, (2, T, channels + first + H + 5), (2, c.d_conv - 1, channels))
-    weight, shift, state = make(f32, (channels, 1, c.d_conv), channels, (2, H, P, N))
-    dt, A, D, dt_bias, gain = make(f32, (2, T, H), H, H, H, first)
-    part, A = lambda t: t[..., first:first + channels], -A.abs() - 0.1
-    own = c.ssd_kernel in ("auto", "fused") and not tile_fault(P, N, chunk)
+    def mix(form, wide, *rest):
+        out, state = form(wide, *rest[:6], chunk=chunk, state=rest[6:])
+        return out, *state
 
-    def mix(form):
-        def run(wide, *rest):
-            out, state = form(wide, *rest[:6], chunk=chunk, state=rest[6:])
-            return out, *state
-        return run
-    if own and c.d_conv <= 4:
-        inputs = [wide, weight * 0.5, shift, dt_bias - 2, A, D, gain, tail, state]
-        table["mixer"] = KernelCheck(mix(mamba_mix_triton), mix(mamba_mix), inputs)
-    if c.d_conv <= 4:
-        conv = lambda form: lambda t, *rest: form(part(t), *rest[:2], initial=rest[2])
-        table["conv"] = KernelCheck(conv(causal_conv_silu_triton), conv(causal_conv_silu),
-                                    [wide, weight, shift, tail])
-
-    def scan(form):
-        def run(xBC, dt, A, D, state):
-            x, B, C = xBC.split((H * P, N, N), dim=-1)
-            return form(x.unflatten(-1, (H, P)), dt, A, B, C, D, chunk=chunk, initial_state=state)
-        return run
-    if own:
-        inputs = [part(wide) * 0.5, F.softplus(dt - 2), A, D, state]
-        table["scan"] = KernelCheck(scan(ssd_triton), scan(ssd_chunked), inputs)
+    table = {"head": (head, head_twin, [*make(dtype, (37, 32), (V, 32)), *make(f32, V)])}
+    if "m" in c.pattern and c.ssd_kernel in ("auto", "fused") and not obstacle("fused", c, device):
+        inner, channels = H * P, H * P + 2 * N
+        wide, tail = make(dtype, (2, T, inner + channels + H + 5), (2, c.d_conv - 1, channels))
+        weight, *rest = make(f32, (channels, 1, c.d_conv), channels, H, H, H, inner, (2, H, P, N))
+        bias, dt_bias, A, D, gain, state = rest
+        inputs = [wide, weight * 0.5, bias, dt_bias - 2, -A.abs() - 0.1, D, gain, tail, state]
+        forms = (functools.partial(mix, form) for form in (mamba_mix_triton, mamba_mix))
+        table["mixer"] = *forms, inputs
     return table
 
 
 def values_and_gradients(function: Callable, inputs: Sequence[Tensor]) -> list[Tensor]:
     """Results of function(*inputs), and the gradients of a fixed linear form of them."""
     leaves = [t.detach().requires_grad_() for t in inputs]
-    results = [t for t in function(*leaves)]
+    results = function(*leaves)
     weights = random_tensors(leaves[0].device, torch.float32, *(t.shape for t in results))
     total = sum((t.float() * w).sum() for t, w in zip(results, weights) if t.requires_grad)
-    return [t.detach() for t in results] + list(torch.autograd.grad(total, leaves))
+    return [*(t.detach() for t in results), *torch.autograd.grad(total, leaves)]
 
 
-def kernel_fault(row: KernelCheck) -> str:
-    """What is wrong with a kernel: an exception or too large a difference; "" if nothing."""
-    dtype = row.inputs[0].dtype
+def kernel_fault(row: tuple) -> str:
+    """Fault of a row of check_table: an exception or too large a difference; "" if none."""
+    kernel, twin, inputs = row
+    exact = values_and_gradients(twin, [t.float() for t in inputs])
     try:
-        found = values_and_gradients(row.kernel, row.inputs)
-        sums = [t.double().sum().item() for t in found]  # waits for the device
+        gaps = [(a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-6)
+                for a, b in zip(values_and_gradients(kernel, inputs), exact)]
+        worst = float(torch.stack(gaps).max())  # NaN stays NaN
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         return error_text(error)
-    exact = values_and_gradients(row.twin, [t.float() for t in row.inputs])
-    gaps = [(a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-6)
-            for a, b in zip(found, exact)]
-    worst, limit = float(torch.stack(gaps).max()), CHECK_LIMITS[dtype]  # NaN stays NaN
-    return "" if worst <= limit and all(map(math.isfinite, sums)) else (
-        f"off by {worst:.2g} of the largest value, limit {limit:g}")
+    limit = CHECK_LIMITS[inputs[0].dtype]
+    return "" if worst <= limit else f"off by {worst:.2g} of the largest value, limit {limit:g}"
 
 
 def replaced(name: str, fault: str, check: str) -> str:
     """The log's line about a kernel that PyTorch replaces; UserError under KERNEL_CHECK=strict."""
     if check == "strict":
         raise UserError(f"KERNEL_CHECK=strict: kernel {name}: {fault}")
-    return (f"kernel {name}: {fault}; replaced ({COSTS[name]} per step of 65,536 tokens, modelled)")
+    return f"kernel {name}: {fault}; replaced ({COSTS[name]} per step of 65,536 tokens, modelled)"
 
 
 def check_kernels(c: Config, runtime: Runtime) -> dict[str, str]:
-    """Fault of each kernel, "" if it has none. The answer is stored beside Triton's own cache, by
-    device, versions, source and configuration."""
+    """Fault of each kernel, "" if none; remembered beside Triton's own cache, by device, versions,
+    source and configuration."""
     if c.kernel_check == "0" or not runs_triton(runtime.device):
         return {}
-    dtype = torch.float32 if INTERPRETED else runtime.dtype  # its bf16 products are wrong
     facts = [runtime.describe(), c.model_config(), c.ssd_kernel, c.ssd_chunk, source_text()]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton/cache")
     path, faults = folder / f"train_jepa_check_{key}.json", {}
     with contextlib.suppress(OSError, ValueError):
         faults = dict(json.loads(path.read_text()))
-
+    dtype = torch.float32 if INTERPRETED else runtime.dtype  # its bf16 products are wrong
     for name, row in check_table(c, runtime.device, dtype).items():
         if name in faults:
             continue
-        part_of_good = name in ("conv", "scan") and faults.get("mixer") == ""
-        faults[name] = "" if part_of_good else kernel_fault(row)
+        faults[name] = kernel_fault(row)
         with contextlib.suppress(OSError, UserError):
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(faults).encode())
@@ -2162,59 +1899,48 @@ def check_kernels(c: Config, runtime: Runtime) -> dict[str, str]:
     return faults
 
 
-@functools.cache
-def mix_of(ssd: Callable, conv: Callable) -> Callable:
-    """mamba_mix with these forms."""
-    default = (ssd, conv) == (ssd_chunked, causal_conv_silu)
-    return mamba_mix if default else functools.partial(mamba_mix, ssd=ssd, conv=conv)
-
-
-def scan_obstacle(name: str, c: Config, device: torch.device) -> str:
-    """Why this form of the scan cannot run here, or ""."""
-    if name == "torch":
-        return ""
-    if device.type != "cuda" and not INTERPRETED:
-        return (f"SSD_KERNEL={name} needs a CUDA device; on {device.type} set SSD_KERNEL=torch or "
-                "auto")
-    if name == "fused" and triton is None:
-        return "SSD_KERNEL=fused needs the package triton: pip install triton"
-    if name == "fused":
-        return tile_fault(HEADDIM, c.d_state, c.ssd_chunk or 64)
-    try:
-        mamba_ssm("fwd"), mamba_ssm("bwd")
-    except UserError as error:
-        return str(error)
+def obstacle(form: str, c: Config, device: torch.device) -> str:
+    """Why this form of the mixer cannot run here, or ""."""
+    if form != "torch" and device.type != "cuda" and not INTERPRETED:
+        return f"SSD_KERNEL={form} needs a CUDA device; on {device.type} set it to torch or auto"
+    if form == "fused":
+        if triton is None:
+            return "SSD_KERNEL=fused needs the package triton: pip install triton"
+        for name, size in (("D_STATE", c.d_state), ("SSD_CHUNK", c.ssd_chunk or 64)):
+            if size not in (16, 32, 64, 128):
+                return f"{name}={size}: SSD_KERNEL=fused takes 16, 32, 64 or 128; else set torch"
+        if c.d_conv > 4:
+            return f"D_CONV={c.d_conv}: SSD_KERNEL=fused takes up to 4; else set torch"
+    if form == "mamba_ssm":
+        try:
+            mamba_ssm("fwd"), mamba_ssm("bwd")
+        except UserError as error:
+            return str(error)
     return ""
 
 
 def choose_kernels(c: Config, runtime: Runtime) -> tuple[Kernels, str]:
     """The forms for this device and SSD_KERNEL, and lines for the log about what was replaced.
 
-    auto: the first of fused, mamba_ssm, torch that works on this GPU. UserError if a form asked
-    for by name cannot run, or under KERNEL_CHECK=strict if a kernel is at fault."""
-    notes, device = [], runtime.device
-    if c.ssd_kernel != "auto" and (reason := scan_obstacle(c.ssd_kernel, c, device)):
-        raise UserError(reason)
+    auto: the first of FORMS that works on this GPU. UserError if a form asked for by name cannot
+    run, or under KERNEL_CHECK=strict if a kernel is at fault."""
+    on_gpu, forms = runtime.device.type == "cuda" or INTERPRETED, list(FORMS)
     faults = runtime.main_first(lambda: check_kernels(c, runtime))
     faults = {name: fault for name, fault in faults.items() if fault}
-    for name, fault in faults.items():
-        notes.append(replaced(name, fault, c.kernel_check))
     REPLACED.clear()
     REPLACED.update(faults)
-    forms = ["fused", "mamba_ssm", "torch"]
-    forms = forms[0 if c.ssd_kernel == "auto" else forms.index(c.ssd_kernel):]
-    on_gpu = device.type == "cuda" or INTERPRETED
-    for form in forms if on_gpu else ["torch"]:
-        if form == "fused" and "scan" in faults:
+    notes = [replaced(name, fault, c.kernel_check) for name, fault in faults.items()]
+    auto = "fused" if on_gpu else "torch"
+    for form in forms[forms.index(auto if c.ssd_kernel == "auto" else c.ssd_kernel):]:
+        if form == "fused" and "mixer" in faults:
             continue
-        if not (reason := scan_obstacle(form, c, device)):
+        reason = obstacle(form, c, runtime.device)
+        if not reason:
             break
+        if form == c.ssd_kernel:
+            raise UserError(reason)
         notes.append(f"{reason}; taking another form")
-    plain = not runs_triton(device) or "conv" in faults or c.d_conv > 4
-    if form == "fused" and not plain and "mixer" not in faults:
-        return Kernels(form, mamba_mix_triton), "\n".join(notes)
-    conv = causal_conv_silu if plain else causal_conv_silu_triton
-    return Kernels(form, mix_of(SCANS[form], conv)), "\n".join(notes)
+    return FORMS[form], "\n".join(notes)
 
 
 # ------------------------------------------------------------------------------

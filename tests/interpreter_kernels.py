@@ -164,7 +164,7 @@ def cuda_stubs(monkeypatch):
 
 
 @DTYPES
-@pytest.mark.parametrize("V, n, rows", ((300, 21, 8), (256, 9, 0), (17000, 3, 0)), ids=("ragged", "bytes", "blocks"))
+@pytest.mark.parametrize("V, n, rows", ((300, 21, 8), (256, 9, 0), (17000, 3, 0)), ids=("ragged", "bytes", "pytorch"))
 @pytest.mark.parametrize("softcap, kind, z_loss", ((15.0, "poly", 1e-2), (30.0, "tanh", 0.0), (0.0, "poly", 1e-4)))
 def test_head(dtype, V, n, rows, softcap, kind, z_loss):
     inputs, targets = head_inputs(dtype, n, V, bias=kind == "poly")
@@ -179,25 +179,6 @@ def test_head_large_logits_and_zero_rows(softcap, kind):
     check_head(inputs, targets, softcap, kind, 1e-4, 1e-4)  # fp32 knows a logit of 1000 to 1e-4
 
 
-@pytest.mark.parametrize("dtype, T", ((torch.float32, 1), (torch.float32, 3), (torch.float32, 40), (torch.float16, 40)))
-@pytest.mark.parametrize("initial", (False, True), ids=("zeros", "initial"))
-def test_conv(dtype, T, initial):
-    g = torch.Generator().manual_seed(T)
-    wide = torch.randn(2, T, 160, generator=g).to(dtype)
-    inputs = [wide[..., 13:143], torch.randn(130, 1, 4, generator=g), torch.randn(130, generator=g)]
-    inputs += [torch.randn(2, 3, 130, generator=g).to(dtype)] if initial else []
-    inputs = [t.detach().requires_grad_() for t in inputs]  # u keeps the stride of the wider tensor
-    by = lambda f: lambda u, w, b, i=None: f(u, w, b, initial=i)
-    compare(by(K.causal_conv_silu_triton), conv_naive, inputs, TOLERANCE[dtype])
-    compare(by(K.causal_conv_silu), conv_naive, inputs, TOLERANCE[dtype])
-
-
-def test_conv_other_kernel_sizes():
-    for k in (2, 3):
-        inputs = [t.requires_grad_() for t in (torch.randn(1, 20, 8), torch.randn(8, 1, k), torch.randn(8))]
-        compare(lambda *a: K.causal_conv_silu_triton(*a), conv_naive, inputs, TOLERANCE[torch.float32])
-
-
 def test_snap_bit_equal():
     check_snap(snap_items())
     check_snap(snap_items(dtype=torch.float16, wide=70)[:6])
@@ -210,21 +191,6 @@ def test_snap_shows_nan():
     for fmt, param in (("int", 7), ("fp8", 0), ("bf16", 0)):
         K.FusedSnap([(w, out, fmt, param)])()
         assert out[0, 3].isnan() and not out[1].isnan().any()
-
-
-@DTYPES
-@pytest.mark.parametrize("T, initial", ((35, False), (35, True), (16, False), (3, True)))
-def test_ssd_fused(dtype, T, initial):
-    compare(ssd_by(K.ssd_triton, 16), ssd_naive, ssd_case(dtype, T=T, N=32, initial=initial), TOLERANCE[dtype])
-
-
-def test_ssd_fused_real_tile():
-    """The tile of the configurations: chunk, headdim and state of 64; a row of zeros; strong and weak decay."""
-    inputs = ssd_case(torch.float32, b=1, T=80, H=2, P=64, N=64, initial=True)
-    with torch.no_grad():
-        inputs[0][:, 5] = 0
-        inputs[2][0], inputs[2][1] = -16.0, -1e-3
-    compare(ssd_by(K.ssd_triton, 64), ssd_naive, inputs, TOLERANCE[torch.float32])
 
 
 def mix_case(dtype, b=2, T=35, H=3, P=16, N=16, pad=5, K_=4, initial=False, device="cpu"):
@@ -246,14 +212,28 @@ def mix_by(form, chunk=16):
 
 
 @DTYPES
-@pytest.mark.parametrize("T, initial, K_, pad",
-                         ((35, False, 4, 5), (70, True, 4, 6), (2, True, 3, 0), (17, True, 2, 1)))
-def test_mamba_mix(dtype, T, initial, K_, pad):
-    """The norm divides by the size of its row, so that the errors of y count relative to that."""
-    inputs = mix_case(dtype, T=T, initial=initial, K_=K_, pad=pad, N=32)
-    compare(mix_by(K.mamba_mix_triton), mix_naive, inputs, 2 * TOLERANCE[dtype])
+@pytest.mark.parametrize("T, H, P, N, K_, pad, chunk, initial", (
+    (35, 3, 16, 32, 4, 5, 16, False), (70, 2, 16, 16, 4, 6, 32, True), (2, 3, 16, 32, 3, 0, 16, True),
+    (1, 2, 32, 16, 4, 2, 16, False), (1, 2, 16, 16, 2, 1, 16, True), (17, 5, 16, 16, 2, 1, 16, True),
+    (16, 2, 32, 64, 3, 0, 16, False), (20, 1, 16, 16, 1, 3, 16, False)))
+def test_mamba_mix(dtype, T, H, P, N, K_, pad, chunk, initial):
+    """Results and every gradient. The norm divides by the size of its row: errors of y count relative to that."""
+    inputs = mix_case(dtype, T=T, H=H, P=P, N=N, K_=K_, pad=pad, initial=initial)
+    compare(mix_by(K.mamba_mix_triton, chunk), mix_naive, inputs, 2 * TOLERANCE[dtype])
     if dtype == torch.float32:
-        compare(mix_by(K.mamba_mix), mix_naive, inputs, 2 * TOLERANCE[dtype])
+        compare(mix_by(K.mamba_mix, chunk), mix_naive, inputs, 2 * TOLERANCE[dtype])
+
+
+def test_mamba_mix_real_tile():
+    """The tile of the configurations: chunk, headdim and state of 64; a row of zeros; strong and weak decay; dt past
+    softplus' linear end and near 0."""
+    inputs = mix_case(torch.float32, b=1, T=80, H=2, P=64, N=64, initial=True)
+    with torch.no_grad():
+        inputs[0][:, 5] = 0
+        inputs[0][:, 7, -7:] = 25.0
+        inputs[0][:, 9, -7:] = -25.0
+        inputs[4][0], inputs[4][1] = -16.0, -1e-3
+    compare(mix_by(K.mamba_mix_triton, 64), mix_naive, inputs, 2 * TOLERANCE[torch.float32])
 
 
 def test_mamba_mix_one_gradient_alone():
@@ -270,12 +250,11 @@ def test_ssd_mamba_ssm(dtype, T, initial, cuda_stubs):
     compare(ssd_by(K.ssd_mamba_ssm, 16), ssd_naive, ssd_case(dtype, T=T, H=2, initial=initial), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("name", ("ssd_triton", "ssd_mamba_ssm"))
 @pytest.mark.parametrize("pick", (0, 1), ids=("y", "state"))
-def test_gradient_through_one_output_alone(name, pick, cuda_stubs):
+def test_ssd_mamba_ssm_one_gradient_alone(pick, cuda_stubs):
     inputs = ssd_case(torch.float32, b=1, T=20, H=1)
     used = inputs if pick == 0 else inputs[:4]  # C and D do not reach the state
-    got = torch.autograd.grad(ssd_by(getattr(K, name), 16)(*inputs)[pick].sum(), used)
+    got = torch.autograd.grad(ssd_by(K.ssd_mamba_ssm, 16)(*inputs)[pick].sum(), used)
     want = torch.autograd.grad(ssd_naive(*inputs)[pick].sum(), used)
     assert max(map(off, got, want)) <= TOLERANCE[torch.float32]
 
@@ -283,19 +262,13 @@ def test_gradient_through_one_output_alone(name, pick, cuda_stubs):
 def test_opcheck(cuda_stubs):
     inputs, targets = head_inputs(torch.float32, 5, 40)
     torch.library.opcheck(OPS.head_train, (*inputs, targets, 15.0, "poly", 1e-4, 2))
-    u, w, b, i = (torch.randn(s, requires_grad=True) for s in ((2, 5, 6), (6, 1, 4), (6,), (2, 3, 6)))
-    torch.library.opcheck(OPS.conv_silu, (u, w, b, i))
-    torch.library.opcheck(OPS.conv_silu, (u, w, b, None))
-    inputs = ssd_case(torch.float32, b=1, T=6, H=1, initial=True)
-    torch.library.opcheck(OPS.ssd_fused, (*inputs, 16, True))
-    torch.library.opcheck(OPS.ssd_fused, (*inputs[:6], None, 16, True))
     inputs = mix_case(torch.float32, b=1, T=6, H=1, initial=True)
     torch.library.opcheck(OPS.mamba_mix, (*inputs, 16, True))
     torch.library.opcheck(OPS.mamba_mix, (*inputs[:7], None, None, 16, True))
     inputs = ssd_case(torch.float32, b=1, T=6, H=1, initial=True)
     few = ("test_schema", "test_autograd_registration", "test_faketensor")  # the interpreter takes seconds per run
-    torch.library.opcheck(OPS.ssd_mamba_ssm, (*inputs, 16, False), test_utils=few)
-    torch.library.opcheck(OPS.ssd_mamba_ssm, (*inputs[:6], None, 16, False), test_utils=few)
+    torch.library.opcheck(OPS.ssd_mamba_ssm, (*inputs, 16), test_utils=few)
+    torch.library.opcheck(OPS.ssd_mamba_ssm, (*inputs[:6], None, 16), test_utils=few)
 
 
 def check_fake_strides(op, args):
@@ -311,46 +284,38 @@ def test_fake_strides(cuda_stubs):
     with torch.no_grad():
         inputs, targets = head_inputs(torch.float16, 5, 40)
         check_fake_strides(OPS.head_train, (*inputs, targets, 15.0, "poly", 1e-4, 2))
-        u, w, b, i, d = (torch.randn(s) for s in ((2, 5, 9), (6, 1, 4), (6,), (2, 3, 6), (2, 5, 6)))
-        check_fake_strides(OPS.conv_silu, (u[..., 2:8], w, b, i))
-        check_fake_strides(OPS.conv_silu_backward, (d, u[..., 2:8], w, b, i))
-        *inputs, h0 = ssd_case(torch.float16, b=2, T=18, H=2, initial=True)
-        y, final, states = OPS.ssd_fused(*inputs, h0, 16, True)
-        check_fake_strides(OPS.ssd_fused, (*inputs, h0, 16, True))
-        check_fake_strides(OPS.ssd_fused_backward, (y, final, *inputs, h0, states, 16, True))
-        mixed = mix_case(torch.float16, T=18, initial=True)
-        out, final2, *saved = OPS.mamba_mix(*mixed, 16, True)
-        check_fake_strides(OPS.mamba_mix, (*mixed, 16, True))
-        check_fake_strides(OPS.mamba_mix_backward, (out, final2, *mixed, *saved, 16, True))
-        check_fake_strides(OPS.ssd_mamba_ssm, (*inputs, h0, 16, False))
-        check_fake_strides(OPS.ssd_mamba_ssm_backward, (y, final, *inputs, h0, states[:0], 16, False))
+        inputs = mix_case(torch.float16, T=18, initial=True)
+        out, final, *saved = OPS.mamba_mix(*inputs, 16, True)
+        check_fake_strides(OPS.mamba_mix, (*inputs, 16, True))
+        check_fake_strides(OPS.mamba_mix, (*inputs, 16, False))
+        check_fake_strides(OPS.mamba_mix_backward, (out, final, *inputs, *saved, 16, True))
+        inputs = ssd_case(torch.float16, b=2, T=18, H=2, initial=True)
+        check_fake_strides(OPS.ssd_mamba_ssm, (*inputs, 16))
+        check_fake_strides(OPS.ssd_mamba_ssm_backward, (*OPS.ssd_mamba_ssm(*inputs, 16), *inputs, 16))
 
 
-def one_graph(form, u, w, b, dt, A, D, head, bias, targets, H=2, P=16, N=16):
-    """conv -> SSD -> head as the model strings them together."""
-    v, _ = K.causal_conv_silu_triton(u[..., 8:8 + H * P + 2 * N], w, b)
-    x, B, C = v[..., :H * P].unflatten(-1, (H, P)), v[..., H * P:H * P + N], v[..., H * P + N:]
-    y, final = form(x, F.softplus(dt), A, B, C, D)
-    loss, _ = K.token_loss_fused(y.flatten(2).flatten(0, 1), head, bias, targets, softcap=15.0, z_loss=1e-4)
+def one_graph(mix, chunk, *inputs):
+    """Mixer -> head as the model strings them together."""
+    *inputs, head, bias, targets = inputs
+    out, (_, final) = mix(inputs[0].tanh(), *inputs[1:], chunk=chunk)
+    loss, _ = K.token_loss_fused(out.flatten(0, 1), head, bias, targets, softcap=15.0, z_loss=1e-4)
     return loss + final.square().mean()
 
 
-def one_graph_inputs(dtype=torch.float32, device="cpu", b=1, T=10, H=2, P=16, N=16, V=40):
-    g = torch.Generator().manual_seed(0)
-    C = H * P + 2 * N
-    shapes = ((b, T, C + 10), (C, 1, 4), (C,), (b, T, H), (H,), (H,), (V, H * P), (V,))
-    made = [torch.randn(s, generator=g).to(device) for s in shapes]
-    made[4] = -made[4].abs() - 0.1
-    made[0], made[6] = made[0].to(dtype), made[6].to(dtype)
-    return [t.requires_grad_() for t in made], torch.randint(V, (b * T,), generator=g).to(device)
+def one_graph_inputs(dtype=torch.float32, device="cpu", V=40, **sizes):
+    """Leaves, and the targets."""
+    inputs, g = mix_case(dtype, device=device, **sizes), torch.Generator().manual_seed(1)
+    head, bias = torch.randn(V, len(inputs[-1]), generator=g), torch.randn(V, generator=g)
+    inputs += [head.to(device, dtype).requires_grad_(), bias.to(device).requires_grad_()]
+    return inputs, torch.randint(V, (inputs[0][..., 0].numel(),), generator=g).to(device)
 
 
-@pytest.mark.parametrize("name", ("ssd_triton", "ssd_mamba_ssm"))
+@pytest.mark.parametrize("name", ("fused", "mamba_ssm"))
 def test_compiles_to_one_graph(name, cuda_stubs):
-    form = lambda *a: getattr(K, name)(*a, chunk=16)
-    inputs, targets = one_graph_inputs()
-    plain = one_graph(form, *inputs, targets)
-    compiled = torch.compile(one_graph, fullgraph=True, backend="aot_eager")(form, *inputs, targets)
+    mix = K.FORMS[name].mix
+    inputs, targets = one_graph_inputs(b=1, T=10, H=2)
+    plain = one_graph(mix, 16, *inputs, targets)
+    compiled = torch.compile(one_graph, fullgraph=True, backend="aot_eager")(mix, 16, *inputs, targets)
     assert off(compiled, plain) <= 1e-6
     for a, b in zip(torch.autograd.grad(compiled, inputs), torch.autograd.grad(plain, inputs)):
         assert off(a, b) <= 1e-5
@@ -397,12 +362,11 @@ class Broken:
 BREAKS = {
     "head-wrong": ("head", "head_rows", lambda *a, **k: None),
     "head-compile": ("head", "head_rows", raising("no such type")),
-    "conv-launch": ("conv", "conv_bwd", raising("out of resources\nmore")),
-    "conv-wrong": ("conv", "conv_fwd", lambda u, w, b, i, out, *a, **k: out.fill_(1.0)),
-    "scan-compile": ("scan", "ssd_scan", raising("PassManager::run failed")),
-    "scan-nan": ("scan", "ssd_bwd_bc", lambda *a, **k: a[9].fill_(float("nan"))),
-    "gate-wrong": ("mixer", "gate_norm_bwd", lambda *a, **k: None),
-    "dt-launch": ("mixer", "softplus_rows", raising("too many resources requested for launch"))}
+    "conv-launch": ("mixer", "conv_bwd", raising("out of resources\nmore")),
+    "conv-wrong": ("mixer", "conv_fwd", lambda u, w, b, i, out, **k: out.fill_(1.0)),
+    "scan-compile": ("mixer", "ssd_scan", raising("PassManager::run failed")),
+    "scan-nan": ("mixer", "ssd_bwd_bc", lambda *a, **k: a[8].fill_(float("nan"))),
+    "gate-wrong": ("mixer", "gate_norm_bwd", lambda *a, **k: None)}
 
 
 @pytest.mark.parametrize("case", BREAKS)
@@ -410,20 +374,25 @@ def test_broken_kernel_is_replaced(case, choose, monkeypatch, cuda_stubs):
     check, kernel, launch = BREAKS[case]
     monkeypatch.setattr(K, kernel, Broken(launch))
     kernels, note = choose()
-    names = {"head": ["head"], "mixer": ["mixer"]}.get(check, ["mixer", check])
-    for line, name in zip(note.splitlines(), names, strict=True):
-        assert line.startswith(f"kernel {name}: ") and COST.search(line), note
-        assert ("RuntimeError" if "launch" in case or "compile" in case else "off by") in line
-    assert K.REPLACED == set(names)
-    assert kernels.name == ("mamba_ssm" if check == "scan" else "fused")
-    ssd = K.ssd_mamba_ssm if check == "scan" else K.ssd_triton
-    conv = K.causal_conv_silu if check == "conv" else K.causal_conv_silu_triton
-    assert kernels.mix is (K.mamba_mix_triton if check == "head" else K.mix_of(ssd, conv))
+    assert note.startswith(f"kernel {check}: ") and COST.search(note) and "\n" not in note, note
+    assert ("RuntimeError" if "launch" in case or "compile" in case else "off by") in note
+    assert K.REPLACED == {check}
+    assert kernels is K.FORMS["fused" if check == "head" else "mamba_ssm"]
     inputs, targets = head_inputs(torch.float32, 7, 40)
     if check == "head":  # without the kernel the op does the same in PyTorch
         check_head(inputs, targets, 15.0, "poly", 1e-4, HEAD_TOLERANCE[torch.float32])
     with pytest.raises(K.UserError, match="KERNEL_CHECK=strict: kernel (head|mixer): "):
         choose(kernel_check="strict")
+
+
+def test_broken_mixer_without_mamba_ssm_runs_in_pytorch(choose, monkeypatch):
+    def missing(launcher):
+        raise K.UserError("mamba_ssm is not what we know")
+    monkeypatch.setattr(K, "ssd_scan", Broken(raising("no such type")))
+    monkeypatch.setattr(K, "mamba_ssm", missing)
+    for knobs in ({}, dict(ssd_kernel="fused")):
+        kernels, note = choose(**knobs)
+        assert kernels == K.Kernels() and "kernel mixer: " in note and "not what we know" in note
 
 
 def test_broken_snap_is_replaced(choose, monkeypatch):

@@ -18,6 +18,9 @@ from interpreter_kernels import (
     compare,
     conv_naive,
     head_inputs,
+    mix_by,
+    mix_case,
+    mix_naive,
     off,
     one_graph,
     one_graph_inputs,
@@ -116,7 +119,7 @@ def test_conv_torch(T, initial):
 
 def test_chunk_follows_the_form_unless_it_is_set():
     for name, chunk in (("mamba_ssm", 256), ("fused", 64), ("torch", 64)):
-        kernels = K.Kernels(name=name)
+        kernels = K.FORMS[name]
         assert K.Mamba2(K.Config(), kernels).chunk == chunk
         assert K.Mamba2(K.Config(ssd_chunk=128), kernels).chunk == 128
 
@@ -155,16 +158,13 @@ def choose(kernel, device, **knobs):
 
 
 def test_bad_input(monkeypatch):
-    inputs = ssd_case(torch.float32, T=4)
     with pytest.raises(K.UserError, match="SSD_KERNEL=fused needs a CUDA device"):
         choose("fused", "cpu")
     assert choose("auto", "cpu") == (K.Kernels(), "")
-    kernels, note = choose("torch", "cuda")
-    assert (kernels.mix, kernels.name, note) == (K.mix_of(K.ssd_chunked, K.causal_conv_silu_triton), "torch", "")
-    with pytest.raises(K.UserError, match="D_STATE=24"):
-        K._ssd_layout(inputs[0], *2 * [torch.zeros(2, 4, 24)], 64)
-    with pytest.raises(K.UserError, match="D_STATE=24"):
-        choose("fused", "cuda", d_state=24)
+    assert choose("torch", "cuda") == (K.Kernels(), "")
+    for knob, value in (("d_state", 24), ("ssd_chunk", 256), ("d_conv", 5)):
+        with pytest.raises(K.UserError, match=f"{knob.upper()}={value}"):
+            choose("fused", "cuda", **{knob: value})
 
     def missing(launcher):
         raise K.UserError("mamba_ssm is not what we know")
@@ -212,9 +212,9 @@ def test_compiles_for_sm90(side_runs):
     kernels = [line for line in lines if "kernel" in line]
     assert {k["kernel"] for k in kernels} >= {
         "head_rows", "conv_fwd", "conv_bwd", "snap_rows", "ssd_scan", "ssd_bwd_bc", "gate_norm",
-        "gate_norm_bwd", "softplus_rows", "softplus_rows_bwd", "_chunk_scan_fwd_kernel",
-        "_chunk_state_fwd_kernel", "_chunk_scan_chunk_state_bwd_dx_kernel", "_chunk_cumsum_bwd_kernel"}
-    assert len([line for line in lines if "launched" in line]) == 17
+        "gate_norm_bwd", "_chunk_scan_fwd_kernel", "_chunk_state_fwd_kernel",
+        "_chunk_scan_chunk_state_bwd_dx_kernel", "_chunk_cumsum_bwd_kernel"}
+    assert len([line for line in lines if "launched" in line]) == 12
     bad = [k for k in kernels if k["stack"] > 32 or k["shared"] > 227 * 1024]
     assert not bad, bad
 
@@ -255,16 +255,13 @@ def test_cuda_head_memory():
 
 
 @cuda
-@pytest.mark.parametrize("width, d_inner, T", ((1418, 640, 1024), (1424, 640, 1024), (1676, 768, 8192)))
+@SIZES
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=("bf16", "fp32"))
+@pytest.mark.parametrize("pad", (0, 6))
 @pytest.mark.parametrize("initial", (False, True))
-def test_cuda_conv(width, d_inner, T, initial):
-    C, g = d_inner + 128, torch.Generator().manual_seed(0)
-    wide = torch.randn(2, T, width, generator=g).to("cuda", BF16)
-    inputs = [wide[..., d_inner:d_inner + C], *(torch.randn(s, generator=g).to("cuda") for s in ((C, 1, 4), (C,)))]
-    inputs += [torch.randn(2, 3, C, generator=g).to("cuda", BF16)] if initial else []
-    inputs = [t.detach().requires_grad_() for t in inputs]
-    by = lambda u, w, b, i=None: K.causal_conv_silu_triton(u, w, b, initial=i)
-    compare(by, conv_naive, inputs, GPU_TOLERANCE[BF16])
+def test_cuda_mixer(initial, pad, dtype, T, H):
+    inputs = mix_case(dtype, T=T, H=H, P=64, N=64, pad=pad, initial=initial, device="cuda")
+    compare(mix_by(K.mamba_mix_triton, 64), mix_naive, inputs, GPU_TOLERANCE[dtype])
 
 
 @cuda
@@ -278,37 +275,35 @@ def test_cuda_snap_bit_equal():
 
 @cuda
 @SIZES
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=("bf16", "fp32"))
-@pytest.mark.parametrize("name, chunk", (("ssd_triton", 64), ("ssd_mamba_ssm", 128), ("ssd_mamba_ssm", 256)))
+@pytest.mark.parametrize("chunk", (128, 256))
 @pytest.mark.parametrize("initial", (False, True))
-def test_cuda_ssd(name, chunk, dtype, T, H, initial):
-    if name == "ssd_mamba_ssm" and dtype == torch.float32:
-        pytest.skip("mamba-ssm's products of fp32 inputs run in TF32")
-    inputs = ssd_case(dtype, b=2, T=T, H=H, P=64, N=64, initial=initial, device="cuda")
-    compare(ssd_by(getattr(K, name), chunk), ssd_naive, inputs, GPU_TOLERANCE[dtype])
+def test_cuda_ssd_mamba_ssm(initial, chunk, T, H):
+    """In bf16 alone: its products of fp32 inputs run in TF32."""
+    inputs = ssd_case(BF16, b=2, T=T, H=H, P=64, N=64, initial=initial, device="cuda")
+    compare(ssd_by(K.ssd_mamba_ssm, chunk), ssd_naive, inputs, GPU_TOLERANCE[BF16])
 
 
 @cuda
-def test_cuda_ssd_forms_agree_at_8192():
-    inputs = ssd_case(BF16, b=1, T=8192, H=12, P=64, N=64, initial=True, device="cuda")
-    compare(ssd_by(K.ssd_triton, 64), ssd_by(K.ssd_mamba_ssm, 256), inputs, GPU_TOLERANCE[BF16])
+def test_cuda_forms_agree_at_8192():
+    inputs = mix_case(BF16, b=1, T=8192, H=12, P=64, N=64, initial=True, device="cuda")
+    fused, other = K.FORMS["fused"], K.FORMS["mamba_ssm"]
+    compare(mix_by(fused.mix, fused.chunk), mix_by(other.mix, other.chunk), inputs, GPU_TOLERANCE[BF16])
 
 
 @cuda
 def test_cuda_runs_are_bitwise_equal():
-    inputs = ssd_case(BF16, b=4, T=1024, H=10, P=64, N=64, device="cuda")
-    (a, ga), (b, gb) = (outputs_and_grads(ssd_by(K.ssd_triton, 64), inputs) for _ in range(2))
+    inputs = mix_case(BF16, b=4, T=1024, H=10, P=64, N=64, device="cuda")
+    (a, ga), (b, gb) = (outputs_and_grads(mix_by(K.mamba_mix_triton, 64), inputs) for _ in range(2))
     assert all(torch.equal(s, t) for s, t in zip(a + list(ga), b + list(gb)))
 
 
 @cuda
-@pytest.mark.parametrize("name", ("ssd_triton", "ssd_mamba_ssm"))
+@pytest.mark.parametrize("name", ("fused", "mamba_ssm"))
 def test_cuda_one_compiled_graph(name):
-    form = lambda *a: getattr(K, name)(*a, chunk=64)
-    size = dict(H=10, P=64, N=64)
-    inputs, targets = one_graph_inputs(BF16, "cuda", b=2, T=1024, V=8192, **size)
-    plain = one_graph(form, *inputs, targets, **size)
-    compiled = torch.compile(one_graph, fullgraph=True)(form, *inputs, targets, **size)
+    mix, chunk = K.FORMS[name].mix, K.FORMS[name].chunk
+    inputs, targets = one_graph_inputs(BF16, "cuda", V=8192, b=2, T=1024, H=10, P=64, N=64)
+    plain = one_graph(mix, chunk, *inputs, targets)
+    compiled = torch.compile(one_graph, fullgraph=True)(mix, chunk, *inputs, targets)
     assert off(compiled, plain) <= 1e-2
     for a, b in zip(torch.autograd.grad(compiled, inputs), torch.autograd.grad(plain, inputs)):
         assert off(a, b) <= GPU_TOLERANCE[BF16]

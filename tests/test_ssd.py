@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tolerance import bound
 
 import train_jepa as tj
-from train_jepa import causal_conv_silu, ssd_chunked, ssd_step
+from train_jepa import causal_conv_silu, ssd_chunked, ssd_position
 
 FP32 = bound(256)  # relative to the largest entry: sums of some hundred terms
 
@@ -63,8 +63,9 @@ def test_steps_are_the_recurrence(initial):
     expected, expected_final = recurrence(x, dt, A, B, C, D, state)
     state = x.new_zeros(2, 3, 5, 7) if state is None else state
     for t in range(20):
-        y, state = ssd_step(x[:, t], dt[:, t], A, B[:, t], C[:, t], D, state)
-        assert off(y, expected[:, t]) < FP32
+        part = slice(t, t + 1)
+        y, state = ssd_position(x[:, part], dt[:, part], A, B[:, part], C[:, part], D, chunk=64, initial_state=state)
+        assert off(y, expected[:, part]) < FP32
     assert off(state, expected_final) < FP32
 
 

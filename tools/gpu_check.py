@@ -142,7 +142,7 @@ def ceilings() -> None:
 
 
 def scans() -> None:
-    """Convolution to norm, forward and backward: as one op, by parts, and by mamba-ssm's scan."""
+    """Convolution to norm, forward and backward: as one op, and with mamba-ssm's scan."""
     torch, tj = library()
     B, T, H, P, N, chunk = (1, 20, 1, 16, 16, 16) if TINY else (64, 1024, 10, 64, 64, 64)
     inner, channels = H * P, H * P + 2 * N
@@ -151,13 +151,10 @@ def scans() -> None:
     wide = make(B, T, inner + channels + H + 6, dtype=dtype)
     inputs = [wide, make(channels, 1, 4) * 0.5, make(channels), make(H) - 3, -make(H).abs() - 0.1]
     inputs = [t.requires_grad_() for t in (*inputs, make(H), make(inner))]
-    parts = lambda scan: tj.mix_of(scan, tj.causal_conv_silu_triton)
-    forms = {"one op": (tj.mamba_mix_triton, chunk), "by parts": (parts(tj.ssd_triton), chunk)}
-    if not TINY:
-        forms["mamba_ssm"] = parts(tj.ssd_mamba_ssm), 256
+    forms = {name: tj.FORMS[name] for name in ("fused", "torch" if TINY else "mamba_ssm")}
     reference = None
-    for name, (form, chunk) in forms.items():
-        run = functools.partial(form, *inputs, chunk=chunk)
+    for name, form in forms.items():
+        run = functools.partial(form.mix, *inputs, chunk=min(form.chunk, chunk) if TINY else form.chunk)
         try:
             began = time.time()
             out = run()[0]
