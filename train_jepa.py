@@ -102,6 +102,7 @@ SCRIPT_KNOBS = {
     "PRESET": "recipe of the run scripts: published or best",
     "NPROC_PER_NODE": "ranks that the run scripts start (default: the number of GPUs)",
     "TORCHRUN_ARGS": "arguments of torchrun instead of --standalone: several machines, restarts",
+    "RUN_NICE": "niceness of a CPU run (default: -10 on a busy machine that allows it; 0: as it is)",
     "TRAIN_SHARDS": "training shards that setup_jepa.sh downloads (default: 53; all: every one)"}
 
 # Later sections append checks of their own knobs: each yields one message per fault.
@@ -180,7 +181,7 @@ class Config:
     num_layers: int = knob(12, "blocks: half encode, half decode", "model size", low=1, high=256)
     mixer: str = knob("mamba2", "mamba2, attention, or a letter m or a per block", "model")
     d_state: int = knob(64, "state size N of the SSM", "model size", low=1)
-    d_conv: int = knob(4, "kernel size of the causal convolution", "model size", low=1)
+    d_conv: int = knob(4, "kernel size of the causal convolution", "model size", low=1, high=64)
     expand: int = knob(2, "inner width of Mamba-2 / MODEL_DIM", "model size", low=1)
     ssd_chunk: int = knob(0, "chunk Q of the scan (0: by its form)", "free result eval", high=1024)
     ssd_kernel: str = knob("auto|mamba_ssm|fused|torch", "form of the scan (auto: on CUDA the "
@@ -679,6 +680,11 @@ else:  # inspect, and thereby Triton, reads the lines of functions from linecach
 '''.encode()
 
 
+def printable(content, length: int = 60) -> str:
+    """The beginning of a file's content, or of an error that may quote it, in printable ASCII."""
+    return ascii(str(content))[1:-1][:length]
+
+
 @contextlib.contextmanager
 def file_errors(path, fault: str = "cannot be read", remedy: str = "") -> Iterator[None]:
     """Turns an OSError of the block into a UserError that names the file."""
@@ -943,9 +949,11 @@ def load_sentencepiece(path: str):
         model = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
         model.id_to_piece(list(range(model.vocab_size())))  # all are UTF-8
         return model
-    except Exception as error:  # ImportError, OSError, RuntimeError, UnicodeDecodeError
-        reason = str(error).splitlines()[0]
-        raise UserError(f"TOKENIZER_PATH={path}: not a SentencePiece model ({reason}); bash "
+    except ImportError:
+        raise UserError("TOKENIZER=bpe: the package sentencepiece is missing; bash setup_jepa.sh env "
+                        "installs it") from None
+    except Exception as error:  # OSError, RuntimeError, UnicodeDecodeError
+        raise UserError(f"TOKENIZER_PATH={path}: not a SentencePiece model ({printable(error)}); bash "
                         "run_jepa_bpe.sh with the same arguments names the right one") from None
 
 
@@ -1999,8 +2007,6 @@ class Mamba2(nn.Module):
     Mamba2(headdim=64, ngroups=1). State: the convolution's last K-1 inputs (B,K-1,C), and the
     SSM's (B,H,P,N) in fp32."""
     roles = {"dt_bias": STATE, "A_log": STATE, "D": STATE}
-    # Multiply-adds per token beyond those of the parameters: state, and within a chunk
-    flops = staticmethod(lambda c: c.d_inner * (2 * c.d_state + 0.75 * (c.ssd_chunk or 64)))
 
     def __init__(self, c: Config, kernels: Kernels):
         super().__init__()
@@ -2050,7 +2056,6 @@ class Attention(nn.Module):
     """Causal attention: grouped queries (https://arxiv.org/abs/2305.13245), RMS-normalized q and k,
     rotary positions, a gain per query head. State: keys (before rotation) and values so far."""
     roles = {"q_gain": CONTROL}
-    flops = staticmethod(lambda c: c.model_dim * c.train_seq_len)  # q k and the sum of v, causal
     empty_state = staticmethod(lambda *_: None)  # keys and values have no fixed size
 
     def __init__(self, c: Config, kernels: Kernels):
@@ -3007,11 +3012,6 @@ DTYPES = {name: getattr(torch, name) for name in (
 def require(ok, fault: str) -> None:
     if not ok:
         raise ValueError(fault)
-
-
-def printable(content, length: int = 60) -> str:
-    """The beginning of a file's content, or of an error that may quote it, in printable ASCII."""
-    return ascii(str(content))[1:-1][:length]
 
 
 @contextlib.contextmanager
