@@ -122,8 +122,9 @@ def parse_knob(name: str, f: dataclasses.Field, text: str):
     if kind is bool:
         allowed, right = {"0": False, "1": True, "false": False, "true": True}, "0 or 1"
     elif kind is not str:
-        right = "a whole number below 2^63, " if kind is int else "a finite number, "
-        right += f"at least {low}" if high == math.inf else f"between {low} and {high}"
+        right = "a whole number" if kind is int else "a finite number"
+        right += f" between {low} and {high}" if high < math.inf else f", at least {low}"
+        right += ", below 2^63" if kind is int and high == math.inf else ""
         with contextlib.suppress(ValueError):
             value = kind(text)
             if low <= value <= high and value < (2**63 if kind is int else math.inf):
@@ -175,7 +176,8 @@ class Config:
     vocab_size: int = knob(256, "number of token ids", "model size", low=2, high=65536)
     data_path: str = knob("./data/datasets/fineweb10B_bytes", "folder of shards", "free result")
     val_max_tokens: int = knob(500_000, "validation tokens used (0 = all)", "free result eval")
-    val_batch_size: int = knob(524_288, "tokens per MICRO_BATCHES passes", "free eval size", low=1)
+    val_batch_size: int = knob(524_288, "tokens of MICRO_BATCHES validation passes", "free eval size",
+                               low=1)
 
     model_dim: int = knob(512, "width D", "model size", low=1, group="model")
     num_layers: int = knob(12, "blocks: half encode, half decode", "model size", low=1, high=256)
@@ -2038,7 +2040,6 @@ class Mamba2(nn.Module):
         return self.out_proj.scaled(out, scale), state
 
 
-@torch.compiler.assume_constant_result  # computed once per graph
 def rotary_table(positions: int, width: int, base: float, device: torch.device) -> Tensor:
     """Cosines and sines (2,positions,width/2), in fp32: bf16 has too few positions above 256."""
     frequency = base ** (-torch.arange(width // 2, device=device) / (width // 2))
@@ -2068,6 +2069,9 @@ class Attention(nn.Module):
         self.v_proj = Linear(dim, kv_heads * self.width)
         self.out_proj = Linear(dim, dim, zero=True)
         self.q_gain = nn.Parameter(torch.full((heads,), c.qk_gain_init))
+        length, cpu = min(c.train_seq_len, 1 << 16), torch.device("cpu")
+        table = rotary_table(length, self.width, self.base, cpu)  # as a buffer: kernels only read it
+        self.register_buffer("table", table, persistent=False)
 
     def forward(self, u: Tensor, state=None, scale: Tensor | None = None) -> tuple[Tensor, State]:
         q, k, v = [project(u).unflatten(-1, (-1, self.width))
@@ -2077,7 +2081,9 @@ class Attention(nn.Module):
             start = state[0].size(1)
             k, v = torch.cat((state[0], k), dim=1), torch.cat((state[1], v), dim=1)
             mask = torch.ones(q.size(1), k.size(1), dtype=torch.bool, device=u.device).tril(start)
-        table = rotary_table(k.size(1), self.width, self.base, u.device)
+        length, table = k.size(1), self.table[:, :k.size(1)]
+        if length > table.size(1):
+            table = rotary_table(length, self.width, self.base, u.device)
         q = rotate(q, table[:, start:]) * self.q_gain.to(u.dtype)[:, None]
         heads_first = (t.transpose(1, 2) for t in (q, rotate(k, table), v))
         y = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=mask is None,

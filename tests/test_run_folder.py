@@ -410,7 +410,7 @@ def test_a_checkpoint_dir_that_cannot_be_made_is_refused_at_the_start(tmp_path, 
 
 SIZES = dict(D_STATE=10**12, EXPAND=10**9, EMBED_DIM=10**9, MLP_MULT=10**10, PREDICTOR_HIDDEN_MULT=10**9,
              JEPA_DIM=10**8, SIGREG_KNOTS=10**10, SIGREG_NUM_PROJ=10**10, MODEL_DIM=2**40,
-             TRAIN_BATCH_TOKENS=12800000000000, D_CONV=2**62, VAL_BATCH_SIZE=10**15)
+             TRAIN_BATCH_TOKENS=12800000000000, VAL_BATCH_SIZE=10**15)
 
 
 @pytest.mark.parametrize("mode", ["train", "describe", "bench"])

@@ -292,7 +292,7 @@ take_priority() {
     [[ $RUN_NICE =~ ^-?[0-9]+$ ]] || die "RUN_NICE=$RUN_NICE: it is a niceness, -20 to 19" 2
     [[ $RUN_NICE == 0 ]] && return
     if renice -n "$RUN_NICE" -p $$ >/dev/null 2>&1; then
-        note "load average $load on $cores cores: niceness $RUN_NICE for this run (RUN_NICE=0: none)"
+        note "load average $load on $cores cores: niceness $RUN_NICE (RUN_NICE=0 avoids it)"
     else
         note "load average $load on $cores cores: the run gets its fair share of them"
     fi
