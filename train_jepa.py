@@ -102,7 +102,7 @@ SCRIPT_KNOBS = {
     "PRESET": "recipe of the run scripts: published or best",
     "NPROC_PER_NODE": "ranks that the run scripts start (default: the number of GPUs)",
     "TORCHRUN_ARGS": "arguments of torchrun instead of --standalone: several machines, restarts",
-    "RUN_NICE": "niceness of a CPU run (default: -10 on a busy machine that allows it; 0: as it is)",
+    "RUN_NICE": "niceness of a CPU run (default: -10 on a busy machine that allows it; 0: none)",
     "TRAIN_SHARDS": "training shards that setup_jepa.sh downloads (default: 53; all: every one)"}
 
 # Later sections append checks of their own knobs: each yields one message per fault.
@@ -160,32 +160,39 @@ class Config:
     mode: str = knob("train|describe|bench|eval|sample", "what to do", "free", group="run")
     run_id: str = knob("", "name of the run's folder (empty: configuration and time)", "free")
     runs_dir: str = knob("runs", "folder of the run folders", "free")
-    resume_after_divergence: bool = knob(False, "1 = resume a diverged run with other LRs", "free")
-    overwrite: bool = knob(False, "1 = start over in a run folder that exists", "free")
-    json: bool = knob(False, "1 = JSON as the last line on a terminal, too", "free")
+    resume_after_divergence: bool = knob(
+        False, "1 = go on from the last good state of a diverged run with lower rates", "free")
+    overwrite: bool = knob(False, "1 = start over in the folder of an earlier run", "free")
+    json: bool = knob(False, "1 = describe, bench and eval print JSON last on a terminal, too",
+                      "free")
     all: bool = knob(False, "1 = MODE=describe shows every knob", "free")
-    profile: str = knob("auto|gpu|cpu", "machine to choose defaults for and describe", "free")
-    tracker: str = knob("none|tensorboard|wandb|trackio", "gets the metrics, too", "free")
+    profile: str = knob("auto|gpu|cpu", "machine whose defaults hold, and that describe assumes",
+                        "free")
+    tracker: str = knob(
+         "none|tensorboard|wandb|trackio", "gets the metrics, too, if it is installed", "free")
     seed: int = knob(42, "seed of initial weights, SIGReg directions and positions")
-    device: str = knob("auto|cpu|cuda", "auto: CUDA if it is found", "free")
-    dtype: str = knob("auto|fp32|bf16", "auto: bf16 on CUDA, fp32 on CPU", "eval")
-    collective_timeout: int = knob(600, "seconds to wait for a rank", "free", low=1, high=10**7)
+    device: str = knob("auto|cpu|cuda", "device to compute on (auto: CUDA if it is found)", "free")
+    dtype: str = knob("auto|fp32|bf16", "compute type (auto: bf16 on CUDA, fp32 on CPU)", "eval")
+    collective_timeout: int = knob(600, "seconds until a missing rank ends the run",
+                                   "free", low=1, high=10**7)
 
     tokenizer: str = knob("byte|bpe", "kind of tokens", "model", group="data")
     tokenizer_path: str = knob("", "SentencePiece model (TOKENIZER=bpe)", "free result")
     vocab_size: int = knob(256, "number of token ids", "model size", low=2, high=65536)
     data_path: str = knob("./data/datasets/fineweb10B_bytes", "folder of shards", "free result")
     val_max_tokens: int = knob(500_000, "validation tokens used (0 = all)", "free result eval")
-    val_batch_size: int = knob(524_288, "tokens of MICRO_BATCHES validation passes", "free eval size",
-                               low=1)
+    val_batch_size: int = knob(524_288, "validation tokens per MICRO_BATCHES forward passes",
+                               "free eval size", low=1)
 
     model_dim: int = knob(512, "width D", "model size", low=1, group="model")
     num_layers: int = knob(12, "blocks: half encode, half decode", "model size", low=1, high=256)
-    mixer: str = knob("mamba2", "mamba2, attention, or a letter m or a per block", "model")
+    mixer: str = knob("mamba2", "mamba2, attention, or a letter m or a per block (mmmmmmammm)",
+                      "model")
     d_state: int = knob(64, "state size N of the SSM", "model size", low=1)
     d_conv: int = knob(4, "kernel size of the causal convolution", "model size", low=1, high=64)
     expand: int = knob(2, "inner width of Mamba-2 / MODEL_DIM", "model size", low=1)
-    ssd_chunk: int = knob(0, "chunk Q of the scan (0: by its form)", "free result eval", high=1024)
+    ssd_chunk: int = knob(0, "chunk length Q of the scan (0: 256 for mamba_ssm, else 64)",
+                          "free result eval", high=1024)
     ssd_kernel: str = knob("auto|mamba_ssm|fused|torch", "form of the scan (auto: on CUDA the "
                            "first of fused, mamba_ssm, torch that works)", "free result eval")
     kernel_check: str = knob("1|0|strict", "1 = replace Triton kernels that deviate from PyTorch; "
@@ -195,7 +202,7 @@ class Config:
     rope_base: float = knob(10000.0, "base of the rotary angles", "model", low=1)
     qk_gain_init: float = knob(1.5, "initial gain of the queries, per head", high=1e6)
     embed_dim: int = knob(0, "width E of the embedding (0 = MODEL_DIM)", "model size")
-    embed_style: str = knob("projected|tied", "tied: as system B, by TIED_EMBED_* and HEAD_LR")
+    embed_style: str = knob("projected|tied", "tied: system B's form, by TIED_EMBED_* and HEAD_LR")
     tied_embed_init_std: float = knob(0.005, "std of the embedding with EMBED_STYLE=tied")
     mlp_mult: int = knob(3, "hidden width of the MLP / MODEL_DIM (0 = no MLP)", "model size")
     mlp_every: int = knob(1, "an MLP in every n-th block", "model", low=1)
@@ -208,10 +215,12 @@ class Config:
     logit_softcap: float = knob(15.0, "cap of the logits (0 = off)", "model")
     softcap_type: str = knob("poly|tanh", "form of the cap", "model")
     projector_type: str = knob("linear|mlp|none", "map from h to the latent z (none: z = h)")
-    predictor_hidden_mult: int = knob(2, "hidden width of predictor / latent", "size", low=1)
+    predictor_hidden_mult: int = knob(2, "hidden width of the predictor / latent width",
+                                      "size", low=1)
     predictor_norm: bool = knob(False, "1 = RMSNorm before the predictor, no biases (system B)")
 
-    loss_schedule: str = knob("joint|staged", "staged: JEPA, bridge, CE", group="losses")
+    loss_schedule: str = knob("joint|staged", "staged: JEPA alone, a bridge, cross-entropy alone",
+                              group="losses")
     jepa_weight: float = knob(1.0, "weight of the latent prediction")
     jepa_steps: int = knob(1, "horizons of the latent rollout (0 = off)", "size")
     jepa_dim: int = knob(0, "width of the latent (0 = MODEL_DIM)", "size")
@@ -220,8 +229,8 @@ class Config:
     ce_weight: float = knob(1.0, "weight of the cross-entropy")
     z_loss: float = knob(1e-4, "weight of mean logsumexp^2 in training")
     anticollapse: str = knob("sigreg|covariance", "term that keeps the latent from collapsing")
-    sigreg_lambda: float = knob(1.0, "weight of that term (LOSS_SCHEDULE=joint)")
-    sigreg_weight: float = knob(0.05, "weight of that term (LOSS_SCHEDULE=staged)")
+    sigreg_lambda: float = knob(1.0, "weight of the anti-collapse term (LOSS_SCHEDULE=joint)")
+    sigreg_weight: float = knob(0.05, "weight of the anti-collapse term (LOSS_SCHEDULE=staged)")
     sigreg_knots: int = knob(17, "knots of the characteristic function", "size", low=2)
     sigreg_num_proj: int = knob(0, "directions of SIGReg (0 = 2 * embedding width)", "size")
     sigreg_schedule: bool = knob(False, "1 = ramp the weight from 0 over the first 30%")
@@ -232,13 +241,15 @@ class Config:
 
     train_seq_len: int = knob(4096, "tokens per sequence", "model size", low=1, group="training")
     train_batch_tokens: int = knob(524_288, "tokens per step, all ranks", "size", low=1)
-    micro_batches: int = knob(8, "per step; a multiple of the ranks", "eval size", low=1)
+    micro_batches: int = knob(8, "micro-batches per step; the number of ranks must divide it",
+                              "eval size", low=1)
     iterations: int = knob(10_000, "maximum number of steps", "free result", low=1)
-    max_wallclock_seconds: float = knob(0.0, "limit of training time (0 = none)", "free result")
-    reserve_seconds: float = knob(0.0, "part of it for GPTQ and temperature (0 = measure it in the "
-                                  "warm-up)", "free result")
+    max_wallclock_seconds: float = knob(
+        0.0, "time limit of all that reads training data (0 = none)", "free result")
+    reserve_seconds: float = knob(
+         0.0, "seconds of that kept for GPTQ and temperature (0 = measured)", "free result")
     warmup_steps: int = knob(10, "steps that are run before training and rolled back")
-    warmup_rollback: str = knob("weights|all", "what is rolled back (all: moments, too)")
+    warmup_rollback: str = knob("weights|all", "what warm-up steps roll back (all: moments, too)")
     warmdown: str = knob("fraction|iters", "LR falls to MIN_LR over WARMDOWN_FRACTION or _ITERS")
     warmdown_fraction: float = knob(0.15, "length of the warmdown / length of the run", high=1)
     warmdown_iters: int = knob(2000, "steps of the warmdown (time limit: at the mean step time)")
@@ -267,7 +278,8 @@ class Config:
     beta2: float = knob(0.95, "Adam's second-moment decay", "rate", high=0.99999)
     adam_eps: float = knob(1e-8, "Adam's epsilon", "rate")
     grad_clip_norm: float = knob(1.0, "maximum global gradient norm (0 = off)", "rate")
-    swa_start: float = knob(1.0, "progress at which the EMA starts (1 = off)", "rate", high=1)
+    swa_start: float = knob(1.0, "progress at which the EMA of weights starts (1 = off)",
+                            "rate", high=1)
     swa_decay: float = knob(0.995, "decay of the EMA of weights per step", "rate", high=0.999999)
 
     storage: str = knob("intn|int8", "int8: system B's format", "grid", group="storage")
@@ -278,31 +290,45 @@ class Config:
     fp_storage: str = knob("BF16|FP8", "format of embedding and tie correction", "grid")
     mlp_grid: str = knob("", "grid of the MLP matrices: int4 to int7, int8a, int4s0.35 (step of "
                          "0.35 σ), fp8, bf16 (empty: QUANT_BITS and QUANT_STEP)", "grid")
-    proj_grid: str = knob("", "grid of all other matrices (empty: likewise)", "grid")
+    proj_grid: str = knob("", "grid of all other matrices (empty: QUANT_BITS and QUANT_STEP)",
+                          "grid")
     dt_grid: str = knob("", "grid of the rows of in_proj that make dt (empty: as in_proj)", "grid")
     embed_grid: str = knob("", "grid of embedding and correction (empty: FP_STORAGE)", "grid")
-    qat_fraction: float = knob(1.0, "last part of the run, on the storage grid", high=1)
-    rounding: str = knob("nearest|compensated", "of final weights, by GPTQ or not", "free result")
-    rounding_tokens: int = knob(65_536, "training tokens for GPTQ", "free result size", low=1)
-    fit: bool = knob(False, "1 = MODE=describe finds the largest widths that fit", "free")
+    qat_fraction: float = knob(1.0, "last fraction of the run, trained on the storage grid", high=1)
+    rounding: str = knob("nearest|compensated", "rounding of the final weights (compensated: GPTQ)",
+                         "free result")
+    rounding_tokens: int = knob(65_536, "training tokens for the moments of GPTQ",
+                                "free result size", low=1)
+    fit: bool = knob(False, "1 = MODE=describe finds the largest MODEL_DIM and MLP_MULT that fit",
+                     "free")
 
-    sliding_eval: bool = knob(False, "1 = score with sliding windows", "free", group="evaluation")
+    sliding_eval: bool = knob(False, "1 = score with sliding windows after training",
+                              "free", group="evaluation")
     sliding_eval_stride: int = knob(16, "tokens scored per window", "free result", low=1)
     sliding_batch_size: int = knob(64, "windows per forward pass", "free eval size", low=1)
     temp_scaling: bool = knob(True, "1 = fit a temperature to training tokens", "free result")
     temp_calib: float = knob(0.0, "temperature (0 = fit it)", "free result eval")
-    eval_state: str = knob("reset|carry", "carry = one pass with carried states", "free eval")
-    attention_overlap: int = knob(1024, "tokens before that attention sees", "free result eval")
-    eval_adapt: bool = knob(False, "1 = score a chunk, train on it, go on to the next", "free eval")
-    adapt_steps: int = knob(1, "SGD steps per chunk", "free result eval", low=1)
-    adapt_lr: float = knob(0.002, "LR at the first chunk; cosine to 0", "free result eval")
-    adapt_chunk_tokens: int = knob(32_768, "tokens per chunk", "free result eval", low=1)
-    adapt_params: str = knob("all", "or some of matrices, embedding, scalars", "free result eval")
-    adapt_clip: float = knob(1.0, "maximum gradient norm (0 = off)", "free result eval")
-    diagnostics: bool = knob(True, "1 = statistics of the latent at each validation", "free")
+    eval_state: str = knob("reset|carry", "carry = one pass with the recurrent states carried",
+                           "free eval")
+    attention_overlap: int = knob(1024, "earlier tokens that attention re-reads (EVAL_STATE=carry)",
+                                  "free result eval")
+    eval_adapt: bool = knob( False, "1 = test-time training: score a chunk, train on it, go on",
+                            "free eval")
+    adapt_steps: int = knob(1, "SGD steps per chunk of EVAL_ADAPT", "free result eval", low=1)
+    adapt_lr: float = knob(0.002, "LR of EVAL_ADAPT at the first chunk; cosine to 0 at the last",
+                           "free result eval")
+    adapt_chunk_tokens: int = knob(32_768, "tokens per chunk of EVAL_ADAPT",
+                                   "free result eval", low=1)
+    adapt_params: str = knob( "all", "what EVAL_ADAPT trains: all, or matrices, embedding, scalars",
+                             "free result eval")
+    adapt_clip: float = knob(1.0, "maximum gradient norm of EVAL_ADAPT (0 = off)",
+                             "free result eval")
+    diagnostics: bool = knob(True, "1 = statistics of the latent at validations and at the end",
+                             "free")
     probe_steps: int = knob(200, "steps of the linear probe on frozen h (0 = none)", "free")
 
-    checkpoint_every: int = knob(0, "steps between them (0 = off)", "free", group="checkpoints")
+    checkpoint_every: int = knob(0, "steps between checkpoints (0 = off)",
+                                 "free", group="checkpoints")
     checkpoint_dir: str = knob("", "folder of checkpoints (empty: in the run's folder)", "free")
     checkpoint_keep: int = knob(2, "number of checkpoints kept", "free", low=1)
 
@@ -312,7 +338,8 @@ class Config:
     num_samples: int = knob(1, "number of samples", "free", low=1, high=1024)
     temperature: float = knob(0.8, "temperature of sampling (0 = most likely token)", "free")
     top_k: int = knob(0, "sample among the k most likely tokens (0 = all)", "free")
-    top_p: float = knob(1.0, "sample among so much probability", "free", low=0.001, high=1)
+    top_p: float = knob(1.0, "sample among the likeliest tokens of this total probability",
+                        "free", low=0.001, high=1)
 
     sources: dict = field(default_factory=dict, compare=False, repr=False)  # of values; no knob
 
@@ -952,11 +979,11 @@ def load_sentencepiece(path: str):
         model.id_to_piece(list(range(model.vocab_size())))  # all are UTF-8
         return model
     except ImportError:
-        raise UserError("TOKENIZER=bpe: the package sentencepiece is missing; bash setup_jepa.sh env "
-                        "installs it") from None
+        raise UserError("TOKENIZER=bpe: the package sentencepiece is missing; bash setup_jepa.sh "
+                        "env installs it") from None
     except Exception as error:  # OSError, RuntimeError, UnicodeDecodeError
-        raise UserError(f"TOKENIZER_PATH={path}: not a SentencePiece model ({printable(error)}); bash "
-                        "run_jepa_bpe.sh with the same arguments names the right one") from None
+        raise UserError(f"TOKENIZER_PATH={path}: not a SentencePiece model ({printable(error)}); "
+                        "bash run_jepa_bpe.sh with the same arguments names the right one") from None
 
 
 def bpe_vocabulary(path: str, vocab_size: int) -> Vocabulary:
@@ -2070,7 +2097,7 @@ class Attention(nn.Module):
         self.out_proj = Linear(dim, dim, zero=True)
         self.q_gain = nn.Parameter(torch.full((heads,), c.qk_gain_init))
         length, cpu = min(c.train_seq_len, 1 << 16), torch.device("cpu")
-        table = rotary_table(length, self.width, self.base, cpu)  # as a buffer: kernels only read it
+        table = rotary_table(length, self.width, self.base, cpu)  # a buffer: kernels only read it
         self.register_buffer("table", table, persistent=False)
 
     def forward(self, u: Tensor, state=None, scale: Tensor | None = None) -> tuple[Tensor, State]:
@@ -2767,13 +2794,14 @@ def owner_of(role: str, c: Config) -> str:
 def base_rates(c: Config) -> dict[str, float]:
     """Base learning rate of each owner."""
     embed = c.tied_embed_lr if c.embed_style == "tied" and c.tie_embeddings else c.embed_lr
-    return dict(matrix=c.matrix_lr, embed=embed, head=c.head_lr, scalar=c.scalar_lr, state=c.scalar_lr)
+    return dict(matrix=c.matrix_lr, embed=embed, head=c.head_lr, scalar=c.scalar_lr,
+                state=c.scalar_lr)
 
 
 @torch.no_grad()
 def restore_views(views: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    """Copy a file's tensors into the views of their names; KeyError where one is missing, ValueError
-    where its shape or dtype, which the kernels do not check, is another."""
+    """Copy a file's tensors into the views of their names; KeyError where one is missing,
+    ValueError where its shape or dtype, which the kernels do not check, is another."""
     for name, view in views.items():
         tensor = tensors[name]
         if tensor.shape != view.shape or tensor.dtype != view.dtype:
@@ -3086,7 +3114,8 @@ def parse_header(text: bytes, kind: str) -> dict:
     """JSON of bounded nesting, without NaN and infinity."""
     plain = re.sub(rb'"[^"]*"?', b"", re.sub(rb"(?s)\\.", b"", text))  # without strings
     steps = ((mark in b"[{") - (mark in b"]}") for mark in plain)
-    require(max(itertools.accumulate(steps, initial=0)) <= MAX_DEPTH, "its header is nested too deep")
+    depth = max(itertools.accumulate(steps, initial=0))
+    require(depth <= MAX_DEPTH, "its header is nested too deep")
     header = json.loads(text.decode(), parse_constant=int)  # int refuses NaN and Infinity
     require(header["kind"] == kind, f"its kind is {header['kind']!r:.20}, not {kind!r}")
     require(entry_count(header) <= MAX_ENTRIES[kind], "it has too many entries")
@@ -3462,7 +3491,7 @@ class Checkpoints:
             writing.result()
 
     def newest(self, note: Callable[[str], None]) -> tuple[dict, dict[str, Tensor]] | None:
-        """Meta and tensors of the newest sound checkpoint, None without any; `note` hears of damaged
+        """Meta and tensors of the newest sound checkpoint, or None; `note` hears of damaged
         ones. UserError if all are damaged, or one cannot be read: nothing may replace them then."""
         faults = []
         for path in self.paths():
@@ -3470,14 +3499,15 @@ class Checkpoints:
                 newest = read_tensors(path, "checkpoint")
             except UserError as error:
                 if isinstance(error.__cause__, OSError):  # no damage: it may be readable later
-                    raise UserError(f"{error}; make it readable, or OVERWRITE=1 starts over") from error
+                    raise UserError(f"{error}; mend its rights, or OVERWRITE=1 starts over") from error
                 faults.append(str(error))
             else:
                 for fault in faults:
                     note(f"checkpoint passed over: {fault}")
                 return newest
         if faults:
-            raise UserError(f"no checkpoint can be used ({'; '.join(faults)}); OVERWRITE=1 starts over")
+            raise UserError(f"no checkpoint can be used ({'; '.join(faults)}); OVERWRITE=1 starts "
+                            "over")
         return None
 
 
@@ -3687,7 +3717,7 @@ class Adaptation(contextlib.AbstractContextManager):
 
 
 def best_temperature(score: Callable[[Sequence[float]], list[Score]]) -> float:
-    """Temperature of the lowest loss: a coarse list, then +-0.06 around its best in steps of 0.02."""
+    """Temperature of the lowest loss: a coarse list, then +-0.06 around its best by 0.02."""
     best_of = lambda temperatures: min(zip(score(temperatures), temperatures))[1]
     best = best_of([0.5, 0.7, 0.85, 0.95, 1.0, 1.1, 1.3, 1.5, 2.0])
     return best_of([round(best + 0.02 * i, 4) for i in range(-3, 4)])
@@ -3782,7 +3812,7 @@ def predictability(prediction: Tensor, target: Tensor) -> float:
 
 
 def gradient_shares(leaf: Tensor, terms: dict[str, Tensor]) -> dict[str, float]:
-    """Norm of each weighted loss's gradient in `leaf` relative to that of "ce", and their cosine."""
+    """Norm of each weighted loss's gradient in `leaf` over that of "ce", and their cosine."""
     grads = {name: torch.autograd.grad(loss, leaf, retain_graph=True)[0].double().flatten()
              for name, loss in terms.items()}
     ce, shares = grads.pop("ce"), {}
@@ -4323,8 +4353,8 @@ class Run:
             self.good = [*self.good[-1:], (self.step, meta, copies)]
 
     def guard(self, progress: Progress, force: bool) -> None:
-        """End after NONFINITE_LIMIT non-finite steps in a row, the last good state saved; the failing
-        batch is run once more, to name terms and layers."""
+        """End after NONFINITE_LIMIT non-finite steps in a row, the last good state saved; the
+        failing batch is run once more, to name terms and layers."""
         trainer, c, fraction = self.trainer, self.config, progress.fraction
         if self.runtime.cuda and not force or trainer.optimizer.skipped_in_row < c.nonfinite_limit:
             return
@@ -4496,7 +4526,7 @@ class Run:
                     fits=size + code <= SIZE_LIMIT, codec=codec, codec_bytes=sizes)
 
     def unseen_position(self) -> int | None:
-        """Where unseen training tokens begin; None after an epoch: seen ones bias the temperature."""
+        """Start of unseen training tokens; None after an epoch: seen ones bias the temperature."""
         position = self.trainer.position
         return position if position + CALIBRATION < self.trainer.batches.span() else None
 
@@ -4560,9 +4590,10 @@ class Run:
 
     @torch.no_grad()
     def diagnose(self) -> dict[str, float]:
-        """On at most 50,000 validation tokens: cosine and MSE of the prediction, accuracies, and bits
-        per byte of a linear probe on h."""
-        c, evaluator, to, model = self.config, self.evaluator, self.runtime.to_device, self.trainer.model
+        """On at most 50,000 validation tokens: cosine and MSE of the prediction, accuracies, and
+        bits per byte of a linear probe on h."""
+        c, evaluator, to = self.config, self.evaluator, self.runtime.to_device
+        model, mean = self.trainer.model, lambda parts: float(torch.cat(parts).mean())
         rows, jepa = min(50_000, evaluator.targets) // c.train_seq_len or 1, self.trainer.jepa
         tokens = evaluator.tokens[:rows * c.train_seq_len + 1]
         hidden, cosines, errors, places = [], [], [], []
@@ -4574,7 +4605,7 @@ class Run:
                 prediction, target = (t.float() for t in next(rollout(jepa, jepa.project(h), 1)))
                 cosines.append(F.cosine_similarity(prediction, target, dim=-1).flatten())
                 errors.append((prediction - target).square().mean(-1).flatten())
-        h, ids, mean = torch.cat(hidden), to(tokens[1:]), lambda parts: float(torch.cat(parts).mean())
+        h, ids = torch.cat(hidden), to(tokens[1:])
         for part, targets in zip(h.split(1024), ids.split(1024)):
             logits = model.logits(part)
             places.append((logits > logits.gather(1, targets[:, None])).sum(1))  # 0: the likeliest
@@ -4644,8 +4675,8 @@ def config_of_artifact(c: Config, header: dict) -> Config:
     values = {name.lower(): parse_knob(name, knobs[name], printable(format_knob(value), 256))
               for name, value in model.items()}
     length = values["train_seq_len"]
-    values |= dict(train_batch_tokens=c.micro_batches * length, loss_schedule="joint", ce_weight=1.0,
-                   jepa_weight=0.0, sigreg_lambda=0.0, jepa_cov=0.0, carry_state=False,
+    values |= dict(train_batch_tokens=c.micro_batches * length, loss_schedule="joint",
+                   ce_weight=1.0, jepa_weight=0.0, sigreg_lambda=0.0, jepa_cov=0.0, carry_state=False,
                    sliding_eval_stride=min(c.sliding_eval_stride, length))
     return dataclasses.replace(c, **values).validate()
 
@@ -4654,8 +4685,8 @@ def open_artifact(c: Config, runtime: Runtime) -> tuple[Config, LanguageModel, V
     """Read ARTIFACT strictly and build its model on this device: configuration, model, vocabulary,
     header."""
     if not c.artifact:
-        raise UserError(f"ARTIFACT: MODE={c.mode} needs the model.jepa of a run: bash run_jepa_bpe.sh "
-                        f"MODE={c.mode} ARTIFACT=runs/<RUN_ID>/model.jepa")
+        raise UserError(f"ARTIFACT: MODE={c.mode} needs the model.jepa of a run: bash "
+                        f"run_jepa_bpe.sh MODE={c.mode} ARTIFACT=runs/<RUN_ID>/model.jepa")
     header, parts, _ = read_artifact(c.artifact)
     own = config_of_artifact(c, header)
     kernels, note = choose_kernels(own, runtime)
@@ -4710,7 +4741,8 @@ def evaluate_alone(c: Config) -> dict[str, Any]:
         return scores | dict(
             artifact=str(c.artifact), artifact_bytes=size, artifact_sha256=file_hash(c.artifact),
             eval_params=count_parameters(model), val_tokens=evaluator.targets,
-            val_bytes=evaluator.bytes, eval_seconds=seconds, world_size=runtime.world, device=device)
+            val_bytes=evaluator.bytes, eval_seconds=seconds, world_size=runtime.world,
+            device=device)
 
 
 def choose_token(logits: Tensor, temperature: float, top_k: int, top_p: float,
@@ -4818,7 +4850,7 @@ def synthetic_weights(c: Config, model: nn.Module) -> Iterator[tuple[str, Tensor
         elif role in (EMBEDDING, HEAD, CORRECTION):
             path, start = decayed(lr, c.adam_wd)
             rows, columns = w.shape
-            shared = 1.16 * rows ** 0.15 * path ** 0.22  # common direction of a tied embedding's rows
+            shared = 1.16 * rows ** 0.15 * path ** 0.22  # direction that a tied embedding's rows share
             shared = (shared if role == EMBEDDING and c.tie_embeddings else 0) * normal(1, columns)
             spread = 0.4 * normal(rows, 1) + 0.2 * normal(1, columns)
             row = 0.16 * rows ** 0.1 * path ** 0.55
@@ -5000,7 +5032,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunStopped as stopped:
         if rank == 0:
             print(f"train_jepa.py: {stopped}", file=sys.stderr, flush=True)
-        if stopped.code > 128:  # die by the signal itself: a shell loop around this run then ends too
+        if stopped.code > 128:  # die by the signal itself: a shell loop around this run ends, too
             signal.signal(stopped.code - 128, signal.SIG_DFL)
             os.kill(os.getpid(), stopped.code - 128)
         return stopped.code

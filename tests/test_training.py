@@ -56,7 +56,7 @@ def test_one_forward_pass_of_the_validation_takes_val_batch_size_over_micro_batc
     shapes = []
     run.evaluator.forward = lambda ids, *rest: shapes.append(tuple(ids.shape)) or run.trainer.model(ids, *rest)
     run.evaluator.standard()
-    assert set(shapes) == {(512 // 4 // 32, 32)} and "of MICRO_BATCHES validation passes" in \
+    assert set(shapes) == {(512 // 4 // 32, 32)} and "per MICRO_BATCHES forward passes" in \
         tj.Config.knobs()["VAL_BATCH_SIZE"].metadata["help"]
 
 
