@@ -983,7 +983,7 @@ def load_sentencepiece(path: str):
                         "env installs it") from None
     except Exception as error:  # OSError, RuntimeError, UnicodeDecodeError
         raise UserError(f"TOKENIZER_PATH={path}: not a SentencePiece model ({printable(error)}); "
-                        "bash run_jepa_bpe.sh with the same arguments names the right one") from None
+                        "bash run_jepa_bpe.sh with the same arguments names it") from None
 
 
 def bpe_vocabulary(path: str, vocab_size: int) -> Vocabulary:
@@ -3499,7 +3499,7 @@ class Checkpoints:
                 newest = read_tensors(path, "checkpoint")
             except UserError as error:
                 if isinstance(error.__cause__, OSError):  # no damage: it may be readable later
-                    raise UserError(f"{error}; mend its rights, or OVERWRITE=1 starts over") from error
+                    raise UserError(f"{error}; mend that, or OVERWRITE=1 starts over") from error
                 faults.append(str(error))
             else:
                 for fault in faults:
@@ -4676,8 +4676,8 @@ def config_of_artifact(c: Config, header: dict) -> Config:
               for name, value in model.items()}
     length = values["train_seq_len"]
     values |= dict(train_batch_tokens=c.micro_batches * length, loss_schedule="joint",
-                   ce_weight=1.0, jepa_weight=0.0, sigreg_lambda=0.0, jepa_cov=0.0, carry_state=False,
-                   sliding_eval_stride=min(c.sliding_eval_stride, length))
+                   ce_weight=1.0, jepa_weight=0.0, sigreg_lambda=0.0, jepa_cov=0.0,
+                   carry_state=False, sliding_eval_stride=min(c.sliding_eval_stride, length))
     return dataclasses.replace(c, **values).validate()
 
 
@@ -4850,7 +4850,7 @@ def synthetic_weights(c: Config, model: nn.Module) -> Iterator[tuple[str, Tensor
         elif role in (EMBEDDING, HEAD, CORRECTION):
             path, start = decayed(lr, c.adam_wd)
             rows, columns = w.shape
-            shared = 1.16 * rows ** 0.15 * path ** 0.22  # direction that a tied embedding's rows share
+            shared = 1.16 * rows ** 0.15 * path ** 0.22  # direction that its rows share
             shared = (shared if role == EMBEDDING and c.tie_embeddings else 0) * normal(1, columns)
             spread = 0.4 * normal(rows, 1) + 0.2 * normal(1, columns)
             row = 0.16 * rows ** 0.1 * path ** 0.55
