@@ -47,7 +47,8 @@ def plain_environment(**values) -> dict[str, str]:
     """This environment without any knob of ours, and with `values`."""
     import train_jepa
     kept = {k: v for k, v in os.environ.items() if k not in train_jepa.Config.knobs() and k not in RANK_NAMES}
-    return kept | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"} | {k: str(v) for k, v in values.items()}
+    own = dict(OMP_NUM_THREADS="1", MPLBACKEND="Agg", RUN_NICE="0")
+    return kept | own | {k: str(v) for k, v in values.items()}
 
 
 class Child:

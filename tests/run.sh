@@ -10,7 +10,8 @@ arguments=()
 if [[ "${1-}" == quick ]]; then
     shift
     arguments=(-m "not slow")    # nor the files whose tests run whole trainings or set-ups
-    for file in checkpoint distributed end_to_end experiments generation setup submit; do
+    for file in checkpoint distributed end_to_end experiments generation gpu_check readme \
+        run_folder settings setup submit training; do
         arguments+=(--ignore "tests/test_$file.py")
     done
 fi

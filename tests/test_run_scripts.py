@@ -77,7 +77,7 @@ class Scripts:
         """Environment, arguments and folder that the trainer would get; and the text printed."""
         base = {k: os.environ[k] for k in ("PATH", "HOME", "LANG") if k in os.environ}
         base |= {"SKIP_VENV": "1", "PYTHON": str(self.python), "REAL": sys.executable, "TRACE": str(self.trace)}
-        base |= env
+        base |= {"RUN_NICE": "0"} | env
         self.trace.unlink(missing_ok=True)
         done = subprocess.run(["bash", str(self.root / script), *arguments], capture_output=True, text=True,
                               env=base, cwd="/")
@@ -286,6 +286,15 @@ def test_waiting_threads_spin_briefly_unless_the_user_sets_how_they_wait(scripts
 def test_corpus_and_duration_are_named_where_they_are_true(scripts, arguments, words, absent):
     text = scripts.run("run_jepa_bpe.sh", *arguments)["text"]
     assert words in text and absent not in text.replace("run_jepa_bpe.sh", "")
+
+
+def test_a_run_takes_the_niceness_that_is_asked_for_and_says_so(scripts):
+    text = scripts.run("run_jepa_bpe.sh", RUN_NICE="5")["text"]
+    assert re.search(r"load average [\d.]+ on \d+ cores: niceness 5 \(RUN_NICE=0 avoids it\)", text)
+    for quiet in (dict(RUN_NICE="0"), dict(RUN_NICE="5", MODE="describe"), dict(RUN_NICE="5", PROFILE="gpu")):
+        assert "niceness" not in scripts.run("run_jepa_bpe.sh", **quiet)["text"]
+    error = scripts.run("run_jepa_bpe.sh", "RUN_NICE=high", code=2)["err"]
+    assert "RUN_NICE=high: it is a niceness, -20 to 19" in error
 
 
 def test_torchrun_takes_other_arguments_on_request(scripts):

@@ -202,7 +202,7 @@ def train() -> None:
                  TOKENIZER_PATH="data/demo/fineweb_8192_bpe.model", TRAIN_BATCH_TOKENS=65536, MICRO_BATCHES=1,
                  ITERATIONS=200, MAX_WALLCLOCK_SECONDS=120, VAL_LOSS_EVERY=100)
     if TINY:
-        knobs = dict(DATA_PATH="data/datasets/demo_bytes", VAL_MAX_TOKENS=2048, VAL_BATCH_SIZE=256, DIAGNOSTICS=0,
+        knobs = dict(DATA_PATH="data/datasets/demo_bytes", VAL_MAX_TOKENS=256, VAL_BATCH_SIZE=256, DIAGNOSTICS=0,
                      SLIDING_EVAL=0, TEMP_SCALING=0)
     name = "run_jepa_byte.sh" if TINY else "run_jepa_bpe.sh"
     done = script(name, MODE="train", RUNS_DIR=OUT.resolve(), RUN_ID="gpu_check", OVERWRITE=1, **knobs)
@@ -218,7 +218,7 @@ def train() -> None:
 def evaluate() -> None:
     """MODE=eval of that artifact: the score of the training's end again."""
     name, data = ("run_jepa_byte.sh", "demo_bytes") if TINY else ("run_jepa_bpe.sh", "demo_sp8192")
-    tiny = dict(VAL_MAX_TOKENS=2048, VAL_BATCH_SIZE=256, SLIDING_EVAL=0, TEMP_SCALING=0)
+    tiny = dict(VAL_MAX_TOKENS=256, VAL_BATCH_SIZE=256, SLIDING_EVAL=0, TEMP_SCALING=0)
     sizes = tiny if TINY else dict(PROFILE="gpu")
     done = script(name, MODE="eval", ARTIFACT=(OUT / "gpu_check/model.jepa").resolve(), NPROC_PER_NODE=1,
                   DATA_PATH=f"data/datasets/{data}", **sizes)

@@ -2,6 +2,7 @@
 
     python tools/horizon.py data TEXT              data/datasets/horizon_bytes and horizon_docs
     python tools/horizon.py score RUN_FOLDER ...   scores.jsonl beside the run folders
+    python tools/horizon.py store CHECKPOINT ...   storage.jsonl beside the run folders
 
 data   TEXT (plain or .xz) holds pieces separated by a line with one form feed. Technical
        documentation leaves the training text; about 200 kB of it are a text of a kind that no run
@@ -11,6 +12,8 @@ score  Checkpoints of MILESTONES and the artifact, on three texts: the corpus' v
        the documentation. Of a checkpoint the masters are scored, and what its artifact would hold
        (plain rounding). A checkpoint before the last step is scored in the middle of its schedule,
        without a warmdown of its own. Scores that the file holds are not computed again.
+store  The masters of a checkpoint on the grids of QUANT_GRIDS, rounded to the nearest symbol and by
+       GPTQ with moments of 65,536 training tokens: bytes of the artifact, BPB on val and Alice.
 """
 import dataclasses
 import json
@@ -30,6 +33,7 @@ import train_jepa as jepa  # noqa: E402
 DATASETS = ROOT / "data/datasets"
 TEXTS = dict(val="horizon_bytes", alice="demo_bytes", docs="horizon_docs")
 MILESTONES = (200, 1000, 3000, 10_000)
+QUANT_GRIDS = ("int4", "int5", "int6", "int4s0.34", "int4s0.38", "int4s0.42", "int4s0.5")
 SCORED_BYTES, DOCS_BYTES, DOCS_PIECE, PIECE = 200_000, 200_000, (1_000, 16_000), 1024
 TECHNICAL = re.compile(
     r"\b(?:PostgreSQL|Python|Rust|Debian|SQL|Cargo|crate|trait|struct|API|Linux|files?|server|"
@@ -107,6 +111,48 @@ def score(evaluator: jepa.Evaluator, c: jepa.Config, way: str) -> jepa.Score:
     return evaluator.standard()[0] if way == "reset" else evaluator.carried([1.0], c.overlap)[0]
 
 
+def evaluator_of(model, c: jepa.Config, text: str, runtime: jepa.Runtime) -> jepa.Evaluator | None:
+    """Of the first SCORED_BYTES of a text; None if there are no shards of it."""
+    shards = sorted((DATASETS / TEXTS[text]).glob("fineweb_val_*.bin"))
+    if not shards:
+        return None
+    stream, row = jepa.TokenStream(shards, c.vocab_size), c.train_seq_len
+    tokens = stream.read(0, min(len(stream) - 1, SCORED_BYTES) // row * row + 1)
+    return jepa.Evaluator(model, torch.from_numpy(tokens), jepa.byte_vocabulary(), row, 8 * row, runtime)
+
+
+@torch.no_grad()
+def store(path: Path, runtime: jepa.Runtime) -> None:
+    """Lines of storage.jsonl for one checkpoint: its masters on each grid, rounded both ways."""
+    config, step, models = models_of(path, runtime)
+    model, out = models["master"], path.parents[2] / "storage.jsonl"
+    masters = {name: w.clone() for name, w in model.named_parameters()}
+    train = jepa.TokenStream(jepa.find_shards(str(DATASETS / "horizon_bytes"), "train"), config.vocab_size)
+    rows = jepa.calibration_tokens(train, 0, config.train_seq_len)[:-1].view(-1, config.train_seq_len)
+    moments = jepa.input_moments(model, rows.split(8), lambda x: model(x, torch.float32))
+    for grid in ("none", *QUANT_GRIDS):
+        c = dataclasses.replace(config, storage="intn", mlp_grid=grid, proj_grid=grid, dt_grid="", embed_grid="")
+        plan = jepa.storage_plan(model, c) if grid != "none" else {}
+        tensors = jepa.artifact_tensors(((name, masters[name]) for name in plan), plan)
+        for rounding in ("nearest", "compensated") if plan else ("none",):
+            given, line = {}, dict(run=path.parents[1].name, step=step, grid=grid, rounding=rounding)
+            if rounding == "compensated":
+                given = {name: jepa.round_compensated(w, g, moments[layer])[0] for name, (w, g) in tensors.items()
+                         if isinstance(g, jepa.RowGrid) and (layer := name.removesuffix(".weight")) in moments}
+            stored = masters
+            if plan:
+                artifact = path.with_suffix(".jepa")
+                line["bytes"] = jepa.write_artifact(artifact, {}, tensors, given=given)["bytes"]
+                stored = jepa.whole_tensors(jepa.read_artifact(artifact)[1], artifact)
+                artifact.unlink()
+            for name, parameter in model.named_parameters():
+                parameter.copy_(stored[name])
+            line |= {text: evaluator_of(model, c, text, runtime).standard()[0].bpb for text in ("val", "alice")}
+            with open(out, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            print(json.dumps(line), flush=True)
+
+
 def score_run(folder: Path, runtime: jepa.Runtime) -> None:
     """Lines of scores.jsonl for one run."""
     out = folder.parent / "scores.jsonl"
@@ -118,15 +164,10 @@ def score_run(folder: Path, runtime: jepa.Runtime) -> None:
                                    for way in ("reset", "carried", "sliding", "adapted")):
             line = dict(run=folder.name, file=path.name, step=step, weights=weights, text=text,
                         way=way)
-            shards = sorted((DATASETS / TEXTS[text]).glob("fineweb_val_*.bin"))
             known = any(line.items() <= old.items() for old in done)
-            if known or not shards or way == "adapted" and weights != "artifact":
+            evaluator = evaluator_of(models[weights], config, text, runtime)
+            if known or not evaluator or way == "adapted" and weights == "stored":
                 continue
-            stream, row = jepa.TokenStream(shards, config.vocab_size), config.train_seq_len
-            count = min(len(stream) - 1, SCORED_BYTES) // row * row
-            evaluator = jepa.Evaluator(
-                models[weights], torch.from_numpy(stream.read(0, count + 1)),
-                jepa.byte_vocabulary(), row, 8 * row, runtime)
             started = jepa.now()
             line["bpb"] = score(evaluator, config, way).bpb
             line["seconds"] = round(jepa.now() - started, 2)
@@ -142,5 +183,9 @@ if __name__ == "__main__":
         with jepa.Runtime(jepa.Config(device="cpu")) as the_runtime:
             for run_folder in sys.argv[2:]:
                 score_run(Path(run_folder), the_runtime)
+    elif sys.argv[1:2] == ["store"]:
+        with jepa.Runtime(jepa.Config(device="cpu")) as the_runtime:
+            for checkpoint in sys.argv[2:]:
+                store(Path(checkpoint), the_runtime)
     else:
         sys.exit(__doc__)
