@@ -501,10 +501,18 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: never shrink the heap
 
 
+def machine_load() -> float:
+    """Processes that want a core: on average over a minute, or just now if that is more."""
+    running = 1  # this one
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        running = int(Path("/proc/loadavg").read_text().split()[3].split("/")[0])
+    return max(os.getloadavg()[0], running - 1)
+
+
 def busy_machine(factor: float = 1.5) -> str:
-    """Load average and cores in words if other processes want more than the cores give, else ""."""
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    return f"load average {load:.1f} on {cores} cores" if load > factor * cores else ""
+    """Load and cores in words if other processes want more than the cores give, else ""."""
+    load, cores = machine_load(), os.cpu_count() or 1
+    return f"a load of {load:.1f} on {cores} cores" if load > factor * cores else ""
 
 
 def machine_memory(cuda: bool) -> float:
@@ -4031,7 +4039,7 @@ class Trainer:
         """On a busy CPU, set the fastest number of threads; returns a line for the log, or ""."""
         limit, seconds, threads = torch.get_num_threads(), {}, 1
         settled = self.runtime.cuda or self.runtime.world > 1 or "OMP_NUM_THREADS" in os.environ
-        if settled or not busy_machine(1):
+        if settled or not busy_machine(0.4):
             return ""
         while threads <= limit and (threads < 2 or seconds[threads // 2] == min(seconds.values())):
             torch.set_num_threads(threads)
@@ -4453,6 +4461,7 @@ class Run:
             if not all_finite(weight):
                 raise RunStopped(f"the last steps diverged: {name} holds NaN or infinity; lower "
                                  "the learning rates", 1)
+        last = None
         if trainer.weights.groups[0].average is not None:
             trainer.weights.load()
             last = self.evaluator.standard()[0].bpb
@@ -4481,7 +4490,7 @@ class Run:
         machine, (val_loss, val_bpb) = runtime.describe(), self.score
         result = dict(
             run_id=self.folder.path.name, steps=self.step, val_loss=val_loss, val_bpb=val_bpb,
-            train_seconds=seconds, data_seconds=data_seconds,
+            last_val_bpb=last, train_seconds=seconds, data_seconds=data_seconds,
             ms_per_step=1e3 * seconds / max(self.step, 1),
             tokens_per_second=trainer.tokens / max(seconds, 1e-9), **sizes, **scores,
             artifact_sha256=file_hash(path), eval_seconds=now() - started, seed=c.seed,

@@ -290,7 +290,7 @@ def test_corpus_and_duration_are_named_where_they_are_true(scripts, arguments, w
 
 def test_a_run_takes_the_niceness_that_is_asked_for_and_says_so(scripts):
     text = scripts.run("run_jepa_bpe.sh", RUN_NICE="5")["text"]
-    assert re.search(r"load average [\d.]+ on \d+ cores: niceness 5 \(RUN_NICE=0 avoids it\)", text)
+    assert re.search(r"a load of [\d.]+ on \d+ cores: niceness 5 \(RUN_NICE=0 avoids it\)", text)
     for quiet in (dict(RUN_NICE="0"), dict(RUN_NICE="5", MODE="describe"), dict(RUN_NICE="5", PROFILE="gpu")):
         assert "niceness" not in scripts.run("run_jepa_bpe.sh", **quiet)["text"]
     error = scripts.run("run_jepa_bpe.sh", "RUN_NICE=high", code=2)["err"]

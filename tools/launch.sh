@@ -281,20 +281,22 @@ count_ranks() {
 # two. Where the system allows it (root, most containers), it takes a niceness of RUN_NICE instead,
 # by default -10 on a busy machine; RUN_NICE=0 leaves it alone.
 take_priority() {
-    local load cores
+    local load running cores
     [[ $PROFILE == cpu ]] && in_mode train || return 0
-    read -r load _ </proc/loadavg 2>/dev/null || return 0
-    cores=$(nproc)
+    # the average of a minute, or what runs just now, this shell left out, if that is more
+    read -r load _ _ running _ </proc/loadavg 2>/dev/null || return 0
+    load=${load%.*} running=$((${running%/*} - 1)) cores=$(nproc)
+    ((running <= load)) || load=$running
     if [[ -z ${RUN_NICE-} ]]; then
-        ((${load%.*} > cores)) || return 0
+        ((load >= cores)) || return 0
         RUN_NICE=-10
     fi
     [[ $RUN_NICE =~ ^-?[0-9]+$ ]] || die "RUN_NICE=$RUN_NICE: it is a niceness, -20 to 19" 2
     [[ $RUN_NICE == 0 ]] && return
     if renice -n "$RUN_NICE" -p $$ >/dev/null 2>&1; then
-        note "load average $load on $cores cores: niceness $RUN_NICE (RUN_NICE=0 avoids it)"
+        note "a load of $load on $cores cores: niceness $RUN_NICE (RUN_NICE=0 avoids it)"
     else
-        note "load average $load on $cores cores: the run gets its fair share of them"
+        note "a load of $load on $cores cores: the run gets its fair share of them"
     fi
 }
 
