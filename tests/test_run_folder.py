@@ -273,7 +273,7 @@ def test_a_machine_that_is_busy_at_the_start_gets_a_line(tmp_path, load, lines):
 
 @pytest.mark.parametrize("load, seconds, chosen", [
     (9, {1: 1, 2: 5}, 1), (9, {1: 5, 2: 1}, 2), (9, {1: 5, 2: 2, 4: 3}, 2), (9, {1: 1, 2: 2, 4: 0.1}, 1),
-    (1, {1: 1, 2: 5}, 2)])
+    (1, {1: 1, 2: 5}, 1), (0.5, {1: 1, 2: 5}, 2)])
 def test_on_a_busy_machine_the_fastest_number_of_threads_is_taken_and_logged(tmp_path, load, seconds, chosen):
     """From one thread upwards, as long as twice as many are faster; on an idle machine all, without measuring."""
     patch = LOAD.format(load=load) + f"""
