@@ -36,7 +36,7 @@ UV=0.13.9
 DRIVER=580    # the oldest NVIDIA driver for CUDA 13, which the registry's torch is built for
 SELF=$(basename "$0")
 
-note() { echo "$SELF: $*"; }
+note() { echo "$SELF: $*" 2>/dev/null || true; }    # a console on a full disk ends nothing
 die() { echo "$SELF: $1" >&2; exit "${2:-1}"; }
 
 # ---- environment

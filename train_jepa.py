@@ -761,14 +761,20 @@ def file_hash(path: Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
+def silence() -> None:
+    """Nothing more goes to stdout: what is buffered would fail again when the interpreter ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def say(line: str) -> None:
     """Print a line at once. A console on a full disk must not end a run; a closed pipe ends it."""
     HEARTBEAT.spoke = time.monotonic()
     try:
         print(line, flush=True)
-    except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            raise
+    except BrokenPipeError:
+        raise
+    except OSError:
+        silence()
 
 
 def open_tracker(c: Config, path: Path) -> Callable[[dict[str, float], int], Any] | None:
@@ -5046,7 +5052,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.kill(os.getpid(), stopped.code - 128)
         return stopped.code
     except BrokenPipeError:  # the output's reader is gone, as after `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence()
         return 128 + signal.SIGPIPE
 
 

@@ -176,7 +176,7 @@ def script(name: str, **knobs) -> subprocess.CompletedProcess:
     """A run script; its stdout and stderr go to a file as well."""
     tiny = dict(PROFILE="cpu", DEVICE="cpu", COMPILE_MODE="off", ITERATIONS=2, NPROC_PER_NODE=1, MODEL_DIM=64,
                 NUM_LAYERS=2, EXPAND=1, D_STATE=16, MLP_MULT=1, SSD_CHUNK=16, TRAIN_SEQ_LEN=32,
-                TRAIN_BATCH_TOKENS=64, MICRO_BATCHES=2, WARMUP_STEPS=0, SLIDING_EVAL_STRIDE=16)
+                TRAIN_BATCH_TOKENS=64, MICRO_BATCHES=2, WARMUP_STEPS=0, SLIDING_EVAL_STRIDE=16, VAL_LOSS_EVERY=0)
     if "bytejepa" in name:
         tiny |= dict(NUM_HEADS=2, NUM_KV_HEADS=1)
     given = [f"{key}={value}" for key, value in ((tiny if TINY else {}) | knobs).items()]

@@ -88,7 +88,8 @@ def models_of(path: Path, runtime: jepa.Runtime) -> tuple[jepa.Config, int | Non
         config, model, *_ = jepa.open_artifact(asked, runtime)
         return config, None, dict(artifact=model)
     meta, tensors = jepa.read_tensors(path, "checkpoint")
-    config = jepa.Config(**{name.lower(): v for name, v in meta["config"].items()})
+    known = jepa.Config.knobs()  # a checkpoint of an earlier version may have others
+    config = jepa.Config(**{name.lower(): v for name, v in meta["config"].items() if name in known})
     prefix, models = "average/" if meta["averaged"] else "master/", {}
     for weights in ("master", "stored"):
         model = models[weights] = jepa.LanguageModel(config)
