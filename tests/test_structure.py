@@ -119,8 +119,8 @@ def test_report_of_sizes(capsys):
                  if isinstance(node, ast.FunctionDef)]
     ends = [*list(STARTS.values())[1:], len(LINES) + 1]
     report = [f"train_jepa.py: {len(LINES):,} lines, {len(SOURCE.encode()):,} bytes, mean line "
-              f"{sum(map(len, full)) / len(full):.1f} columns, {SOURCE.count(' = knob(')} knobs, "
-              f"{len(functions)} functions"]
+              f"{sum(map(len, LINES)) / len(LINES):.1f} columns ({sum(map(len, full)) / len(full):.1f} "
+              f"without empty lines), {SOURCE.count(' = knob(')} knobs, {len(functions)} functions"]
     report += [f"  {end - start:>5} {name}" for (name, start), end in zip(STARTS.items(), ends)]
     report += [f"  longest: {name} {length}" for length, name in sorted(functions)[:-6:-1]]
     with capsys.disabled():
