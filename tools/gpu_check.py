@@ -17,6 +17,7 @@ OUT, TINY = Path(os.environ.get("OUT", "gpu_check")), os.environ.get("TINY") == 
 PARTS = {"correct": {"kernels": 120, "tests": 300, "parity": 150},
          "bench": {"ceilings": 60, "scans": 120, "bench_bpe": 140, "bench_byte": 140, "bench_b": 140},
          "run": {"train": 360, "eval": 200}}
+PUBLISHED_MS = {"run_jepa_bpe.sh": 97.4, "run_jepa_byte.sh": 105}  # a step of 65,536 tokens per GPU
 SMALL = dict(TOKENIZER="byte", MODEL_DIM=64, NUM_LAYERS=2, EXPAND=1, D_STATE=16, MLP_MULT=1, EMBED_DIM=32,
              TIE_EMBEDDINGS=1, JEPA_STEPS=2, TRAIN_SEQ_LEN=32, TRAIN_BATCH_TOKENS=64, MICRO_BATCHES=2,
              WARMUP_STEPS=0, QUANT_BITS=4, FP_STORAGE="FP8", SIGREG_NUM_PROJ=8)
@@ -193,7 +194,12 @@ def bench(name: str) -> None:
     if done.returncode or not lines:
         note(stage="bench", script=name, error=(done.stderr or done.stdout)[-500:])
         return
-    note(stage="bench", script=name, **json.loads(lines[-1]))
+    report = json.loads(lines[-1])
+    sizes = json.loads(script(name, MODE="describe", **({} if TINY else share)).stdout.splitlines()[-1])
+    # forward and backward multiply each parameter three times; attention, scan and lookups left out
+    floor = 6e3 * (sizes["eval_params"] + sizes["train_only_params"]) * report["tokens_per_step"] / 800e12
+    note(stage="bench", script=name, published_ms_on_h100=PUBLISHED_MS.get(name),
+         products_ms_at_800_tflops=floor, **report)
 
 
 def train() -> None:
