@@ -3775,7 +3775,8 @@ def final_scores(evaluator: Evaluator, c: Config, calibration: Tensor | None,
         result[f"{name}_val_bpb"] = None
         if asked(c):
             started, t = now(), chosen[carried(c)] if c.temp_scaling else 1.0
-            loss, bpb = score(evaluator, c, t)
+            if name != "tempered" or t != 1:  # else the round trip's score stands
+                loss, bpb = score(evaluator, c, t)
             result |= {f"{name}_val_loss": loss, f"{name}_val_bpb": bpb}
             how = f" stride:{c.sliding_eval_stride}" if name == "sliding" else ""
             how += f" temperature:{t:g}" if name != "roundtrip" else ""
@@ -3979,6 +3980,7 @@ class Trainer:
         zeros = lambda: self.model.empty_states(c.micro_sequences, runtime.dtype, runtime.device)
         self.states = {micro: zeros() if c.carry_state else None for micro in self.micros}
         self.position = self.tokens = 0  # position in the stream; tokens trained on so far
+        self.step_seconds = 0.0  # of the last warm-up step
         self.ahead: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # of `read_ahead`
         self.losses = compiled(self._losses, c.compile_mode)
         self.forward = compiled(self.model, c.compile_mode) if runtime.cuda else self.model
@@ -4067,11 +4069,14 @@ class Trainer:
         masters = [group.master.clone() for group in self.weights.groups]
         position, states, rng = self.position, dict(self.states), torch.get_rng_state()
         for step in progress_bar(range(c.warmup_steps), "warm-up step", self.runtime.main):
+            started = now()
             self.weights.load()
             self.accumulate(step, loss_weights(0.0, c))
             self.optimizer.step(1.0, c.muon_momentum, clip=False)
             self.weights.zero_grad()
             self.position += self.batches.values_per_step()
+            self.runtime.synchronize()
+            self.step_seconds = now() - started
         self.run_phases()
         for group, master in zip(self.weights.groups, masters):
             group.master.copy_(master)
@@ -4147,6 +4152,7 @@ class Run:
         self.score, self.validated = None, -1  # of the last validation: its score and its step
         self.good: list[tuple[int, dict, dict]] = []  # the last two snapshots, see `remember`
         self.saved_at = self.reserve = self.moments_seconds = 0.0
+        self.calibrates = c.temp_scaling and not c.temp_calib  # fits a temperature at the end
         self.caught, self.evaluating = 0, False  # a signal's number; see `catch`
         self.labels = [c.anticollapse if name == "anti" else name for name in TERMS]  # for the log
 
@@ -4182,6 +4188,10 @@ class Run:
             raise UserError(f"out of GPU memory with {c.micro_tokens} tokens at a time; raise "
                             f"MICRO_BATCHES={c.micro_batches} or take a smaller model") from None
         if cap := c.max_wallclock_seconds:
+            mean = trainer.step_seconds or self.clock.seconds() / max(self.step, 1)
+            steps = min(c.iterations, cap / runtime.agree(max(mean, 1e-9))[0]) if mean else 0
+            # Where the run will see all tokens, none are left to fit a temperature on.
+            self.calibrates &= steps * c.train_batch_tokens < 1.1 * trainer.batches.span()
             self.reserve = c.reserve_seconds or min(self.measure_reserve(), cap / 2)
             self.log(f"clock: {self.reserve:.1f} s of MAX_WALLCLOCK_SECONDS={cap:g} are kept for "
                      "GPTQ's moments and the temperature search")
@@ -4257,7 +4267,7 @@ class Run:
         batch = self.evaluator.sequences * c.train_seq_len
         search = lambda count: search_temperatures(self.evaluator.on(self.next_tokens(count)), c)
         jobs = [(self.layer_moments, c.rounding_tokens)] if c.rounding == "compensated" else []
-        jobs += [(search, CALIBRATION)] if c.temp_scaling and not c.temp_calib else []
+        jobs += [(search, CALIBRATION)] if self.calibrates else []
         for work, count in jobs:
             for _ in range(2 if runtime.cuda else 1):  # the first compiles
                 runtime.synchronize()
@@ -4478,7 +4488,7 @@ class Run:
             self.log("diagnostics " + " ".join(f"{k}:{x:.4g}" for k, x in diagnostics.items()))
         sizes, path, calibration = self.write_model(), self.folder.path / "model.jepa", None
         trainer.model.load_state_dict(whole_tensors(read_artifact(path)[1], path))
-        if self.unseen_position() is not None and c.temp_scaling and not c.temp_calib:
+        if self.calibrates and self.unseen_position() is not None:
             try:
                 calibration = runtime.main_first(lambda: self.next_tokens(CALIBRATION))
             except UserError as error:
