@@ -3,6 +3,8 @@ import dataclasses
 import io
 import json
 import os
+import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -311,6 +313,33 @@ def train_model(path, **options) -> str:
                                              num_threads=1, **options)
     path.write_bytes(buffer.getvalue())
     return str(path)
+
+
+def test_damaged_tokenizers_are_refused_in_one_printable_line_or_read(tmp_path):
+    """FUZZ_COUNT files with flips, cuts, insertions, other spans; each in a fork, for the library is C++."""
+    data = Path(train_model(tmp_path / "m", model_type="bpe", vocab_size=400, byte_fallback=True)).read_bytes()
+    rng, path, count = random.Random(0), tmp_path / "damaged.model", int(os.environ.get("FUZZ_COUNT", 200))
+    for _ in range(count):
+        body, at = bytearray(data), rng.randrange(len(data))
+        span, way = slice(at, at + rng.randrange(1, 60)), rng.randrange(5)
+        if way == 0:
+            for _ in range(rng.choice((1, 8, 50))):
+                body[rng.randrange(len(body))] ^= 1 << rng.randrange(8)
+        else:
+            body[span if way < 4 else slice(at, None)] = (
+                b"", rng.randbytes(20), data[:rng.randrange(40)], rng.choice((b"\0", b"\xff")) * 30, b"")[way]
+        path.write_bytes(body)
+        pid = os.fork()
+        if pid == 0:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            try:
+                bpe_vocabulary(str(path), 400)
+            except UserError as error:
+                os._exit(0 if str(error).isprintable() and len(str(error)) < len(str(path)) + 250 else 3)
+            except BaseException:
+                os._exit(4)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, body[:200]
 
 
 @pytest.mark.parametrize("options", [
