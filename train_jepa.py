@@ -312,14 +312,14 @@ class Config:
                            "free eval")
     attention_overlap: int = knob(1024, "earlier tokens that attention re-reads (EVAL_STATE=carry)",
                                   "free result eval")
-    eval_adapt: bool = knob( False, "1 = test-time training: score a chunk, train on it, go on",
+    eval_adapt: bool = knob(False, "1 = test-time training: score a chunk, train on it, go on",
                             "free eval")
     adapt_steps: int = knob(1, "SGD steps per chunk of EVAL_ADAPT", "free result eval", low=1)
     adapt_lr: float = knob(0.002, "LR of EVAL_ADAPT at the first chunk; cosine to 0 at the last",
                            "free result eval")
     adapt_chunk_tokens: int = knob(32_768, "tokens per chunk of EVAL_ADAPT",
                                    "free result eval", low=1)
-    adapt_params: str = knob( "all", "what EVAL_ADAPT trains: all, or matrices, embedding, scalars",
+    adapt_params: str = knob("all", "what EVAL_ADAPT trains: all, or matrices, embedding, scalars",
                              "free result eval")
     adapt_clip: float = knob(1.0, "maximum gradient norm of EVAL_ADAPT (0 = off)",
                              "free result eval")
@@ -2744,6 +2744,19 @@ def round_compensated(w: Tensor, grid: RowGrid, moments: Tensor) -> tuple[dict[s
     return {"q": best, "s": plain["s"]}, float(share)
 
 
+def compensated_arrays(tensors: dict[str, tuple[Tensor, Grid]], moments: dict[str, Tensor]
+                       ) -> tuple[dict[str, dict[str, Tensor]], list[float]]:
+    """`round_compensated` for the INT matrices of `artifact_tensors` whose layer has moments: the
+    file's arrays by name, and each one's share of plain rounding's error."""
+    arrays, shares = {}, []
+    for name, (w, grid) in tensors.items():
+        layer = name.partition("[")[0].removesuffix(".weight")
+        if isinstance(grid, RowGrid) and layer in moments:
+            arrays[name], share = round_compensated(w, grid, moments[layer])
+            shares.append(share)
+    return arrays, shares
+
+
 # ------------------------------------------------------------------------------
 # optimizers: each parameter in one group; Muon for matrices, AdamW for the rest
 # ------------------------------------------------------------------------------
@@ -3486,7 +3499,7 @@ class Checkpoints:
         self.writing = self.writer.submit(self.write, step, meta, snapshot)
 
     def write(self, step: int, meta: dict, tensors: dict[str, Tensor]) -> None:
-        try:
+        with file_errors(self.folder, f"no checkpoint of step {step}"):
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in self.folder.glob(".step_*.tmp"):  # by a writer that was killed
                 left.unlink()
@@ -3494,9 +3507,6 @@ class Checkpoints:
             by_age = sorted(self.paths(), key=lambda path: path.stat().st_mtime_ns, reverse=True)
             for old in by_age[self.keep:]:  # by step, a damaged newer one would outlive this one
                 old.unlink()
-        except OSError as error:
-            raise UserError(f"{self.folder}: no checkpoint of step {step} "
-                            f"({error.strerror or error})") from error
 
     def wait(self) -> None:
         """Until the last write is on disk; raises its error."""
@@ -4570,15 +4580,11 @@ class Run:
 
     def compensate(self, tensors: dict[str, tuple[Tensor, Grid]]) -> dict[str, dict[str, Tensor]]:
         """Arrays of the INT matrices, rounded by their effect on the layer's output."""
-        tokens, started, arrays, shares = self.config.rounding_tokens, now(), {}, []
+        tokens, started = self.config.rounding_tokens, now()
         moments = self.layer_moments(tokens)
         self.runtime.synchronize()
         self.moments_seconds = now() - started
-        for name, (w, grid) in tensors.items():
-            layer = name.partition("[")[0].removesuffix(".weight")
-            if isinstance(grid, RowGrid) and layer in moments:
-                arrays[name], share = round_compensated(w, grid, moments[layer])
-                shares.append(share)
+        arrays, shares = compensated_arrays(tensors, moments)
         self.trainer.weights.load("average")
         self.log(f"rounding: {len(arrays)} matrices compensated on {tokens:,} training tokens in "
                  f"{now() - started:.1f}s; output error x{np.median(shares or [1]):.3f} of plain "

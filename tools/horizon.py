@@ -131,6 +131,7 @@ def store(path: Path, runtime: jepa.Runtime) -> None:
     train = jepa.TokenStream(jepa.find_shards(str(DATASETS / "horizon_bytes"), "train"), config.vocab_size)
     rows = jepa.calibration_tokens(train, 0, config.train_seq_len)[:-1].view(-1, config.train_seq_len)
     moments = jepa.input_moments(model, rows.split(8), lambda x: model(x, torch.float32))
+    evaluators = {text: evaluator_of(model, config, text, runtime) for text in ("val", "alice")}
     for grid in ("none", *QUANT_GRIDS):
         c = dataclasses.replace(config, storage="intn", mlp_grid=grid, proj_grid=grid, dt_grid="", embed_grid="")
         plan = jepa.storage_plan(model, c) if grid != "none" else {}
@@ -138,8 +139,7 @@ def store(path: Path, runtime: jepa.Runtime) -> None:
         for rounding in ("nearest", "compensated") if plan else ("none",):
             given, line = {}, dict(run=path.parents[1].name, step=step, grid=grid, rounding=rounding)
             if rounding == "compensated":
-                given = {name: jepa.round_compensated(w, g, moments[layer])[0] for name, (w, g) in tensors.items()
-                         if isinstance(g, jepa.RowGrid) and (layer := name.removesuffix(".weight")) in moments}
+                given = jepa.compensated_arrays(tensors, moments)[0]
             stored = masters
             if plan:
                 artifact = path.with_suffix(".jepa")
@@ -148,7 +148,7 @@ def store(path: Path, runtime: jepa.Runtime) -> None:
                 artifact.unlink()
             for name, parameter in model.named_parameters():
                 parameter.copy_(stored[name])
-            line |= {text: evaluator_of(model, c, text, runtime).standard()[0].bpb for text in ("val", "alice")}
+            line |= {text: evaluator.standard()[0].bpb for text, evaluator in evaluators.items()}
             with open(out, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             print(json.dumps(line), flush=True)
