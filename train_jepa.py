@@ -603,9 +603,10 @@ class Runtime(contextlib.AbstractContextManager):
             dist.all_reduce(tensor, group=self.control)
         return tensor
 
-    def sum_(self, tensor: Tensor, wait: bool = True):
-        """Sum over ranks, in place; wait=False returns the pending work (None on one rank)."""
-        return None if self.world == 1 else dist.all_reduce(tensor, async_op=not wait)
+    def sum_(self, tensor: Tensor) -> None:
+        """Sum over ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
 
     def gather(self, part: Tensor) -> tuple[Tensor, Any]:
         """All ranks' (n, ...) as (W*n, ...) and the pending work (None on one rank)."""
@@ -659,6 +660,15 @@ class Runtime(contextlib.AbstractContextManager):
             facts |= dict(cuda=torch.version.cuda) | {
                 name: package_version(name) for name in ("triton", "mamba_ssm")}
         return facts
+
+
+def compiled(function: Callable, mode: str) -> Callable:
+    """torch.compile as one graph with static shapes, or the function itself."""
+    if mode == "off":
+        return function
+    torch._dynamo.config.recompile_limit = 64  # one graph per combination of terms
+    how = dict(backend="aot_eager") if mode == "aot_eager" else dict(mode=mode)
+    return torch.compile(function, fullgraph=True, dynamic=False, **how)
 
 
 class Heartbeat(threading.Thread):
@@ -1099,26 +1109,82 @@ def ssd_position(x, dt, A, B, C, D, *, chunk: int, initial_state: Tensor) -> tup
     return y.to(x.dtype), state[:, 0]
 
 
+class EagerConv(torch.autograd.Function):
+    """bias + sum_k weight[:, k] x[t + k] of x (B,T+K-1,C), weight (C,K), with the gradients summed
+    in place: where nothing fuses them, autograd's zeros and copies cost half as much again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return shifted_sums(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        dx, taps = torch.zeros_like(x), weight.T.contiguous()
+        dtaps = torch.zeros_like(taps)
+        for inputs, upstream, total in zip(x, grad, dx):  # one sequence stays in a CPU's cache
+            for k, tap in enumerate(taps):
+                part = slice(k, k + len(upstream))
+                total[part].addcmul_(upstream, tap)
+                dtaps[k] += (upstream * inputs[part]).sum(0)
+        return dx, dtaps.T, grad.sum((0, 1))
+
+
+def shifted_sums(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """bias + sum_k weight[:, k] x[t + k] of x (B,T+K-1,C), weight (C,K)."""
+    out, length = bias, x.size(1) - weight.size(1) + 1
+    for k, tap in enumerate(weight.T):
+        out = torch.addcmul(out, x[:, k:k + length], tap)
+    return out
+
+
 def causal_conv_silu(u: Tensor, weight: Tensor, bias: Tensor, *,
                      initial: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """SiLU of the depthwise causal convolution of u (B,T,C) by weight (C,1,K), plus bias (C,).
     initial: the K-1 inputs before the first, else zeros. Returns (B,T,C), the last K-1 inputs."""
-    size, length = weight.size(-1), u.size(1)
-    padded, out = F.pad(u, (0, 0, size - 1, 0)), bias.to(u.dtype)
+    padded = F.pad(u, (0, 0, weight.size(-1) - 1, 0))
     if initial is not None:
         padded = torch.cat((initial.to(u.dtype), u), dim=1)
-    for k in range(size):
-        out = out + padded[:, k:k + length] * weight[:, 0, k].to(u.dtype)
-    return F.silu(out), padded[:, length:].clone()  # a view would keep all inputs in memory
+    convolve = shifted_sums if u.is_cuda else EagerConv.apply
+    out = convolve(padded, weight[:, 0].to(u.dtype), bias.to(u.dtype))
+    return F.silu(out), padded[:, u.size(1):].clone()  # a view would keep all inputs in memory
 
 
-def mamba_mix(wide: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A: Tensor,
+class EagerNorm(torch.autograd.Function):
+    """x / sqrt(mean x^2 + eps) in five passes over the gradient; autograd makes nine of F.rms_norm,
+    which on a CPU nothing fuses: 1.7 times as long."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, eps: float) -> Tensor:
+        power = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.size(-1)
+        scale = (power + eps).rsqrt()
+        y = x * scale
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        y, scale = ctx.saved_tensors
+        inward = (grad * y).mean(-1, keepdim=True)
+        return torch.addcmul(grad, y, inward, value=-1) * scale, None
+
+
+def rms_norm(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
+    """x / sqrt(mean x^2 + eps), over the last dimension (https://arxiv.org/abs/1910.07467)."""
+    if x.is_cuda or x.dtype == torch.bfloat16:  # bf16: the mean needs fp32
+        return F.rms_norm(x, (x.size(-1),), weight, eps)
+    return EagerNorm.apply(x, eps) if weight is None else EagerNorm.apply(x, eps) * weight
+
+
+def mamba_mix(wide: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A_log: Tensor,
               D: Tensor, norm_weight: Tensor, *, chunk: int = 64, state: tuple | None = None,
               ssd: Callable = ssd_chunked) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """What lies between Mamba-2's projections: convolution, scan, gate, RMSNorm with gain.
     wide (B,T,W): z, x, B, C, dt, perhaps padding. state: the convolution's last K-1 inputs
     (B,K-1,C), the scan's state (B,H,P,N); None: zeros. Returns (B,T,H*P), and the new state."""
-    sizes = inner, channels, heads = len(norm_weight), len(conv_bias), len(A)
+    sizes = inner, channels, heads = len(norm_weight), len(conv_bias), len(A_log)
+    A = -A_log.exp()
     z, xBC, dt, _ = wide.split((*sizes, wide.size(-1) - sum(sizes)), dim=-1)
     conv_state, ssm_state = state or (None, None)
     xBC, conv_state = causal_conv_silu(xBC, conv_weight, conv_bias, initial=conv_state)
@@ -1126,7 +1192,7 @@ def mamba_mix(wide: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Ten
     y, ssm_state = ssd(x.unflatten(-1, (heads, -1)), F.softplus(dt.float() + dt_bias), A, B, C, D,
                        chunk=chunk, initial_state=ssm_state)
     gated = y.flatten(2).float() * F.silu(z.float())
-    return F.rms_norm(gated, (inner,), norm_weight, GATE_EPS).to(y.dtype), (conv_state, ssm_state)
+    return rms_norm(gated, GATE_EPS, norm_weight).to(y.dtype), (conv_state, ssm_state)
 
 
 # ------------------------------------------------------------------------------
@@ -1542,7 +1608,7 @@ def load_dt(raw, bias, ok):
 
 
 @jit
-def ssd_scan(x, v, raw, bias, A, D, first, y, states, last, T, W: tl.constexpr, H: tl.constexpr,
+def ssd_scan(x, v, raw, bias, A_log, D, first, y, states, last, T, W: tl.constexpr, H: tl.constexpr,
              P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BACK: tl.constexpr):
     """One program per (head, sequence) walks the chunks: y from x, which is v, with left = C and
     right = B; the state with which each chunk begins goes to `states`.
@@ -1562,7 +1628,8 @@ def ssd_scan(x, v, raw, bias, A, D, first, y, states, last, T, W: tl.constexpr, 
     left, right = (B, B + N) if BACK else (B + N, B)
     tile = (b * H + h) * chunks * N * P + n[:, None] * P + p[None, :]
     cell = (b * H + h) * P * N + p[None, :] * N + n[:, None]  # (N, P) view of a (P, N) state
-    rate, shift = tl.load(A + h) * 1.4426950408889634, tl.load(bias + h)  # log2(e): decays by exp2
+    shift = tl.load(bias + h)
+    rate = -tl.exp(tl.load(A_log + h)) * 1.4426950408889634  # log2(e): decays by exp2
     skip = tl.load(D + h).to(tl.float32)
     state = tl.load(first + cell) if first is not None else tl.zeros((N, P), tl.float32)
     c = (chunks - 1) * Q if BACK else 0
@@ -1594,7 +1661,7 @@ def ssd_scan(x, v, raw, bias, A, D, first, y, states, last, T, W: tl.constexpr, 
 
 
 @jit
-def ssd_bwd_bc(v, dy, raw, bias, A, states, dstates, draw, dv, part, T, W: tl.constexpr,
+def ssd_bwd_bc(v, dy, raw, bias, A_log, states, dstates, draw, dv, part, T, W: tl.constexpr,
                H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr):
     """One program per (chunk, sequence) sums dB and dC over the heads in registers.
 
@@ -1620,7 +1687,7 @@ def ssd_bwd_bc(v, dy, raw, bias, A, states, dstates, draw, dv, part, T, W: tl.co
     for h in range(H):
         xs = tl.load(v + x_at + h * P, mask=live, other=0.0)
         g = tl.load(dy + h * P, mask=live, other=0.0)
-        rate = tl.load(A + h)
+        rate = -tl.exp(tl.load(A_log + h))
         x, step = load_dt(raw + h, tl.load(bias + h), ok)
         logs = step * (rate * 1.4426950408889634)
         cs, total = tl.cumsum(logs, 0), tl.sum(logs, 0)
@@ -1643,7 +1710,7 @@ def ssd_bwd_bc(v, dy, raw, bias, A, states, dstates, draw, dv, part, T, W: tl.co
         da = tl.cumsum(inside + q, 0, reverse=True) + tl.cumsum(r * step, 0) - r * step + through
         dx = tl.where(ok, (rate * da + column + r) * tl.sigmoid(x), 0.0)
         tl.store(draw + h, dx.to(dtype), mask=ok)
-        tl.store(part + h, tl.sum(step * da, 0))
+        tl.store(part + h, tl.sum(step * da, 0) * rate)
         tl.store(part + H + h, dD)
         tl.store(part + 2 * H + h, tl.sum(dx, 0))
     acc = acc.to(dtype)
@@ -1693,20 +1760,20 @@ def gate_norm_bwd(y, z, weight, dout, dy, dz, part, rows, W, n, eps,
     tl.store(part + tl.program_id(0) * n + col, total, mask=col < n)
 
 
-def _mix_outputs(wide, conv_weight, conv_bias, dt_bias, A, D, gain, conv_state, ssm_state,
+def _mix_outputs(wide, conv_weight, conv_bias, dt_bias, A_log, D, gain, conv_state, ssm_state,
                  chunk, save):
     """Result, final state; for the backward pass v, the scan's output, states at chunk starts."""
-    (b, T, _), inner, channels, H = wide.shape, len(gain), len(conv_bias), len(A)
+    (b, T, _), inner, channels, H = wide.shape, len(gain), len(conv_bias), len(A_log)
     P, N, new = inner // H, (channels - inner) // 2, wide.new_empty
     states = new((b, H, (T + chunk - 1) // chunk, N, P) if save else 0)
     final = new(b, H, P, N, dtype=torch.float32)
     return new(b, T, inner), final, new(b, T, channels), new(b, T, inner), states
 
 
-def _mix_options(wide, conv_weight, A, gain, chunk):
+def _mix_options(wide, conv_weight, A_log, gain, chunk):
     """Grid of the convolution, and what the launches of both passes share: its arguments, those of
     the scan and those of the gate."""
-    (b, T, W), inner, channels, H = wide.shape, len(gain), len(conv_weight), len(A)
+    (b, T, W), inner, channels, H = wide.shape, len(gain), len(conv_weight), len(A_log)
     grid = triton.cdiv(channels, 128), triton.cdiv(T, 64), b
     conv = dict(T=T, C=channels, W=W, K=conv_weight.size(-1), S=64, BC=128, num_warps=2)
     scan = dict(T=T, W=W, H=H, P=inner // H, N=(channels - inner) // 2, Q=chunk)
@@ -1716,23 +1783,24 @@ def _mix_options(wide, conv_weight, A, gain, chunk):
 
 def _launch_mix(out, final, v, y, states, *inputs):
     *inputs, chunk, save = inputs
-    wide, conv_weight, conv_bias, dt_bias, A, D, gain, conv_state, ssm_state = contiguous(*inputs)
-    grid, conv, scan, gate = _mix_options(wide, conv_weight, A, gain, chunk)
+    (wide, conv_weight, conv_bias, dt_bias, A_log, D, gain, conv_state,
+     ssm_state) = contiguous(*inputs)
+    grid, conv, scan, gate = _mix_options(wide, conv_weight, A_log, gain, chunk)
     xBC, raw = wide[..., len(gain):], wide[..., len(gain) + len(conv_bias):]
     conv_fwd[grid](xBC, conv_weight, conv_bias, conv_state, v, **conv)
-    ssd_scan[len(A), len(wide)](
-        v, v, raw, dt_bias, A, D, ssm_state, y, states if save else None, final, **scan,
+    ssd_scan[len(A_log), len(wide)](
+        v, v, raw, dt_bias, A_log, D, ssm_state, y, states if save else None, final, **scan,
         BACK=False, num_warps=4, num_stages=3)
     gate_norm[(triton.cdiv(gate["rows"], 8),)](y, wide, gain, out, **gate, R=8)
 
 
-def _launch_mix_backward(dwide, dconv_weight, dconv_bias, ddt_bias, dA, dD, dgain, dconv_state,
+def _launch_mix_backward(dwide, dconv_weight, dconv_bias, ddt_bias, dA_log, dD, dgain, dconv_state,
                          dssm_state, dout, dfinal, *inputs):
     *inputs, v, y, states, chunk, _ = inputs
     dout = torch.zeros_like(y) if dout is None else dout
-    (dout, dfinal, wide, conv_weight, conv_bias, dt_bias, A, D, gain, conv_state,
+    (dout, dfinal, wide, conv_weight, conv_bias, dt_bias, A_log, D, gain, conv_state,
      ssm_state) = contiguous(dout, dfinal, *inputs)
-    grid, conv, scan, gate = _mix_options(wide, conv_weight, A, gain, chunk)
+    grid, conv, scan, gate = _mix_options(wide, conv_weight, A_log, gain, chunk)
     xBC, raw = wide[..., len(gain):], wide[..., len(gain) + len(conv_bias):]
     dxBC, draw = dwide[..., len(gain):], dwide[..., len(gain) + len(conv_bias):]
     dy, dv, dstates = map(torch.empty_like, (y, v, states))
@@ -1740,23 +1808,23 @@ def _launch_mix_backward(dwide, dconv_weight, dconv_bias, ddt_bias, dA, dD, dgai
     part = new(triton.cdiv(gate["rows"], 64), len(gain))
     gate_norm_bwd[(len(part),)](y, wide, gain, dout, dy, dwide, part, **gate, R=64)
     torch.sum(part, 0, out=dgain)
-    ssd_scan[len(A), len(wide)](
-        dy, v, raw, dt_bias, A, D, dfinal, dv, dstates, dssm_state if dssm_state.numel() else None,
-        **scan, BACK=True, num_warps=4, num_stages=3)
-    part = new(len(wide), chunks, 3, len(A))
-    ssd_bwd_bc[chunks, len(wide)](v, dy, raw, dt_bias, A, states, dstates, draw, dv, part, **scan,
-                                  num_warps=8, num_stages=2)
-    draw[..., len(A):].zero_()  # padding
+    first = dssm_state if dssm_state.numel() else None
+    ssd_scan[len(A_log), len(wide)](dy, v, raw, dt_bias, A_log, D, dfinal, dv, dstates, first,
+                                    **scan, BACK=True, num_warps=4, num_stages=3)
+    part = new(len(wide), chunks, 3, len(A_log))
+    ssd_bwd_bc[chunks, len(wide)](v, dy, raw, dt_bias, A_log, states, dstates, draw, dv, part,
+                                  **scan, num_warps=8, num_stages=2)
+    draw[..., len(A_log):].zero_()  # padding
     taps = new(len(wide) * grid[1], conv["K"] + 1, len(conv_bias))
     conv_bwd[grid](xBC, conv_weight, conv_bias, conv_state, dv, dxBC, dconv_state, taps, **conv)
     taps = taps.sum(0)
     sums = *part.sum((0, 1)), taps[:-1].T.unsqueeze(1), taps[-1]
-    for gradient, total in zip((dA, dD, ddt_bias, dconv_weight, dconv_bias), sums):
+    for gradient, total in zip((dA_log, dD, ddt_bias, dconv_weight, dconv_bias), sums):
         gradient.copy_(total)
 
 
 _mix = custom_op(
-    "mamba_mix", "Tensor wide, Tensor conv_weight, Tensor conv_bias, Tensor dt_bias, Tensor A, "
+    "mamba_mix", "Tensor wide, Tensor conv_weight, Tensor conv_bias, Tensor dt_bias, Tensor A_log, "
     "Tensor D, Tensor gain, Tensor? conv_state, Tensor? ssm_state", "int chunk, bool save", 5,
     _mix_outputs, _launch_mix, _launch_mix_backward)
 
@@ -1884,8 +1952,8 @@ def check_table(c: Config, device: torch.device, dtype: torch.dtype) -> dict[str
         inner, channels = H * P, H * P + 2 * N
         wide, tail = make(dtype, (2, T, inner + channels + H + 5), (2, c.d_conv - 1, channels))
         weight, *rest = make(f32, (channels, 1, c.d_conv), channels, H, H, H, inner, (2, H, P, N))
-        bias, dt_bias, A, D, gain, state = rest
-        inputs = [wide, weight * 0.5, bias, dt_bias - 2, -A.abs() - 0.1, D, gain, tail, state]
+        bias, dt_bias, A_log, D, gain, state = rest
+        inputs = [wide, weight * 0.5, bias, dt_bias - 2, A_log, D, gain, tail, state]
         forms = (functools.partial(mix, form) for form in (mamba_mix_triton, mamba_mix))
         table["mixer"] = *forms, inputs
     return table
@@ -2014,11 +2082,6 @@ def named_roles(module: nn.Module, prefix: str = "") -> list[tuple[str, str, nn.
             for name, parameter in part.named_parameters(recurse=False)]
 
 
-def rms_norm(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
-    """x / sqrt(mean x^2 + eps), over the last dimension (https://arxiv.org/abs/1910.07467)."""
-    return F.rms_norm(x, (x.size(-1),), weight, eps)
-
-
 class Linear(nn.Module):
     """y = x W^T (+ b) with W (out, in) and torch's Linear init; W is cast to x's type at use."""
 
@@ -2077,7 +2140,7 @@ class Mamba2(nn.Module):
         mix = functools.partial(mamba_mix, ssd=ssd_position) if generates else self.kernels.mix
         pad = -len(self.in_proj.weight) % 8 if u.is_cuda else 0  # wide loads need aligned rows
         out, state = mix(self.in_proj(u, pad), self.conv1d.weight, self.conv1d.bias, self.dt_bias,
-                         -self.A_log.exp(), self.D, self.norm.weight, chunk=self.chunk, state=state)
+                         self.A_log, self.D, self.norm.weight, chunk=self.chunk, state=state)
         return self.out_proj.scaled(out, scale), state
 
 
@@ -2104,7 +2167,7 @@ class Attention(nn.Module):
         super().__init__()
         dim, heads, kv_heads = c.model_dim, c.num_heads, c.num_kv_heads
         self.width, self.base, self.eps = dim // heads, c.rope_base, c.norm_eps
-        self.grouped = kv_heads != heads
+        self.sizes, self.grouped = (heads, kv_heads), kv_heads != heads
         self.q_proj = Linear(dim, dim)
         self.k_proj = Linear(dim, kv_heads * self.width)
         self.v_proj = Linear(dim, kv_heads * self.width)
@@ -2115,18 +2178,23 @@ class Attention(nn.Module):
         self.register_buffer("table", table, persistent=False)
 
     def forward(self, u: Tensor, state=None, scale: Tensor | None = None) -> tuple[Tensor, State]:
-        q, k, v = [project(u).unflatten(-1, (-1, self.width))
-                   for project in (self.q_proj, self.k_proj, self.v_proj)]
-        q, k, mask, start = rms_norm(q, self.eps), rms_norm(k, self.eps), None, 0
+        (heads, kv), layers = self.sizes, (self.q_proj, self.k_proj, self.v_proj)
+        weight = torch.cat([layer.weight for layer in layers]).to(u.dtype)  # u is read once
+        qk, v = F.linear(u, weight).unflatten(-1, (-1, self.width)).split((heads + kv, kv), dim=2)
+        qk, mask, start = rms_norm(qk, self.eps), None, 0
+        k = qk[:, :, heads:]
         if state is not None:
             start = state[0].size(1)
             k, v = torch.cat((state[0], k), dim=1), torch.cat((state[1], v), dim=1)
-            mask = torch.ones(q.size(1), k.size(1), dtype=torch.bool, device=u.device).tril(start)
+            mask = torch.ones(u.size(1), k.size(1), dtype=torch.bool, device=u.device).tril(start)
         length, table = k.size(1), self.table[:, :k.size(1)]
         if length > table.size(1):
             table = rotary_table(length, self.width, self.base, u.device)
-        q = rotate(q, table[:, start:]) * self.q_gain.to(u.dtype)[:, None]
-        heads_first = (t.transpose(1, 2) for t in (q, rotate(k, table), v))
+        gain = torch.cat((self.q_gain, self.q_gain.new_ones(kv)))[:, None]
+        gain = gain.expand(*qk.shape[:3], 1)  # the gradient's first sums are then over one head
+        q, rotated = rotate(qk * gain, table[:, start:]).to(u.dtype).split(self.sizes, dim=2)
+        rotated = rotated if state is None else rotate(k, table)
+        heads_first = (t.transpose(1, 2) for t in (q, rotated, v))
         y = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=mask is None,
                                            enable_gqa=self.grouped)
         return self.out_proj.scaled(y.transpose(1, 2).flatten(2), scale), (k, v)
@@ -2207,6 +2275,18 @@ def check_mixers(c: Config) -> Iterator[str]:
 # model: embedding, U-Net, output head with its tie modes, JEPA head
 # ------------------------------------------------------------------------------
 
+class Kept(torch.autograd.Function):
+    """x as a tensor in memory; the compiler would look it up again wherever it is read."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.as_strided(x.size(), x.stride())
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad
+
+
 class LanguageModel(nn.Module):
     """Token ids to hidden states h, and h to logits; all that the artifact stores. A U-Net: the
     second half of the blocks adds the outputs of the first half, last in, first out."""
@@ -2246,8 +2326,10 @@ class LanguageModel(nn.Module):
 
     def embed(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """ids (B,T) -> x0 (B,T,D), RMS-normalized."""
-        x = F.embedding(ids, self.token_embed).to(dtype)
-        return rms_norm(x if self.embed_proj is None else self.embed_proj(x), FP32_EPS)
+        whole = ids.numel() > len(self.token_embed)  # then project the table, not each token
+        x = (self.token_embed if whole else F.embedding(ids, self.token_embed)).to(dtype)
+        x = rms_norm(x if self.embed_proj is None else self.embed_proj(x), FP32_EPS)
+        return Kept.apply(F.embedding(ids, x) if whole else x)  # all blocks read it
 
     def forward(self, ids: Tensor, dtype: torch.dtype, states=None) -> tuple[Tensor, list]:
         """ids (B,T), the blocks' states before (None: empty) -> h (B,T,D), states after."""
@@ -2307,27 +2389,45 @@ PROJECTORS = {"none": nn.Identity, "linear": Linear, "mlp": NormedMLP}  # by PRO
 
 
 class JepaHead(nn.Module):
-    """h to the latent z, and z to predictions of later latents; for training only, not stored."""
+    """h to the latent z, and z to predictions of later latents; for training only, not stored.
+
+    On CUDA a latent of linear projectors is extended by a 1 and, to align rows, seven zeros: each
+    bias is a column of a weight, and no pass over the activations sums its gradient."""
 
     def __init__(self, c: Config):
         super().__init__()
         projector, latent = PROJECTORS[c.projector_type], c.latent
         self.normed, self.eps = c.predictor_norm, c.norm_eps
-        self.projector = projector(c.model_dim, latent)
+        self.projector, self.latent = projector(c.model_dim, latent), latent
         if c.jepa_on:
             hidden = c.predictor_hidden_mult * latent
             self.fc = Linear(latent, hidden, bias=not self.normed)
             self.out = Linear(hidden, latent, bias=not self.normed, zero=True)
             self.pred_proj = projector(latent, latent)
+        self.extends = c.jepa_on and not self.normed and c.projector_type == "linear"
 
-    def project(self, h: Tensor) -> Tensor:
-        """h (...,D) -> z (...,L)."""
-        return self.projector(h)
+    def project(self, h: Tensor, extend: bool = False) -> Tensor:
+        """h (...,D) -> z (...,L), extended (...,L+8)."""
+        if not (extend and self.extends):
+            return self.projector(h)
+        one = F.pad(h.new_ones(1), (self.latent, 7))
+        return F.linear(h, F.pad(self.projector.weight.to(h.dtype), (0, 0, 0, 8)), one)
 
     def predict(self, z: Tensor) -> Tensor:
-        """z (...,L) -> predictions (...,L) of the latents one position later."""
-        x = rms_norm(z, self.eps) if self.normed else z
-        return self.pred_proj(self.out(F.gelu(self.fc(x))))
+        """z (...,L or L+8) -> predictions of the latents one position later, of the same width."""
+        fc, out, last, dtype = self.fc, self.out, self.pred_proj, z.dtype
+        if z.size(-1) > self.latent:
+            extended = lambda layer: torch.cat((layer.weight, layer.bias[:, None]), 1).to(dtype)
+            hidden = F.pad(F.gelu(F.linear(z, F.pad(extended(fc), (0, 7)))), (0, 1), value=1.0)
+            weight = F.pad(last.weight.to(dtype) @ extended(out), (0, 7, 0, 8))
+            one = F.pad(z.new_ones(1, 1), (out.weight.size(1), 7, self.latent, 7))
+            return F.linear(F.pad(hidden, (0, 7)), weight + one)
+        hidden = F.gelu(fc(rms_norm(z, self.eps) if self.normed else z))
+        if not isinstance(last, Linear):
+            return last(out(hidden))
+        weight = last.weight.to(dtype)  # both layers as one
+        bias = None if out.bias is None else weight @ out.bias.to(dtype)
+        return F.linear(hidden, weight @ out.weight.to(dtype), bias)
 
 
 # ------------------------------------------------------------------------------
@@ -2354,6 +2454,25 @@ def sigreg_null(samples: int, knots: int = 17) -> float:
     return float((weights * (1 - target * target)).sum()) / samples
 
 
+class Picked(torch.autograd.Function):
+    """z[:, positions] of z (B,T,L). The gradient is looked up by position: adding it to zeros would
+    write and read a tensor as large as z."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor, positions: Tensor) -> Tensor:
+        ctx.save_for_backward(positions)
+        ctx.length = z.size(1)
+        return z[:, positions]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        positions, = ctx.saved_tensors
+        same = (positions[:, None] == positions).to(grad.dtype)  # a position may come twice
+        place = torch.full((ctx.length,), len(positions), device=grad.device)
+        place[positions] = torch.arange(len(positions), device=grad.device)
+        return F.pad(same @ grad, (0, 0, 0, 1))[:, place], None
+
+
 def sigreg(z: Tensor, directions: Tensor, knots: int = 17, axis: str = "batch") -> Tensor:
     """Distance of latents z (B,S,L) from an isotropic Gaussian along unit directions (M,L), by the
     characteristic function over `axis` (SIGReg, eq. 7, https://arxiv.org/abs/2511.08544)."""
@@ -2368,21 +2487,23 @@ def covariance_term(z: Tensor) -> Tensor:
     """System B's anti-collapse term over all positions of z (..., L), as in VICReg
     (https://arxiv.org/abs/2105.04906): mean relu(1 - std) + 0.04 * squared covariances / L."""
     flat = z.float().flatten(0, -2)
-    flat = flat - flat.mean(0)
-    variance = flat.square().sum(0) / (len(flat) - 1)
-    covariance = flat.T @ flat / (len(flat) - 1)
-    off_diagonal = covariance.square().sum() - covariance.diagonal().square().sum()
+    flat = flat - flat.mean(0).detach()  # no gradient: the rows of flat sum to 0
+    product = flat.T @ flat.detach()
+    product = product + product.T - product.detach()  # one product in the backward pass, not two
+    covariance = product / (len(flat) - 1)
+    variance = covariance.diagonal()
+    off_diagonal = covariance.square().sum() - variance.square().sum()
     return F.relu(1 - (variance + 1e-8).sqrt()).mean() + 0.04 * off_diagonal / z.size(-1)
 
 
 def rollout(jepa: JepaHead, z: Tensor, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(prediction, target) per horizon k = 1..steps: prediction k is made from prediction k-1 (at
-    first from z (B,T,L)); its target is z shifted by k."""
-    prediction, targets = z, [z[:, k:] for k in range(1, steps + 1)]
-    for target in targets:  # on CUDA all rows are predicted: the products would copy slices
-        length = target.size(1)
+    first from z, perhaps extended); its target is z (B,T,L) shifted by k."""
+    prediction, width = z, jepa.latent
+    for target in [z[:, k:, :width] for k in range(1, steps + 1)]:
+        length = target.size(1)  # on CUDA all rows are predicted: the products would copy slices
         prediction = jepa.predict(prediction if z.is_cuda else prediction[:, :length])
-        yield prediction[:, :length], target
+        yield prediction[:, :length, :width], target
 
 
 def jepa_loss(jepa: JepaHead, z: Tensor, steps: int, detach: bool) -> Tensor:
@@ -2402,11 +2523,13 @@ def loss_terms(c: Config, model: LanguageModel, jepa: JepaHead | None, h: Tensor
             model.features(h).flatten(0, 1), model.head(), model.vocab_bias, targets.flatten(),
             softcap=c.logit_softcap, softcap_type=c.softcap_type, z_loss=c.z_loss)
     if any(active[1:]):
-        z = jepa.project(h)
+        z = jepa.project(h, extend=active.jepa and h.is_cuda)
     if active.jepa:
         terms["jepa"] = jepa_loss(jepa, z, c.jepa_steps, c.detach_targets)
+        z = z[..., :jepa.latent]
     if active.anti and c.anticollapse == "sigreg":
-        terms["anti"] = sigreg(z[:, positions], directions, c.sigreg_knots, c.sigreg_axis)
+        picked = Picked.apply(z, positions)
+        terms["anti"] = sigreg(picked, directions, c.sigreg_knots, c.sigreg_axis)
     elif active.anti:
         terms["anti"] = covariance_term(z)
     if active.cov:
@@ -2786,29 +2909,25 @@ class Group:
 
     master: fp32 truth, touched by the optimizer alone. compute: what forward and backward see, in
     its own type, rewritten from the masters before each step (on the storage grid under QAT), so
-    nothing has to be restored. grad: fp32 sum over micro-batches and ranks. raw: what autograd
-    adds to (grad itself where types agree). state: what the optimizer keeps, by its names."""
+    nothing has to be restored. grad: fp32 sum over micro-batches and ranks, a view of
+    Weights.grad. state: what the optimizer keeps, by its names."""
     names: list[str]
     owner: str              # matrix, embed, head, scalar, state
     grid: str               # how the tensors are stored ("" = not stored)
     master: Tensor
     compute: Tensor
     grad: Tensor
-    raw: Tensor
     average: Tensor | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
     touched: bool = False   # whether autograd reached it in this step
-    waiting: int = 0        # parameters without a gradient yet in this micro-batch
 
     def stack(self, which: str) -> Tensor:
         """master, compute or average; the master as long as there is no average."""
         return self.master if getattr(self, which) is None else getattr(self, which)
 
-    def collect(self) -> None:
-        """Add what autograd left in `raw` to the fp32 sum."""
-        if self.raw is not self.grad:
-            self.grad.add_(self.raw)
-            self.raw.zero_()
+    def touch(self, _: nn.Parameter) -> None:
+        """Called when autograd has added a gradient."""
+        self.touched = True
 
 
 def owner_of(role: str, c: Config) -> str:
@@ -2848,13 +2967,17 @@ def fused_snaps(groups: list[Group]) -> list[FusedSnap]:
     return [FusedSnap(items) for items in jobs.values()]
 
 
+COMPUTE_OWNERS = "matrix", "embed", "head"  # their weights have the compute type, others fp32
+
+
 class Weights:
-    """All parameters of the modules in groups; each belongs to exactly one, which is checked."""
+    """All parameters of the modules in groups; each belongs to exactly one, which is checked. One
+    buffer holds all gradients (grad, fp32): one sum over ranks, one norm, one clip. Autograd adds
+    those of COMPUTE_OWNERS, which come first, to `raw` in the compute type."""
 
     def __init__(self, stored: nn.Module, extra: nn.Module | None, plan: dict[str, str],
                  config: Config, runtime: Runtime):
-        self.runtime, self.last_micro = runtime, False
-        self.sums: list[Any] = []  # pending, over ranks
+        self.runtime, device, narrow = runtime, runtime.device, runtime.dtype != torch.float32
         members: dict[tuple, dict[str, nn.Parameter]] = {}  # by what a group has in common
         everything = named_roles(stored) + (named_roles(extra, "jepa.") if extra else [])
         for name, role, parameter in everything:
@@ -2862,54 +2985,42 @@ class Weights:
             members.setdefault(key, {})[name] = parameter
         unique = {id(parameter) for *_, parameter in everything}
         assert len(unique) == len(everything), "a parameter without exactly one owner"
+        keys = sorted(members, key=lambda key: key[0] not in COMPUTE_OWNERS)
+        sizes = [len(members[key]) * key[2].numel() for key in keys]
+        ends = [0, *itertools.accumulate(-(-size // 64) * 64 for size in sizes)]  # 64: aligned
+        self.grad = torch.zeros(ends[-1], device=device)
+        self.raw = self.grad[:ends[sum(key[0] in COMPUTE_OWNERS for key in keys)]]
+        if narrow:
+            self.raw = torch.zeros_like(self.raw, dtype=runtime.dtype)
         self.groups: list[Group] = []
-        for (owner, grid, _), named in members.items():
+        for (owner, grid, shape), start, size in zip(keys, ends, sizes):
+            named = members[owner, grid, shape]
+            grad, raw = (flat[start:start + size].view(len(named), *shape) for flat in (
+                self.grad, self.raw if owner in COMPUTE_OWNERS else self.grad))
             master = torch.stack([parameter.detach().float() for parameter in named.values()])
-            master = master.to(runtime.device)
-            dtype = runtime.dtype if owner in ("matrix", "embed", "head") else torch.float32
-            compute, grad = master.to(dtype, copy=True), torch.zeros_like(master)
-            raw = grad if dtype == torch.float32 else torch.zeros_like(compute)
-            group = Group(list(named), owner, grid, master, compute, grad, raw)
-            arrived = functools.partial(self._arrived, group)
+            master = master.to(device)
+            compute = master.to(raw.dtype, copy=True)
+            group = Group(list(named), owner, grid, master, compute, grad)
             for index, parameter in enumerate(named.values()):
                 parameter.data, parameter.grad = compute[index], raw[index]
-                parameter.register_post_accumulate_grad_hook(arrived)
+                parameter.register_post_accumulate_grad_hook(group.touch)
             self.groups.append(group)
         self.fused_snap = fused_snaps(self.groups) if runtime.cuda else []
 
-    def _arrived(self, group: Group, _: nn.Parameter) -> None:
-        """Autograd has added a gradient; after the group's last one, its sum over ranks starts."""
-        group.touched = True
-        group.waiting -= 1
-        if self.last_micro and group.waiting == 0:
-            self._send(group)
-
-    def _send(self, group: Group) -> None:
-        group.collect()
-        self.sums.append(self.runtime.sum_(group.grad, wait=False))
-
-    def begin_micro(self, last: bool) -> None:
-        """Before a backward pass; the step's last one starts the sums over ranks."""
-        self.last_micro = last
-        for group in self.groups:
-            if group.touched:
-                group.collect()
-            group.waiting = len(group.names)
+    def collect(self) -> None:
+        """After a backward pass: add to `grad` what autograd left in `raw`."""
+        if self.raw.dtype != torch.float32:
+            self.grad[:len(self.raw)].add_(self.raw)
+            self.raw.zero_()
 
     def finish_gradients(self) -> None:
-        """After the last backward pass: send what has not been sent, wait for all sums."""
-        for group in self.groups:
-            if group.touched and group.waiting > 0:  # the loss left out some of its parameters
-                self._send(group)
-        for work in filter(None, self.sums):
-            work.wait()
-        self.sums.clear()
+        """After the step's last backward pass: sum the gradients over ranks."""
+        self.runtime.sum_(self.grad)
 
     def zero_grad(self) -> None:
+        self.grad.zero_()
         for group in self.groups:
-            if group.touched:
-                group.grad.zero_()
-                group.touched = False
+            group.touched = False
 
     @torch.no_grad()
     def load(self, which: str = "master", qat: bool = False) -> None:
@@ -2917,12 +3028,14 @@ class Weights:
         fused = self.fused_snap if qat and which == "master" else []
         for snap_all in fused:
             snap_all()
-        for group in self.groups:
-            if not (qat and group.grid):
-                group.compute.copy_(group.stack(which))
-            elif not fused:
-                for out, w, grid in grid_pairs(group.compute, group.stack(which), group.grid):
-                    snap(w, grid, out=out)
+        plain = [group for group in self.groups if not (qat and group.grid)]
+        if plain:
+            torch._foreach_copy_([group.compute for group in plain],
+                                 [group.stack(which) for group in plain])
+        for group in self.groups if qat and not fused else ():
+            pairs = grid_pairs(group.compute, group.stack(which), group.grid) if group.grid else ()
+            for out, w, grid in pairs:
+                snap(w, grid, out=out)
 
     def snap_fault(self) -> str:
         """What is wrong with the kernel, which must equal `snap` on the weights bit for bit and
@@ -2960,36 +3073,54 @@ class Weights:
 
 class Muon:
     """Orthogonalized Nesterov momentum (https://kellerjordan.github.io/posts/muon/) with decoupled
-    weight decay. Another optimizer for matrices is a class with the same `init` and `update`."""
+    weight decay. Another optimizer for matrices is a class with the same `init` and `update`.
+    Rates are 0-dim tensors, so that on CUDA both halves compile once."""
 
     def __init__(self, config: Config, runtime: Runtime):
+        mode = config.compile_mode if runtime.cuda else "off"
         self.config, self.runtime = config, runtime
+        self.directions = compiled(self._directions, mode)
+        self.descend = compiled(self._descend, mode)
 
     def init(self, group: Group) -> None:
         group.state["momentum"] = torch.zeros_like(group.master)
 
-    def update(self, groups: list[Group], scale: float, momentum: float, ok: Tensor) -> None:
-        """Update the masters at LR `scale`; where ok (0-dim) is 0, nothing changes. Each rank
-        orthogonalizes its share of a group; gathers overlap the next group."""
-        c, lr, gathered = self.config, self.config.matrix_lr * scale, []
-        for group in groups:
-            grad, buffer = torch.where(ok > 0, group.grad, 0.0), group.state["momentum"]
+    def _directions(self, grads: list[Tensor], buffers: list[Tensor], momentum: Tensor,
+                    ok: Tensor) -> list[Tensor]:
+        """Momentum, in place, and the orthogonalized directions of this rank's shares."""
+        directions, rank, world = [], self.runtime.rank, self.runtime.world
+        for grad, buffer in zip(grads, buffers):
+            grad = torch.where(ok > 0, grad, 0.0)
             buffer.mul_(1 - ok * (1 - momentum)).add_(grad)
-            count = -(-len(group.names) // self.runtime.world)
-            share = slice(self.runtime.rank * count, (self.runtime.rank + 1) * count)
-            update = grad[share].add(buffer[share], alpha=momentum)
+            count = -(-len(grad) // world)
+            share = slice(rank * count, (rank + 1) * count)
+            update = torch.addcmul(grad[share], buffer[share], momentum)
             if missing := count - len(update):  # the last ranks may have fewer, or none
                 update = F.pad(update, (0, 0, 0, 0, 0, missing))
-            if c.row_norm:
+            if self.config.row_norm:
                 update = rms_norm(update, FP32_EPS)
-            gathered.append(self.runtime.gather(orthogonalize(update, c.muon_backend_steps)))
-        for group, (update, work) in zip(groups, gathered):
-            if work is not None:
-                work.wait()
-            rows, columns = group.master.shape[-2:]
-            group.master.mul_(1 - lr * c.muon_wd * ok)
+            directions.append(orthogonalize(update, self.config.muon_backend_steps))
+        return directions
+
+    def _descend(self, masters: list[Tensor], directions: list[Tensor], lr: Tensor,
+                 ok: Tensor) -> None:
+        for master, direction in zip(masters, directions):
+            rows, columns = master.shape[-2:]
             factor = -lr * max(1, rows / columns) ** 0.5 * ok
-            group.master.add_(update[:len(group.names)].float() * factor)
+            master.mul_(1 - lr * self.config.muon_wd * ok)
+            master.add_(direction[:len(master)].float() * factor)
+
+    def update(self, groups: list[Group], scale: float, momentum: float, ok: Tensor) -> None:
+        """Update the masters at LR `scale`; where ok (0-dim) is 0, nothing changes. Each rank
+        orthogonalizes its share of a group."""
+        rates = self.runtime.to_device(torch.tensor([self.config.matrix_lr * scale, momentum]))
+        buffers = [group.state["momentum"] for group in groups]
+        directions = self.directions([group.grad for group in groups], buffers, rates[1], ok)
+        gathered = [self.runtime.gather(direction) for direction in directions]
+        for work in filter(None, (work for _, work in gathered)):
+            work.wait()
+        self.descend([group.master for group in groups], [whole for whole, _ in gathered],
+                     rates[0], ok)
 
 
 class Optimizer:
@@ -3020,14 +3151,12 @@ class Optimizer:
     @torch.no_grad()
     def step(self, scale: float, momentum: float, clip: bool = True) -> tuple[Tensor, Tensor]:
         """Update the masters at LR `scale`; the gradient norm and whether it is finite (0-dim)."""
-        c, touched = self.config, [group for group in self.weights.groups if group.touched]
-        norm = torch.stack([group.grad.norm() for group in touched]).norm()
+        c, weights = self.config, self.weights
+        norm = torch.linalg.vector_norm(weights.grad, dtype=torch.float64).float()
         ok = torch.isfinite(norm).float()
         limit = c.grad_clip_norm if clip and c.grad_clip_norm else math.inf
-        factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-        for group in touched:
-            group.grad.mul_(factor)
-        matrices = [group for group in touched if group.owner == "matrix"]
+        weights.grad.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
+        matrices = [group for group in weights.groups if group.owner == "matrix" and group.touched]
         self.matrix.update(matrices, scale, momentum, ok)
         for group, settings in zip(self.adam_groups, self.adam.param_groups):
             settings["lr"] = settings["base_lr"] * scale
@@ -3868,7 +3997,8 @@ def linear_probe(h: Tensor, targets: Tensor, lengths: Tensor, vocab_size: int, s
 
 @torch.no_grad()
 def input_moments(model: nn.Module, batches: Iterable, forward: Callable) -> dict[str, Tensor]:
-    """Mean of x x^T (C,C) in fp64 over the inputs x of every Linear layer, by the layer's name."""
+    """Mean of x x^T (C,C) in fp64 over the inputs x of every Linear layer, by the layer's name, and
+    of Attention for the three that it applies as one."""
     sums, counts = {}, {}
 
     def add(name: str, _: nn.Module, inputs: tuple) -> None:
@@ -3877,12 +4007,15 @@ def input_moments(model: nn.Module, batches: Iterable, forward: Callable) -> dic
         counts[name] = counts.get(name, 0) + len(x)
 
     hooks = [layer.register_forward_pre_hook(functools.partial(add, name))
-             for name, layer in model.named_modules() if isinstance(layer, Linear)]
+             for name, layer in model.named_modules() if isinstance(layer, (Linear, Attention))]
     for batch in batches:
         forward(batch)
     for hook in hooks:
         hook.remove()
-    return {name: total / counts[name] for name, total in sums.items()}
+    means = {name: total / counts[name] for name, total in sums.items()}
+    for name in [name for name, layer in model.named_modules() if isinstance(layer, Attention)]:
+        means |= dict.fromkeys([f"{name}.{part}_proj" for part in "qkv"], means.pop(name))
+    return means
 
 
 # ------------------------------------------------------------------------------
@@ -3955,15 +4088,6 @@ def keyed_generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state >> 1))
 
 
-def compiled(function: Callable, mode: str) -> Callable:
-    """torch.compile as one graph with static shapes, or the function itself."""
-    if mode == "off":
-        return function
-    torch._dynamo.config.recompile_limit = 64  # one graph per combination of terms
-    how = dict(backend="aot_eager") if mode == "aot_eager" else dict(mode=mode)
-    return torch.compile(function, fullgraph=True, dynamic=False, **how)
-
-
 class Trainer:
     """Model, optimizer and data, and the step that joins them."""
 
@@ -4029,8 +4153,8 @@ class Trainer:
         for micro in self.micros:
             inputs = self.step_inputs(step, micro)
             loss, terms, states = self.losses(*inputs, numbers, self.states[micro], weights.active)
-            self.weights.begin_micro(last=micro == self.micros[-1])
             (loss / c.micro_batches).backward()
+            self.weights.collect()
             parts += terms / c.micro_batches
             if c.carry_state and keep_states:  # clone: CUDA graphs overwrite outputs at a replay
                 self.states[micro] = map_states(torch.clone, states)

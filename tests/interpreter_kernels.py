@@ -5,6 +5,7 @@ fp32 and fp16 only: the interpreter's bf16 dot is wrong. Tolerances are relative
 some hundred terms; in fp16 the roundings of the products' inputs count, up to four in a row."""
 import contextlib
 import json
+import math
 import os
 import re
 import types
@@ -64,8 +65,9 @@ def head_naive(h, weight, bias, targets, softcap, softcap_type):
     return lse - x.gather(1, targets[:, None]).squeeze(1), lse
 
 
-def mix_naive(wide, conv_weight, conv_bias, dt_bias, A, D, gain, conv_state=None, ssm_state=None):
+def mix_naive(wide, conv_weight, conv_bias, dt_bias, A_log, D, gain, conv_state=None, ssm_state=None):
     """Convolution, scan, gate and norm in float64; wide is z, x, B, C, dt and padding."""
+    A = -A_log.double().exp()
     inner, channels, H = len(gain), len(conv_bias), len(A)
     v, tail = conv_naive(wide[..., inner:inner + channels], conv_weight, conv_bias, conv_state)
     N = (channels - inner) // 2
@@ -199,7 +201,7 @@ def mix_case(dtype, b=2, T=35, H=3, P=16, N=16, pad=5, K_=4, initial=False, devi
     make = lambda *shape: torch.randn(shape, generator=g).to(device)
     channels = inner + 2 * N
     inputs = [make(b, T, inner + channels + H + pad).to(dtype), make(channels, 1, K_) * 0.5, make(channels),
-              make(H) - 1, -make(H).abs() - 0.1, make(H), make(inner)]
+              make(H) - 1, make(H), make(H), make(inner)]
     inputs += [make(b, K_ - 1, channels).to(dtype), make(b, H, P, N)] if initial else []
     return [t.requires_grad_() for t in inputs]
 
@@ -232,7 +234,7 @@ def test_mamba_mix_real_tile():
         inputs[0][:, 5] = 0
         inputs[0][:, 7, -7:] = 25.0
         inputs[0][:, 9, -7:] = -25.0
-        inputs[4][0], inputs[4][1] = -16.0, -1e-3
+        inputs[4][0], inputs[4][1] = math.log(16.0), math.log(1e-3)
     compare(mix_by(K.mamba_mix_triton, 64), mix_naive, inputs, 2 * TOLERANCE[torch.float32])
 
 

@@ -102,6 +102,18 @@ def test_covariance_term_is_its_formula():
     assert covariance_term(z).item() == pytest.approx(naive_covariance_term(z), rel=2e-5)
 
 
+def test_covariance_terms_gradient_is_that_of_its_formula():
+    """The term takes a short way back: no gradient of the mean, one product instead of two."""
+    z = normal(2, 40, 6) * 0.3 + 5
+    wide = z.double().requires_grad_()
+    covariance = torch.cov(wide.flatten(0, 1).T)
+    off = covariance.square().sum() - covariance.diagonal().square().sum()
+    naive = F.relu(1 - (covariance.diagonal() + 1e-8).sqrt()).mean() + 0.04 * off / 6
+    found = torch.autograd.grad(covariance_term(z.requires_grad_()), z)[0]
+    expected = torch.autograd.grad(naive, wide)[0]
+    assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()  # fp32, centred on a mean of 5
+
+
 def test_covariance_term_closed_forms():
     collapsed = torch.full((4, 6, 8), 3.0)
     assert covariance_term(collapsed).item() == pytest.approx(1, abs=2e-4)             # sqrt(1e-8) = 1e-4
@@ -152,6 +164,39 @@ def test_rollout_is_the_mean_over_horizons_of_chained_predictions(steps):
     found = jepa_loss(jepa, z, steps, False)
     # the distance is taken in fp32
     assert found.item() == pytest.approx(naive_rollout(jepa, z, steps).item(), rel=1e-6)
+
+
+def test_extended_latents_give_the_same_loss_and_gradients():
+    """The form of CUDA: a 1 and seven zeros behind each latent, biases as columns of weights."""
+    jepa, h = head(), normal(2, 9, 64, dtype=torch.float64)
+    latent = jepa.latent
+    z = jepa.project(h, extend=True)
+    tail = torch.zeros(2, 9, 8, dtype=torch.float64)
+    tail[..., 0] = 1
+    assert torch.equal(z[..., latent:], tail) and torch.allclose(z[..., :latent], jepa.project(h), rtol=1e-12)
+    guess = jepa.predict(z)
+    assert torch.equal(guess[..., latent:], tail)
+    assert torch.allclose(guess[..., :latent], jepa.predict(jepa.project(h)), rtol=1e-10, atol=1e-12)
+    found = [torch.autograd.grad(jepa_loss(jepa, jepa.project(h, extend), 3, False), list(jepa.parameters()))
+             for extend in (True, False)]
+    for one, other in zip(*found):  # the distance is taken in fp32
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+def test_only_linear_projectors_with_biases_are_extended():
+    h = normal(2, 5, 64, dtype=torch.float64)
+    for knobs in (dict(PROJECTOR_TYPE="mlp"), dict(PROJECTOR_TYPE="none", PREDICTOR_NORM=1)):
+        jepa = head(**knobs)
+        assert torch.equal(jepa.project(h, extend=True), jepa.project(h))
+
+
+def test_picked_positions_have_the_gradient_of_indexing_when_one_comes_twice():
+    z, weight = normal(3, 7, 4, dtype=torch.float64).requires_grad_(), normal(3, 5, 4, dtype=torch.float64, seed=1)
+    positions = torch.tensor([6, 2, 2, 0, 2])
+    found, expected = (torch.autograd.grad((part * weight).sum(), z)[0]
+                       for part in (tj.Picked.apply(z, positions), z[:, positions]))
+    assert torch.equal(tj.Picked.apply(z, positions), z[:, positions])
+    assert torch.allclose(found, expected, rtol=1e-12) and found[:, 1].abs().max() == 0
 
 
 def test_system_bs_predictor_is_norm_linear_gelu_linear_without_biases():

@@ -130,6 +130,18 @@ def test_the_embedding_is_normalized_and_starts_at_its_std():
     assert abs(untied.token_embed.std() - 1) < 0.02 and not untied.lm_head.any()
 
 
+@pytest.mark.parametrize("knobs", [{}, dict(EMBED_DIM=64)], ids=["projected", "of the width"])
+def test_many_tokens_look_up_the_projected_table_with_the_same_gradients(knobs):
+    model, tokens = build(**knobs).double(), ids(2, 40)
+    weights = [p for name, p in model.named_parameters() if "embed_proj." in name or name == "token_embed"]
+    direction = torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    whole = model.embed(tokens, torch.float64)  # 80 tokens, 50 rows
+    parts = torch.cat([model.embed(part, torch.float64) for part in tokens.split(20, dim=1)], dim=1)
+    assert torch.allclose(whole, parts, rtol=1e-12)
+    for found, expected in zip(*(torch.autograd.grad((x * direction).sum(), weights) for x in (whole, parts))):
+        assert off(found, expected) <= 1e-12
+
+
 def test_hidden_states_are_normalized():
     h = build()(ids(2, 9), torch.float32)[0]
     assert torch.allclose(h.square().mean(-1), torch.ones(2, 9), atol=1e-4)
