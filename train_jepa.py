@@ -5095,18 +5095,28 @@ def timed(times: dict[str, list], name: str, work: Callable, runtime: Runtime) -
 
 
 def bench(c: Config) -> dict[str, Any]:
-    """MODE=bench: median ms per step on random tokens, then of its parts, with a wait between them;
-    on CUDA, the largest kernels of a step."""
+    """MODE=bench: ms per step on random tokens (CPU: median; CUDA: mean of steps that the host
+    queues without waiting, and how long it takes to queue one), then of a step's parts, with a wait
+    between them; on CUDA, a step's kernels by kind, and the largest."""
     with Runtime(c.validate()) as runtime:
         runtime.main_first(lambda: check_memory(c, runtime.cuda))
         trainer, times = Trainer(c, runtime, SyntheticStream(c.vocab_size)), {}
         trainer.run_phases()
-        step = timed(times, "step", trainer.train_step, runtime)
         steps, warm = min(c.iterations, 50 if runtime.cuda else 5), 10 if runtime.cuda else 1
-        for _ in progress_bar(range(warm + steps), "step", runtime.main):
-            step(Progress(0, 0.5, steps))
-        ms, peak = float(np.median(times.pop("step")[warm:])), runtime.peak_memory()
-        kernels = largest_kernels(trainer) if runtime.cuda else None
+        seconds = []
+        for index in progress_bar(range(warm + steps), "step", runtime.main):
+            if index == warm:
+                runtime.synchronize()
+                began = now()
+            started = now()
+            trainer.train_step(Progress(0, 0.5, steps))
+            seconds.append(now() - started)
+        ms = host_ms = 1e3 * float(np.median(seconds[warm:]))
+        if runtime.cuda:
+            runtime.synchronize()
+            ms = 1e3 * (now() - began) / steps
+        peak, kernels = runtime.peak_memory(), kernel_profile(trainer) if runtime.cuda else {}
+        step = timed(times, "step", trainer.train_step, runtime)
         weights, rounds = trainer.weights, max(1, min(steps, 10) // 2)
         for name, owner, method in (
                 ("snap", weights, "load"), ("data", trainer, "step_inputs"),
@@ -5124,24 +5134,39 @@ def bench(c: Config) -> dict[str, Any]:
             print(f"{'part':<16}{'ms':>10}{'share':>8}")
             for name, part in sorted(parts.items(), key=lambda row: -row[1]):
                 print(f"{name:<16}{part:>10.2f}{part / total:>8.1%}")
-            print(f"{ms:.1f} ms per step of {c.train_batch_tokens:,} tokens, median of {steps}: "
-                  f"{speed:,.0f} tokens a second; peak memory {peak / 1e9:.2f} GB; scan: "
-                  f"{trainer.kernels.name}")
-        return dict(ms_per_step=ms, tokens_per_second=speed, steps=steps, parts_ms=parts,
-                    tokens_per_step=c.train_batch_tokens, peak_memory_bytes=peak,
-                    largest_kernels=kernels, scan=trainer.kernels.name,
-                    compile_mode=c.compile_mode, **runtime.describe())
+            for kind, part in kernels.get("kernel_ms", {}).items():
+                print(f"kernels: {kind:<16}{part:>10.2f} ms")
+            print(f"{ms:.1f} ms per step of {c.train_batch_tokens:,} tokens, {steps} steps "
+                  f"(host {host_ms:.1f}): {speed:,.0f} tokens a second; peak memory "
+                  f"{peak / 1e9:.2f} GB; scan: {trainer.kernels.name}")
+        return dict(ms_per_step=ms, host_ms_per_step=host_ms, tokens_per_second=speed, steps=steps,
+                    parts_ms=parts, tokens_per_step=c.train_batch_tokens, peak_memory_bytes=peak,
+                    scan=trainer.kernels.name, compile_mode=c.compile_mode, **kernels,
+                    **runtime.describe())
 
 
-def largest_kernels(trainer: Trainer) -> list[dict[str, Any]]:
-    """The five kernels of one step that take the most GPU time, with their share of all."""
+# Kinds of kernels in a profile, by the first pattern that their name matches.
+KERNEL_KINDS = {"generated": "^triton_", "attention": "flash|fmha|sdpa", "head": "head_rows",
+                "mixer": "ssd_|conv_|gate_norm|chunk_|state_passing", "snap": "snap_rows",
+                "products": "gemm|nvjet|cutlass|xmma|cublas", "copies": "Memcpy|Memset", "other": ""}
+
+
+def kernel_profile(trainer: Trainer) -> dict[str, Any]:
+    """GPU time of one step's kernels by kind, ms, and the ten that take the most."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         trainer.train_step(Progress(0, 0.5, 1))
         trainer.runtime.synchronize()
-    rows = [(event.self_device_time_total, event.key) for event in profile.key_averages()]
-    total = sum(time for time, _ in rows) or 1
-    return [dict(kernel=name[:100], ms=time / 1e3, share=time / total)
-            for time, name in sorted(rows, reverse=True)[:5]]
+    return by_kind([(event.self_device_time_total / 1e3, event.key)
+                    for event in profile.key_averages()])
+
+
+def by_kind(rows: list[tuple[float, str]]) -> dict[str, Any]:
+    """Sums of (ms, kernel) by KERNEL_KINDS, and the ten largest."""
+    kinds = dict.fromkeys(KERNEL_KINDS, 0.0)
+    for ms, name in rows:
+        kinds[next(kind for kind, text in KERNEL_KINDS.items() if re.search(text, name))] += ms
+    largest = [dict(kernel=name[:100], ms=ms) for ms, name in sorted(rows, reverse=True)[:10]]
+    return dict(kernel_ms=kinds, largest_kernels=largest)
 
 
 def train(c: Config) -> None:
