@@ -102,10 +102,19 @@ def models_of(path: Path, runtime: jepa.Runtime) -> tuple[jepa.Config, int | Non
     return config, meta["step"], models
 
 
+def calibration(c: jepa.Config) -> torch.Tensor:
+    """65,536 training tokens."""
+    train = jepa.TokenStream(jepa.find_shards(str(DATASETS / "horizon_bytes"), "train"), c.vocab_size)
+    return jepa.calibration_tokens(train, 0, c.train_seq_len)
+
+
 def score(evaluator: jepa.Evaluator, c: jepa.Config, way: str) -> jepa.Score:
     """One of the ways of scoring a text."""
     if way == "sliding":
         return evaluator.sliding(256, 8)
+    if way == "tempered":
+        chooser = evaluator.on(calibration(c))
+        return evaluator.standard([jepa.best_temperature(chooser.standard)])[0]
     if way == "adapted":
         c = dataclasses.replace(c, eval_state="carry", adapt_chunk_tokens=8192)
         return evaluator.adapted(c)
@@ -128,8 +137,7 @@ def store(path: Path, runtime: jepa.Runtime) -> None:
     config, step, models = models_of(path, runtime)
     model, out = models["master"], path.parents[2] / "storage.jsonl"
     masters = {name: w.clone() for name, w in model.named_parameters()}
-    train = jepa.TokenStream(jepa.find_shards(str(DATASETS / "horizon_bytes"), "train"), config.vocab_size)
-    rows = jepa.calibration_tokens(train, 0, config.train_seq_len)[:-1].view(-1, config.train_seq_len)
+    rows = calibration(config)[:-1].view(-1, config.train_seq_len)
     moments = jepa.input_moments(model, rows.split(8), lambda x: model(x, torch.float32))
     evaluators = {text: evaluator_of(model, config, text, runtime) for text in ("val", "alice")}
     for grid in ("none", *QUANT_GRIDS):
@@ -162,12 +170,12 @@ def score_run(folder: Path, runtime: jepa.Runtime) -> None:
     for path in filter(Path.exists, [*paths, folder / "model.jepa"]):
         config, step, models = models_of(path, runtime)
         for text, weights, way in ((t, w, way) for t in TEXTS for w in models
-                                   for way in ("reset", "carried", "sliding", "adapted")):
+                                   for way in ("reset", "tempered", "carried", "sliding", "adapted")):
             line = dict(run=folder.name, file=path.name, step=step, weights=weights, text=text,
                         way=way)
             known = any(line.items() <= old.items() for old in done)
             evaluator = evaluator_of(models[weights], config, text, runtime)
-            if known or not evaluator or way == "adapted" and weights == "stored":
+            if known or not evaluator or way in ("tempered", "adapted") and weights == "master":
                 continue
             started = jepa.now()
             line["bpb"] = score(evaluator, config, way).bpb
