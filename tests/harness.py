@@ -9,6 +9,7 @@ import functools
 import gc
 import hashlib
 import json
+import math
 import os
 import re
 import signal
@@ -308,8 +309,9 @@ def hash_at_end(folder: str) -> None:
     tj.Run.finish = hashed
 
 
-def poison(steps, name: str) -> None:
-    """The summed gradient of parameter `name` is infinite in these steps (a step that guard repeats, too)."""
+def poison(steps, name: str, value: float = math.inf) -> None:
+    """Entries of the summed gradient of parameter `name` have this value in these steps (a step that guard repeats,
+    too): one for infinity, else all."""
     accumulate = tj.Trainer.accumulate
 
     def poisoned(self, step, at, **keep):
@@ -317,7 +319,8 @@ def poison(steps, name: str) -> None:
         if step + 1 in steps and self.started:
             for group in self.weights.groups:
                 if name in group.names:
-                    group.grad[group.names.index(name)].view(-1)[0] = float("inf")
+                    entries = group.grad[group.names.index(name)].view(-1)
+                    entries[:1 if math.isinf(value) else None] = value
         return parts
     tj.Trainer.accumulate, tj.Trainer.started = poisoned, False
     train = tj.Run.train
