@@ -20,7 +20,7 @@ NARROW_LATENT="JEPA_DIM=16 JEPA_COV=1 DETACH_TARGETS=1"
 # activation; a learning rate that ends at a tenth; the storage grid for the last part only; an
 # evaluation that learns from what it has scored.
 BEST_A="$NARROW_LATENT CARRY_STATE=1 EVAL_STATE=carry SLIDING_EVAL=0 ACTIVATION=leaky_relu2
-MIN_LR=0.1 QAT_FRACTION=0.3 EVAL_ADAPT=1 ADAPT_CHUNK_TOKENS=8192"
+MIN_LR=0.1 QAT_FRACTION=0.3 EVAL_ADAPT=1 ADAPT_CHUNK_TOKENS=8192 ADAPT_LR=0.01"
 
 # PRESET=best in the GPU profile, from what others measured at full size (RESULTS.md, "PRESET=best
 # at full size"): Mamba-2 blocks with one attention block, an MLP in each; storage with a step in
