@@ -2093,19 +2093,20 @@ class Linear(nn.Module):
         for parameter in () if zero else self.parameters():
             nn.init.uniform_(parameter, -inputs ** -0.5, inputs ** -0.5)
 
-    def forward(self, x: Tensor, pad: int = 0) -> Tensor:
-        """pad: zeros to append to the outputs."""
-        weight, bias = self.weight.to(x.dtype), self.bias
+    def forward(self, x: Tensor, scale: Tensor | None = None, pad: int = 0) -> Tensor:
+        """scale (out,): factors of the outputs; pad: zeros to append to them. On a GPU the scale
+        goes into the weights, which saves reading the outputs again for its gradient, and writing a
+        gradient for the product."""
+        weight, bias, late = self.weight, self.bias, None
+        if scale is not None and x.is_cuda:
+            weight = scale[:, None] * weight
+        elif scale is not None:
+            late = scale.to(x.dtype)
+        weight = weight.to(x.dtype)
         if pad:
             weight = F.pad(weight, (0, 0, 0, pad))
-        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-
-    def scaled(self, x: Tensor, scale: Tensor | None) -> Tensor:
-        """Outputs times scale (out,). On a GPU the scale goes into the weights, which saves reading
-        the outputs again for its gradient, and writing a gradient for the product."""
-        if scale is not None and x.is_cuda:
-            return F.linear(x, (scale[:, None] * self.weight).to(x.dtype))
-        return self(x) if scale is None else scale.to(x.dtype) * self(x)
+        y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        return y if late is None else late * y
 
 
 class Mamba2(nn.Module):
@@ -2139,9 +2140,10 @@ class Mamba2(nn.Module):
         generates = state is not None and u.size(1) == 1  # by the recurrence itself
         mix = functools.partial(mamba_mix, ssd=ssd_position) if generates else self.kernels.mix
         pad = -len(self.in_proj.weight) % 8 if u.is_cuda else 0  # wide loads need aligned rows
-        out, state = mix(self.in_proj(u, pad), self.conv1d.weight, self.conv1d.bias, self.dt_bias,
-                         self.A_log, self.D, self.norm.weight, chunk=self.chunk, state=state)
-        return self.out_proj.scaled(out, scale), state
+        wide, conv = self.in_proj(u, pad=pad), self.conv1d
+        out, state = mix(wide, conv.weight, conv.bias, self.dt_bias, self.A_log, self.D,
+                         self.norm.weight, chunk=self.chunk, state=state)
+        return self.out_proj(out, scale), state
 
 
 def rotary_table(positions: int, width: int, base: float, device: torch.device) -> Tensor:
@@ -2197,7 +2199,7 @@ class Attention(nn.Module):
         heads_first = (t.transpose(1, 2) for t in (q, rotated, v))
         y = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=mask is None,
                                            enable_gqa=self.grouped)
-        return self.out_proj.scaled(y.transpose(1, 2).flatten(2), scale), (k, v)
+        return self.out_proj(y.transpose(1, 2).flatten(2), scale), (k, v)
 
 
 # By letter. forward: u (B,T,D), the state before it (None: empty), a scale of the output (D,)
@@ -2230,7 +2232,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         hidden = self.activation(self.up(x))
-        return self.down.scaled(rms_norm(hidden, 1e-6) if self.norm else hidden, scale)
+        return self.down(rms_norm(hidden, 1e-6) if self.norm else hidden, scale)
 
 
 class Block(nn.Module):
@@ -3998,7 +4000,7 @@ def linear_probe(h: Tensor, targets: Tensor, lengths: Tensor, vocab_size: int, s
 @torch.no_grad()
 def input_moments(model: nn.Module, batches: Iterable, forward: Callable) -> dict[str, Tensor]:
     """Mean of x x^T (C,C) in fp64 over the inputs x of every Linear layer, by the layer's name, and
-    of Attention for the three that it applies as one."""
+    of Attention for the three that it applies as one. `forward` must reach all of them."""
     sums, counts = {}, {}
 
     def add(name: str, _: nn.Module, inputs: tuple) -> None:
@@ -4699,7 +4701,7 @@ class Run:
         model, runtime = self.trainer.model, self.runtime
         self.trainer.weights.load("average", qat=True)
         sequences = self.next_tokens(count)[:-1].view(-1, self.config.train_seq_len)
-        forward = lambda x: model(runtime.to_device(x), runtime.dtype)
+        forward = lambda x: model.features(model(runtime.to_device(x), runtime.dtype)[0])
         return input_moments(model, sequences.split(self.evaluator.sequences), forward)
 
     def compensate(self, tensors: dict[str, tuple[Tensor, Grid]]) -> dict[str, dict[str, Tensor]]:
@@ -5148,7 +5150,8 @@ def bench(c: Config) -> dict[str, Any]:
 # Kinds of kernels in a profile, by the first pattern that their name matches.
 KERNEL_KINDS = {"generated": "^triton_", "attention": "flash|fmha|sdpa", "head": "head_rows",
                 "mixer": "ssd_|conv_|gate_norm|chunk_|state_passing", "snap": "snap_rows",
-                "products": "gemm|nvjet|cutlass|xmma|cublas", "copies": "Memcpy|Memset", "other": ""}
+                "products": "gemm|nvjet|cutlass|xmma|cublas", "copies": "Memcpy|Memset",
+                "other": ""}
 
 
 def kernel_profile(trainer: Trainer) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerance import bound
 from torch import nn
 
 import train_jepa as tj
@@ -396,3 +397,53 @@ def test_the_same_seed_builds_the_same_weights_and_another_seed_others():
     for a, b in zip(one, two):
         assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
     assert not torch.equal(one[0].token_embed, tj.build_models(configure(SEED=2))[0].token_embed)
+
+
+# -- the GPU's branches, on CPU tensors --------------------------------------------------------------------------------
+
+class OnGpu(torch.Tensor):
+    """A CPU tensor that the model takes for one on a GPU, as all that is computed from it."""
+    is_cuda = property(lambda self: True)
+
+
+FORMS = pytest.mark.parametrize("knobs", [
+    dict(MIXER="amma", ACTIVATION="leaky_relu2", JEPA_DIM=8, JEPA_COV=1, DETACH_TARGETS=1),
+    dict(MLP_NORM=0, JEPA_STEPS=2, EMBED_DIM=0),
+    dict(MIXER="attention", MLP_NORM=0, PREDICTOR_NORM=1, PROJECTOR_TYPE="none", ANTICOLLAPSE="covariance")], ids=str)
+
+
+@FORMS
+def test_the_gpus_branches_compute_what_the_cpus_do(knobs):
+    """All loss terms, and the gradients of every parameter."""
+    c, positions = configure(**knobs), torch.tensor([3, 9, 20, 9])
+    model, jepa = build(**knobs), tj.JepaHead(c)
+    with torch.no_grad():
+        for p in jepa.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    parameters, tokens = [*model.parameters(), *jepa.parameters()], ids(4, 25)
+    directions = F.normalize(torch.randn(6, c.latent), dim=-1)
+    active = tj.Active(True, True, True, c.jepa_cov > 0)
+
+    def terms(tokens):
+        h, _ = model(tokens[:, :-1], torch.float32)
+        found = tj.loss_terms(c, model, jepa, h, tokens[:, 1:], positions, directions, active)
+        return h, found, torch.autograd.grad(sum(found[name] for name in tj.TERMS if name in found), parameters)
+
+    (on_gpu, found, grads), (_, expected, right) = terms(tokens.as_subclass(OnGpu)), terms(tokens)
+    assert isinstance(on_gpu, OnGpu) and found.keys() == expected.keys()
+    assert max(off(found[name], expected[name]) for name in found) <= bound(64)
+    largest = max(float(grad.abs().max()) for grad in right)  # D's gradient is a sum whose terms cancel
+    for name, a, b in zip([name for part in (model, jepa) for name, _ in part.named_parameters()], grads, right):
+        assert float((a - b).abs().max()) <= bound(256, scale=2) * (float(b.abs().max()) + largest / 16), name
+
+
+@FORMS
+def test_every_linear_layer_shows_its_inputs_on_a_gpu_too(knobs):
+    """Compensated rounding needs them: a layer without moments would be rounded plainly, and nothing would say it."""
+    model, tokens = build(**knobs), ids(2, 20)
+    moments = lambda tokens: tj.input_moments(
+        model, [tokens], lambda x: model.features(model(x, torch.float32)[0]))
+    found, expected = moments(tokens.as_subclass(OnGpu)), moments(tokens)
+    layers = {name for name, layer in model.named_modules() if isinstance(layer, tj.Linear)}
+    assert found.keys() == expected.keys() == layers
+    assert max(off(found[name], expected[name]) for name in found) <= bound(64)
