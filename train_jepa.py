@@ -195,6 +195,8 @@ class Config:
                           "free result eval", high=1024)
     ssd_kernel: str = knob("auto|mamba_ssm|fused|torch", "form of the scan (auto: on CUDA the "
                            "first of fused, mamba_ssm, torch that works)", "free result eval")
+    mlp_kernel: str = knob("auto|torch", "form of the MLP in training (auto: on CUDA in bf16 its "
+                           "activation is part of its products)", "free result eval")
     kernel_check: str = knob("1|0|strict", "1 = replace Triton kernels that deviate from PyTorch; "
                              "strict = end the run", "free")
     num_heads: int = knob(8, "attention heads", "model", low=1)
@@ -1843,6 +1845,117 @@ def mamba_mix_triton(wide: Tensor, *parameters: Tensor, chunk: int = 64,
     return out, (tail.clone(), final)  # a view would keep all of wide in memory
 
 
+# -- MLP: the activation as part of its two products ---------------------------
+# On its own, the activation would read the hidden units once more forward and twice more backward,
+# and write them once more each time; its norm waits until after `down`, since a row's factor
+# commutes with a product. The idea is from https://github.com/KellerJordan/modded-nanogpt.
+LEAKS = {"relu2": 0.0, "leaky_relu2": 0.5}  # slope below 0, before squaring, by ACTIVATION
+
+
+@jit
+def leaky_square(h, LEAK: tl.constexpr):
+    """Leaky ReLU, squared, and its derivative."""
+    kept = tl.where(h > 0.0, h, LEAK * h)
+    return kept * kept, 2.0 * kept * tl.where(h > 0.0, 1.0, LEAK)
+
+
+@jit
+def mlp_end(acc, h, out, power, row, n, cell, LEAK: tl.constexpr, BACK: tl.constexpr):
+    """What mlp_product makes of half of its tile's columns; `cell` from the first of them."""
+    live = row < n
+    ok = live[:, None]
+    if BACK:
+        square, slope = leaky_square(tl.load(h + cell, mask=ok, other=0.0).to(tl.float32), LEAK)
+        if power is not None:
+            acc += square * (2.0 * tl.load(power + row, mask=live, other=0.0))[:, None]
+        acc *= slope
+    else:
+        tl.store(h + cell, acc.to(h.dtype.element_ty), mask=ok)
+        acc, _ = leaky_square(acc, LEAK)
+        if power is not None:
+            tl.store(power + row, tl.sum(acc * acc, 1), mask=live)
+    tl.store(out + cell, acc.to(out.dtype.element_ty), mask=ok)
+
+
+@jit
+def mlp_product(x, w, h, out, power, n, K, F, wk, wf, LEAK: tl.constexpr, BACK: tl.constexpr,
+                BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """A tile of the product of x (n, K) and w (K, F), which has strides wk and wf; BK divides K, BN
+    divides F. Forward: h = x w, out = leaky_square(h), power (2F / BN, n) sums of out^2 in a row.
+    BACK: out is the gradient of h, from those of leaky_square(h), x w, and of power, (n,)."""
+    f, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
+    row, start = tl.arange(0, BM), (tl.program_id(1) * BM).to(tl.int64)
+    left = n - tl.program_id(1) * BM  # rows
+    x_cell, w_cell = row[:, None] * K + k[None, :], k[:, None] * wk + f[None, :] * wf
+    x += start * K
+    acc = tl.zeros((BM, BN), tl.float32)
+    for _ in range(0, K, BK):
+        tile = tl.load(x + x_cell, mask=(row < left)[:, None], other=0.0)
+        acc = dot_tiles(tile, tl.load(w + w_cell), acc)
+        x += BK
+        w += BK * wk
+    if power is not None:
+        power += start if BACK else start + 2 * tl.program_id(0) * n
+    cell = row[:, None] * F + tl.arange(0, BN // 2)[None, :]
+    start = start * F + tl.program_id(0) * BN
+    # in halves: the whole tile would spill registers
+    first, second = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+    mlp_end(first, h + start, out + start, power, row, left, cell, LEAK, BACK)
+    if power is not None and not BACK:
+        power += n
+    start += BN // 2
+    mlp_end(second, h + start, out + start, power, row, left, cell, LEAK, BACK)
+
+
+def _launch_mlp_product(x, w, h, out, power, leak, back):
+    (n, K), F = x.shape, w.size(1)
+    tile = mlp_tile(F)
+    mlp_product[F // tile, triton.cdiv(n, 128)](
+        x, w, h, out, power, n, K, F, *w.stride(), LEAK=leak, BACK=back, BM=128, BN=tile, BK=64,
+        num_warps=8, num_stages=3)
+
+
+mlp_tile = lambda hidden: 128 if hidden % 256 else 256  # columns of a program
+
+
+def _mlp_outputs(x, up, down, leak, norm):
+    """Result without the norm, sums of squares per row; for the backward pass h and its square."""
+    new, n = x.new_empty, len(x)
+    power = new(n if norm else 0, dtype=torch.float32)
+    return new(n, len(down)), power, new(n, len(up)), new(n, len(up))
+
+
+def _launch_mlp(z, power, h, square, x, up, down, leak, norm):
+    x, up, down = contiguous(x, up, down)
+    parts = power.new_empty(2 * len(up) // mlp_tile(len(up)), len(x)) if norm else None
+    _launch_mlp_product(x, up.T, h, square, parts, leak, back=False)
+    if norm:
+        torch.sum(parts, 0, out=power)
+    torch.mm(square, down.T, out=z)
+
+
+def _launch_mlp_backward(dx, dup, ddown, dz, dpower, x, up, down, h, square, leak, norm):
+    dz = x.new_zeros(len(x), len(down)) if dz is None else dz
+    dz, dpower, x, up, down = contiguous(dz, dpower, x, up, down)
+    dh = torch.empty_like(h)
+    _launch_mlp_product(dz, down, h, dh, dpower, leak, back=True)
+    for pair, gradient in (((dz.T, square), ddown), ((dh.T, x), dup), ((dh, up), dx)):
+        torch.mm(*pair, out=gradient)
+
+
+_mlp = custom_op("mlp", "Tensor x, Tensor up, Tensor down", "float leak, bool norm", 4,
+                 _mlp_outputs, _launch_mlp, _launch_mlp_backward)
+
+
+def mlp_fused(x: Tensor, up: Tensor, down: Tensor, leak: float, eps: float | None) -> Tensor:
+    """down(norm(leaky_relu(up x)^2)) of x (...,D), up (F,D), down (D,F), all in one dtype; D a
+    multiple of 64, F of 128. eps: of the RMSNorm (None: no norm)."""
+    z, power, *_ = _mlp(x.flatten(0, -2), up, down, leak, eps is not None)
+    if eps is not None:
+        z = (z.float() * (power / len(up) + eps).rsqrt()[:, None]).to(z.dtype)
+    return z.view(*x.shape[:-1], -1)
+
+
 # -- scan by mamba-ssm ---------------------------------------------------------
 def mamba_ssm(launcher: str, *arguments, **options):
     """Call launcher fwd or bwd of https://github.com/state-spaces/mamba; without arguments only
@@ -1905,6 +2018,7 @@ class Kernels(NamedTuple):
     name: str = "torch"  # of the scan
     mix: Callable = mamba_mix
     chunk: int = 64      # where SSD_CHUNK=0
+    mlp: bool = False    # whether mlp_fused takes the MLPs that it can, in training
 
 
 FORMS = {  # in order of preference; mamba-ssm writes fp32 states: 2.5 GB a layer, 3.5 at chunk 64
@@ -1918,7 +2032,7 @@ FORMS = {  # in order of preference; mamba-ssm writes fp32 states: 2.5 GB a laye
 # sizes, forward and backward.
 CHECK_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 3e-2}  # largest difference / largest entry
 COSTS = {"head": "about +10 ms", "mixer": "about +17 ms by mamba-ssm, +32 ms by PyTorch",
-         "snap": "about +2 ms"}  # modelled
+         "mlp": "about +2 ms", "snap": "about +2 ms"}  # modelled
 
 
 def random_tensors(device: torch.device, dtype: torch.dtype, *shapes) -> list[Tensor]:
@@ -1943,6 +2057,14 @@ def check_table(c: Config, device: torch.device, dtype: torch.dtype) -> dict[str
         nll = F.cross_entropy(logits, targets)
         return nll + 1e-2 * logits.logsumexp(1).square().mean(), nll.detach()
 
+    def mlp(form, *inputs):
+        out = form(*inputs, LEAKS[c.activation], 1e-6 if c.mlp_norm else None)
+        return (out,)
+
+    def mlp_twin(x, up, down, leak, eps):
+        hidden = F.leaky_relu(F.linear(x, up), leak).square()
+        return F.linear(hidden if eps is None else rms_norm(hidden, eps), down)
+
     def mix(form, wide, *rest):
         out, state = form(wide, *rest[:6], chunk=chunk, state=rest[6:])
         return out, *state
@@ -1956,6 +2078,9 @@ def check_table(c: Config, device: torch.device, dtype: torch.dtype) -> dict[str
         inputs = [wide, weight * 0.5, bias, dt_bias - 2, A_log, D, gain, tail, state]
         forms = (functools.partial(mix, form) for form in (mamba_mix_triton, mamba_mix))
         table["mixer"] = *forms, inputs
+    if c.mlp_mult and c.activation in LEAKS and c.mlp_kernel == "auto":
+        forms = (functools.partial(mlp, form) for form in (mlp_fused, mlp_twin))
+        table["mlp"] = *forms, make(dtype, (37, 64), (256, 64), (64, 256))
     return table
 
 
@@ -2059,7 +2184,9 @@ def choose_kernels(c: Config, runtime: Runtime) -> tuple[Kernels, str]:
         if form == c.ssd_kernel:
             raise UserError(reason)
         notes.append(f"{reason}; taking another form")
-    return FORMS[form], "\n".join(notes)
+    narrow = runtime.dtype == torch.bfloat16 or INTERPRETED  # products of fp32 are slow in Triton
+    mlp = runs_triton(runtime.device) and narrow and c.mlp_kernel == "auto" and "mlp" not in faults
+    return FORMS[form]._replace(mlp=mlp), "\n".join(notes)
 
 
 # ------------------------------------------------------------------------------
@@ -2223,16 +2350,23 @@ ACTIVATIONS = {
 class MLP(nn.Module):
     """up, activation, RMSNorm over the hidden units if asked for, zero-initialized down."""
 
-    def __init__(self, c: Config):
+    def __init__(self, c: Config, kernels: Kernels):
         super().__init__()
         self.activation, ratio = ACTIVATIONS[c.activation]
-        self.norm, hidden = c.mlp_norm, c.mlp_mult * c.model_dim
+        self.eps, hidden = 1e-6 if c.mlp_norm else None, c.mlp_mult * c.model_dim
+        self.leak = LEAKS.get(c.activation)
+        whole = c.model_dim % 64 == 0 and hidden % 128 == 0  # tiles
+        self.fused = kernels.mlp and self.leak is not None and whole
         self.up = Linear(c.model_dim, hidden * ratio, role=MLP_MATRIX)
         self.down = Linear(hidden, c.model_dim, zero=True, role=MLP_MATRIX)
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        if self.fused and torch.is_grad_enabled():
+            down = self.down.weight if scale is None else scale[:, None] * self.down.weight
+            up, down = self.up.weight.to(x.dtype), down.to(x.dtype)
+            return mlp_fused(x, up, down, self.leak, self.eps)
         hidden = self.activation(self.up(x))
-        return self.down(rms_norm(hidden, 1e-6) if self.norm else hidden, scale)
+        return self.down(hidden if self.eps is None else rms_norm(hidden, self.eps), scale)
 
 
 class Block(nn.Module):
@@ -2247,7 +2381,7 @@ class Block(nn.Module):
         self.mixer = MIXERS[c.pattern[index]](c, kernels)
         self.mixer_scale = nn.Parameter(torch.ones(dim))
         if c.mlp_mult and index % c.mlp_every == 0:
-            self.mlp, self.mlp_scale = MLP(c), nn.Parameter(torch.ones(dim))
+            self.mlp, self.mlp_scale = MLP(c, kernels), nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor, x0: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         mix = self.mix.to(x.dtype)
@@ -5143,12 +5277,13 @@ def bench(c: Config) -> dict[str, Any]:
                   f"{peak / 1e9:.2f} GB; scan: {trainer.kernels.name}")
         return dict(ms_per_step=ms, host_ms_per_step=host_ms, tokens_per_second=speed, steps=steps,
                     parts_ms=parts, tokens_per_step=c.train_batch_tokens, peak_memory_bytes=peak,
-                    scan=trainer.kernels.name, compile_mode=c.compile_mode, **kernels,
-                    **runtime.describe())
+                    scan=trainer.kernels.name, fused_mlp=trainer.kernels.mlp,
+                    compile_mode=c.compile_mode, **kernels, **runtime.describe())
 
 
 # Kinds of kernels in a profile, by the first pattern that their name matches.
 KERNEL_KINDS = {"generated": "^triton_", "attention": "flash|fmha|sdpa", "head": "head_rows",
+                "MLP": "mlp_product",
                 "mixer": "ssd_|conv_|gate_norm|chunk_|state_passing", "snap": "snap_rows",
                 "products": "gemm|nvjet|cutlass|xmma|cublas", "copies": "Memcpy|Memset",
                 "other": ""}

@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -175,6 +176,26 @@ def final_state(path: Path) -> dict:
 
 def no_curves() -> None:
     tj.plot_curves = lambda folder: None
+
+
+def on_gpu() -> None:
+    """The run takes this CPU for a GPU, and does all that it does there, but for Triton's kernels."""
+    from gpu_stand_in import OnGpu, torch
+
+    class Runtime(tj.Runtime):
+        def __init__(self, config):
+            super().__init__(config)
+            self.device = torch.device("cpu")
+
+        def to_device(self, tensor):
+            return tensor.as_subclass(OnGpu)
+
+    answers = dict(is_available=True, device_count=1, set_device=None, get_device_name="a CPU", current_device=0,
+                   is_bf16_supported=True, synchronize=None, max_memory_allocated=1,
+                   get_device_properties=SimpleNamespace(total_memory=80e9))
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+    tj.Runtime = Runtime
 
 
 def die() -> None:

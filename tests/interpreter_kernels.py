@@ -78,6 +78,24 @@ def mix_naive(wide, conv_weight, conv_bias, dt_bias, A_log, D, gain, conv_state=
     return g / (g.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gain, final, tail
 
 
+def mlp_naive(x, up, down, leak, eps):
+    """The MLP in float64 from its definition."""
+    h = x.double() @ up.double().T
+    h = torch.where(h > 0, h, leak * h) ** 2
+    h = h if eps is None else h / (h.square().mean(-1, keepdim=True) + eps).sqrt()
+    return (h @ down.double().T,)
+
+
+def mlp_case(dtype, n, D, hidden, device="cpu"):
+    g = torch.Generator().manual_seed(n)
+    make = lambda *shape, scale=1.0: (torch.randn(shape, generator=g) * scale).to(device, dtype).requires_grad_()
+    return make(2, n, D), make(hidden, D, scale=D**-0.5), make(D, hidden, scale=hidden**-0.5)
+
+
+def mlp_by(form, leak, eps):
+    return lambda *inputs: (form(*inputs, leak, eps),)
+
+
 def ssd_case(dtype, b=2, T=50, H=3, P=16, N=16, initial=False, device="cpu", seed=0):
     """Random SSD inputs as the mixer makes them: x, B, C are slices of one wider tensor."""
     g = torch.Generator().manual_seed(seed)
@@ -247,6 +265,37 @@ def test_mamba_mix_one_gradient_alone():
         assert max(map(off, got, expected)) <= 2 * TOLERANCE[torch.float32]
 
 
+@DTYPES
+@pytest.mark.parametrize("n, D, hidden", ((75, 64, 256), (20, 128, 384), (1, 64, 128)))
+@pytest.mark.parametrize("leak", (0.0, 0.5))
+@pytest.mark.parametrize("eps", (None, 1e-6))
+def test_mlp(dtype, n, D, hidden, leak, eps):
+    """Several tiles of rows and columns, and parts of one."""
+    compare(mlp_by(K.mlp_fused, leak, eps), lambda *i: mlp_naive(*i, leak, eps), mlp_case(dtype, n, D, hidden),
+            2 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("knobs, fused", (
+    ({}, True), (dict(activation="leaky_relu2", mlp_norm=False), True), (dict(activation="swiglu"), False),
+    (dict(model_dim=96), False), (dict(model_dim=64, mlp_mult=1), False)), ids=str)
+def test_mlps_of_a_model_take_the_kernel_where_tiles_fit_and_gradients_are_asked_for(knobs, fused, monkeypatch):
+    """The same results and gradients; without gradients, as for GPTQ's moments, each layer runs."""
+    c, calls = K.Config(**dict(model_dim=64, mlp_mult=4) | knobs), []
+    own = K.mlp_fused
+    monkeypatch.setattr(K, "mlp_fused", lambda *a: calls.append(1) or own(*a))
+    mlp, plain = (K.MLP(c, K.Kernels(mlp=on)) for on in (True, False))
+    torch.nn.init.normal_(mlp.down.weight, std=0.1)
+    plain.load_state_dict(mlp.state_dict())
+    x, scale = torch.randn(3, 5, c.model_dim), torch.rand(c.model_dim)
+    grads = lambda part: outputs_and_grads(lambda x, *_: (part(x, scale),), [x.requires_grad_(), *part.parameters()])
+    (got, right), (want, expected) = grads(mlp), grads(plain)
+    assert len(calls) == fused
+    assert max(map(off, (*got, *right), (*want, *expected))) <= TOLERANCE[torch.float32]
+    with torch.no_grad():
+        mlp(x, scale)
+    assert len(calls) == fused
+
+
 @pytest.mark.parametrize("dtype, T, initial", ((torch.float16, 20, False), (torch.float32, 17, True)))
 def test_ssd_mamba_ssm(dtype, T, initial, cuda_stubs):
     compare(ssd_by(K.ssd_mamba_ssm, 16), ssd_naive, ssd_case(dtype, T=T, H=2, initial=initial), TOLERANCE[dtype])
@@ -267,6 +316,7 @@ def test_opcheck(cuda_stubs):
     inputs = mix_case(torch.float32, b=1, T=6, H=1, initial=True)
     torch.library.opcheck(OPS.mamba_mix, (*inputs, 16, True))
     torch.library.opcheck(OPS.mamba_mix, (*inputs[:7], None, None, 16, True))
+    torch.library.opcheck(OPS.mlp, (*(t.flatten(0, -2) for t in mlp_case(torch.float32, 3, 64, 128)), 0.5, True))
     inputs = ssd_case(torch.float32, b=1, T=6, H=1, initial=True)
     few = ("test_schema", "test_autograd_registration", "test_faketensor")  # the interpreter takes seconds per run
     torch.library.opcheck(OPS.ssd_mamba_ssm, (*inputs, 16), test_utils=few)
@@ -291,6 +341,11 @@ def test_fake_strides(cuda_stubs):
         check_fake_strides(OPS.mamba_mix, (*inputs, 16, True))
         check_fake_strides(OPS.mamba_mix, (*inputs, 16, False))
         check_fake_strides(OPS.mamba_mix_backward, (out, final, *inputs, *saved, 16, True))
+        inputs = [t.flatten(0, -2) for t in mlp_case(torch.float16, 3, 64, 128)]
+        for norm in (True, False):
+            z, power, *saved = OPS.mlp(*inputs, 0.5, norm)
+            check_fake_strides(OPS.mlp, (*inputs, 0.5, norm))
+            check_fake_strides(OPS.mlp_backward, (z, power if norm else None, *inputs, *saved, 0.5, norm))
         inputs = ssd_case(torch.float16, b=2, T=18, H=2, initial=True)
         check_fake_strides(OPS.ssd_mamba_ssm, (*inputs, 16))
         check_fake_strides(OPS.ssd_mamba_ssm_backward, (*OPS.ssd_mamba_ssm(*inputs, 16), *inputs, 16))
@@ -342,7 +397,7 @@ def test_check_passes_and_is_remembered(choose, tmp_path, monkeypatch):
     assert choose()[0] == kernels
     with pytest.raises(TypeError):
         choose(logit_softcap=0.0)  # another kernel
-    assert choose(kernel_check="0")[0] == kernels
+    assert choose(kernel_check="0")[0] == kernels and kernels.mlp and not choose(mlp_kernel="torch")[0].mlp
 
 
 def raising(message):
@@ -368,6 +423,8 @@ BREAKS = {
     "conv-wrong": ("mixer", "conv_fwd", lambda u, w, b, i, out, **k: out.fill_(1.0)),
     "scan-compile": ("mixer", "ssd_scan", raising("PassManager::run failed")),
     "scan-nan": ("mixer", "ssd_bwd_bc", lambda *a, **k: a[8].fill_(float("nan"))),
+    "mlp-wrong": ("mlp", "mlp_product", lambda *a, **k: a[3].fill_(1.0)),
+    "mlp-compile": ("mlp", "mlp_product", raising("no such type")),
     "gate-wrong": ("mixer", "gate_norm_bwd", lambda *a, **k: None)}
 
 
@@ -379,11 +436,11 @@ def test_broken_kernel_is_replaced(case, choose, monkeypatch, cuda_stubs):
     assert note.startswith(f"kernel {check}: ") and COST.search(note) and "\n" not in note, note
     assert ("RuntimeError" if "launch" in case or "compile" in case else "off by") in note
     assert K.REPLACED == {check}
-    assert kernels is K.FORMS["fused" if check == "head" else "mamba_ssm"]
+    assert kernels.mlp == (check != "mlp") and kernels.name == ("mamba_ssm" if check == "mixer" else "fused")
     inputs, targets = head_inputs(torch.float32, 7, 40)
     if check == "head":  # without the kernel the op does the same in PyTorch
         check_head(inputs, targets, 15.0, "poly", 1e-4, HEAD_TOLERANCE[torch.float32])
-    with pytest.raises(K.UserError, match="KERNEL_CHECK=strict: kernel (head|mixer): "):
+    with pytest.raises(K.UserError, match="KERNEL_CHECK=strict: kernel (head|mixer|mlp): "):
         choose(kernel_check="strict")
 
 
@@ -394,7 +451,7 @@ def test_broken_mixer_without_mamba_ssm_runs_in_pytorch(choose, monkeypatch):
     monkeypatch.setattr(K, "mamba_ssm", missing)
     for knobs in ({}, dict(ssd_kernel="fused")):
         kernels, note = choose(**knobs)
-        assert kernels == K.Kernels() and "kernel mixer: " in note and "not what we know" in note
+        assert kernels == K.Kernels(mlp=True) and "kernel mixer: " in note and "not what we know" in note
 
 
 def test_broken_snap_is_replaced(choose, monkeypatch):

@@ -100,6 +100,11 @@ def mixer(H, width, T, initials=(False, True)):
             K.mamba_mix_triton(*inputs, state=state)
 
 
+def mlp(D, hidden, leak, eps):
+    inputs = (leaf(*shape, dtype=BF16) for shape in ((16, D), (hidden, D), (D, hidden)))
+    K.mlp_fused(*inputs, leak, eps).sum().backward()
+
+
 def snap():
     for dtype in (BF16, torch.float32):
         K.FusedSnap([(torch.zeros(8, 640), torch.zeros(8, 640, dtype=dtype), "int", 7)])()
@@ -112,6 +117,9 @@ CASES = {
     "snap": snap,
     "BPE mixer": lambda: mixer(10, 1424, 1024),
     "BPE mixer, rows of 1418": lambda: mixer(10, 1418, 1024, initials=(False,)),
+    "BPE MLP": lambda: mlp(640, 2560, 0.0, 1e-6),
+    "full-size preset's MLP": lambda: mlp(512, 1536, 0.5, 1e-6),
+    "ByteJEPA MLP": lambda: mlp(512, 1024, 0.0, None),
     "byte mixer": lambda: mixer(12, 1680, 8192, initials=(True,)),
     **{f"BPE mamba-ssm chunk {c}": lambda c=c: mamba_ssm(10, 1024, c) for c in (64, 128, 256)},
     **{f"byte mamba-ssm chunk {c}": lambda c=c: mamba_ssm(12, 8192, c) for c in (128, 256)},

@@ -327,12 +327,12 @@ def test_the_tagged_knobs_are_those_that_artifacts_and_resumed_runs_rely_on():
                                      "DT_GRID EMBED_GRID").split()
     assert set(Config.tagged("result")) == set(
         "ITERATIONS MAX_WALLCLOCK_SECONDS RESERVE_SECONDS DATA_PATH TOKENIZER_PATH VAL_MAX_TOKENS SSD_KERNEL SSD_CHUNK "
-        "COMPILE_MODE SLIDING_EVAL_STRIDE TEMP_SCALING TEMP_CALIB ROUNDING ROUNDING_TOKENS "
+        "MLP_KERNEL COMPILE_MODE SLIDING_EVAL_STRIDE TEMP_SCALING TEMP_CALIB ROUNDING ROUNDING_TOKENS "
         "ATTENTION_OVERLAP ADAPT_STEPS ADAPT_LR ADAPT_CHUNK_TOKENS ADAPT_PARAMS ADAPT_CLIP".split())
     assert set(Config.tagged("eval")) == set(
         "VAL_MAX_TOKENS VAL_BATCH_SIZE MICRO_BATCHES SLIDING_BATCH_SIZE EVAL_STATE TEMP_CALIB DTYPE SSD_KERNEL "
-        "SSD_CHUNK COMPILE_MODE ATTENTION_OVERLAP EVAL_ADAPT ADAPT_STEPS ADAPT_LR ADAPT_CHUNK_TOKENS ADAPT_PARAMS "
-        "ADAPT_CLIP".split())
+        "SSD_CHUNK MLP_KERNEL COMPILE_MODE ATTENTION_OVERLAP EVAL_ADAPT ADAPT_STEPS ADAPT_LR ADAPT_CHUNK_TOKENS "
+        "ADAPT_PARAMS ADAPT_CLIP".split())
     config = read(SEED=7, MODEL_DIM=128)
     assert config.fixed() == {name: value for name, value in config.named().items()
                               if name not in Config.tagged("free")}

@@ -310,6 +310,27 @@ def test_compensated_rounding_scores_the_same_from_its_file_and_stores_other_sym
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("base, knobs", [
+    (TINY, dict(MIXER="ma", NUM_HEADS=4, NUM_KV_HEADS=2, ACTIVATION="leaky_relu2", EMBED_DIM=32, TIE_EMBEDDINGS=1,
+                QAT_FRACTION=0, ROUNDING="compensated", ROUNDING_TOKENS=512, SWA_START=0.5, TEMP_SCALING=1)),
+    (TINY, dict(CARRY_STATE=1, EVAL_STATE="carry", EVAL_ADAPT=1, ADAPT_CHUNK_TOKENS=600)),
+    (SYSTEM_B, dict(SLIDING_EVAL=1, SLIDING_EVAL_STRIDE=8, DIAGNOSTICS=1, PROBE_STEPS=2))],
+    ids=("hybrid", "carried", "B"))
+def test_a_run_on_a_gpu_does_what_one_on_a_cpu_does(base, knobs, tmp_path):
+    """All but Triton's kernels, on CPU tensors: batches, padded evaluation, moments, scores."""
+    results, knobs = [], knobs | dict(ITERATIONS=4, CHECKPOINT_EVERY=2, DTYPE="fp32")
+    for name, patch, device in (("cpu", "", "cpu"), ("gpu", "on_gpu()", "cuda")):
+        child = run(tmp_path, patch, base, RUN_ID=name, DEVICE=device, **knobs)
+        assert child.code == 0, child.text()[-2000:]
+        results.append(json.loads((tmp_path / name / "result.json").read_text()))
+    scores = [key for key, value in results[0].items() if key.endswith("bpb") and value is not None]
+    assert len(scores) > 1 and max(abs(results[0][key] - results[1][key]) for key in scores) < 2e-3, results
+    if base is TINY and "ROUNDING" in knobs:
+        logs = [(tmp_path / name / "log.txt").read_text() for name in ("cpu", "gpu")]
+        assert len({re.search(r"rounding: (\d+) matrices compensated", log)[1] for log in logs}) == 1
+
+
+@pytest.mark.slow
 def test_without_qat_the_storage_grid_can_still_be_chosen_after_the_training(tmp_path):
     knobs = dict(QAT_FRACTION=0, ITERATIONS=6, CHECKPOINT_EVERY=6)
     grids = dict(PROJ_GRID="int4s0.36", MLP_GRID="int4s0.46", EMBED_GRID="int6", QUANT_BITS=6)

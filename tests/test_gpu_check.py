@@ -19,7 +19,7 @@ def test_all_stages_run_to_their_end_on_tiny_sizes(tmp_path, demo_data):
     rows = [json.loads(line) for line in (tmp_path / "gpu_check.jsonl").read_text().splitlines()]
     assert not [row for row in rows if row.get("error") or row.get("failed", "no") != "no"]
     kernels = {row["kernel"]: row["fault"] for row in rows if row["stage"] == "kernels" and "kernel" in row}
-    assert kernels == dict(head="none", mixer="none")
+    assert kernels == dict(head="none", mixer="none", mlp="none")
     gaps = [row["largest_loss_gap"] for row in rows if row["stage"] == "parity" and "run" in row]
     assert len(gaps) == 3 and max(gaps) < 1e-3  # two steps in fp32, on kernels and without
     trained, = (row["roundtrip_val_bpb"] for row in rows if row["stage"] == "train" and "steps" in row)

@@ -21,6 +21,9 @@ from interpreter_kernels import (
     mix_by,
     mix_case,
     mix_naive,
+    mlp_by,
+    mlp_case,
+    mlp_naive,
     off,
     one_graph,
     one_graph_inputs,
@@ -153,7 +156,7 @@ def test_without_triton_and_mamba_ssm():
 
 
 def choose(kernel, device, **knobs):
-    runtime = SimpleNamespace(device=torch.device(device), main_first=lambda work: work())
+    runtime = SimpleNamespace(device=torch.device(device), dtype=torch.bfloat16, main_first=lambda work: work())
     return K.choose_kernels(K.Config(ssd_kernel=kernel, kernel_check="0", **knobs), runtime)
 
 
@@ -161,7 +164,8 @@ def test_bad_input(monkeypatch):
     with pytest.raises(K.UserError, match="SSD_KERNEL=fused needs a CUDA device"):
         choose("fused", "cpu")
     assert choose("auto", "cpu") == (K.Kernels(), "")
-    assert choose("torch", "cuda") == (K.Kernels(), "")
+    assert choose("torch", "cuda", mlp_kernel="torch") == (K.Kernels(), "")
+    assert choose("torch", "cuda") == (K.Kernels(mlp=K.triton is not None), "")
     for knob, value in (("d_state", 24), ("ssd_chunk", 256), ("d_conv", 5)):
         with pytest.raises(K.UserError, match=f"{knob.upper()}={value}"):
             choose("fused", "cuda", **{knob: value})
@@ -212,9 +216,9 @@ def test_compiles_for_sm90(side_runs):
     kernels = [line for line in lines if "kernel" in line]
     assert {k["kernel"] for k in kernels} >= {
         "head_rows", "conv_fwd", "conv_bwd", "snap_rows", "ssd_scan", "ssd_bwd_bc", "gate_norm",
-        "gate_norm_bwd", "_chunk_scan_fwd_kernel", "_chunk_state_fwd_kernel",
+        "gate_norm_bwd", "mlp_product", "_chunk_scan_fwd_kernel", "_chunk_state_fwd_kernel",
         "_chunk_scan_chunk_state_bwd_dx_kernel", "_chunk_cumsum_bwd_kernel"}
-    assert len([line for line in lines if "launched" in line]) == 12
+    assert len([line for line in lines if "launched" in line]) == 15
     bad = [k for k in kernels if k["stack"] > 32 or k["shared"] > 227 * 1024]
     assert not bad, bad
 
@@ -262,6 +266,16 @@ def test_cuda_head_memory():
 def test_cuda_mixer(initial, pad, dtype, T, H):
     inputs = mix_case(dtype, T=T, H=H, P=64, N=64, pad=pad, initial=initial, device="cuda")
     compare(mix_by(K.mamba_mix_triton, 64), mix_naive, inputs, GPU_TOLERANCE[dtype])
+
+
+@cuda
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=("bf16", "fp32"))
+@pytest.mark.parametrize("n, D, hidden, leak, eps", (
+    (4096, 512, 1024, 0.0, None), (3001, 512, 1536, 0.5, 1e-6), (1000, 640, 2560, 0.0, 1e-6),
+    (500, 192, 384, 0.5, 1e-6)))
+def test_cuda_mlp(n, D, hidden, leak, eps, dtype):
+    compare(mlp_by(K.mlp_fused, leak, eps), lambda *i: mlp_naive(*i, leak, eps), mlp_case(dtype, n, D, hidden, "cuda"),
+            GPU_TOLERANCE[dtype])
 
 
 @cuda

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu_stand_in import OnGpu
 from tolerance import bound
 from torch import nn
 
@@ -317,7 +318,8 @@ def test_attention_with_carried_keys_is_the_whole(cut):
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "plain"])
 def test_mlps_are_their_formulas_and_start_silent(activation, norm):
     torch.manual_seed(0)
-    mlp, u = tj.MLP(configure(MLP_MULT=3, ACTIVATION=activation, MLP_NORM=int(norm))), torch.randn(2, 5, 64)
+    c, u = configure(MLP_MULT=3, ACTIVATION=activation, MLP_NORM=int(norm)), torch.randn(2, 5, 64)
+    mlp = tj.MLP(c, tj.Kernels())
     assert mlp.up.weight.shape == (192 * (2 if activation == "swiglu" else 1), 64)
     assert mlp.down.weight.shape == (64, 192)
     assert mlp(u).abs().max() == 0
@@ -400,12 +402,6 @@ def test_the_same_seed_builds_the_same_weights_and_another_seed_others():
 
 
 # -- the GPU's branches, on CPU tensors --------------------------------------------------------------------------------
-
-class OnGpu(torch.Tensor):
-    """A CPU tensor that the model takes for one on a GPU, as all that is computed from it."""
-    is_cuda = property(lambda self: True)
-
-
 FORMS = pytest.mark.parametrize("knobs", [
     dict(MIXER="amma", ACTIVATION="leaky_relu2", JEPA_DIM=8, JEPA_COV=1, DETACH_TARGETS=1),
     dict(MLP_NORM=0, JEPA_STEPS=2, EMBED_DIM=0),

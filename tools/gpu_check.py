@@ -15,12 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT, TINY = Path(os.environ.get("OUT", "gpu_check")), os.environ.get("TINY") == "1"
 # Parts, their stages, and the seconds after which a stage is ended: a part fits into ten minutes.
 PARTS = {"correct": {"kernels": 120, "tests": 300, "parity": 150},
-         "bench": {"ceilings": 60, "scans": 120, "bench_bpe": 140, "bench_byte": 140, "bench_b": 140},
+         "bench": {"ceilings": 60, "scans": 90, "mlps": 60, "bench_bpe": 130, "bench_byte": 130, "bench_b": 130},
          "run": {"train": 360, "eval": 200}}
 PUBLISHED_MS = {"run_jepa_bpe.sh": 97.4, "run_jepa_byte.sh": 105}  # a step of 65,536 tokens per GPU
 # Least ms of a BPE step's parts: products at 800 TFLOP/s, the rest by the bytes that must move at 2.8 TB/s
 FLOOR_MS = {"products": 22.5, "mixer": 3.0, "snap": 0.1, "other": 0.5}
-SMALL = dict(TOKENIZER="byte", MODEL_DIM=64, NUM_LAYERS=2, EXPAND=1, D_STATE=16, MLP_MULT=1, EMBED_DIM=32,
+SMALL = dict(TOKENIZER="byte", MODEL_DIM=64, NUM_LAYERS=2, EXPAND=1, D_STATE=16, MLP_MULT=2, EMBED_DIM=32,
              TIE_EMBEDDINGS=1, JEPA_STEPS=2, TRAIN_SEQ_LEN=32, TRAIN_BATCH_TOKENS=64, MICRO_BATCHES=2,
              WARMUP_STEPS=0, QUANT_BITS=4, FP_STORAGE="FP8", SIGREG_NUM_PROJ=8)
 
@@ -175,10 +175,33 @@ def scans() -> None:
             note(stage="scans", form=name, error=f"{type(error).__name__}: {error}"[:500])
 
 
+def mlps() -> None:
+    """An MLP, forward and backward, compiled: the activation within its products, and apart."""
+    torch, tj = library()
+    rows, dtype = (40, torch.float32) if TINY else (65536, torch.bfloat16)
+    for name, width, mult, activation, norm in (("bpe", 640, 4, "relu2", 1), ("best", 512, 3, "leaky_relu2", 1),
+                                                ("bytejepa", 512, 2, "relu2", 0)):
+        c = configuration(tj, MODEL_DIM=64 if TINY else width, MLP_MULT=mult, ACTIVATION=activation, MLP_NORM=norm)
+        x = torch.randn(rows, c.model_dim, device=device(), dtype=dtype, requires_grad=True)
+        reference = None
+        for form in ("torch", "fused"):
+            torch.manual_seed(0)
+            mlp = tj.MLP(c, tj.Kernels(mlp=form == "fused"))
+            torch.nn.init.normal_(mlp.down.weight, std=0.02)
+            mlp.to(x.device, dtype)
+            forward = mlp if TINY else torch.compile(mlp)
+            leaves, upstream = [x, *mlp.parameters()], torch.ones_like(x)
+            both = lambda run=forward, leaves=leaves, to=upstream: torch.autograd.grad(run(leaves[0]), leaves, to)
+            found = both()
+            reference = reference or found
+            gap = max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(found, reference))
+            note(stage="mlps", model=name, form=form, ms=timed(torch, both), gap_to_first=gap)
+
+
 def script(name: str, **knobs) -> subprocess.CompletedProcess:
     """A run script; its stdout and stderr go to a file as well."""
     tiny = dict(PROFILE="cpu", DEVICE="cpu", COMPILE_MODE="off", ITERATIONS=2, NPROC_PER_NODE=1, MODEL_DIM=64,
-                NUM_LAYERS=2, EXPAND=1, D_STATE=16, MLP_MULT=1, SSD_CHUNK=16, TRAIN_SEQ_LEN=32,
+                NUM_LAYERS=2, EXPAND=1, D_STATE=16, MLP_MULT=2, SSD_CHUNK=16, TRAIN_SEQ_LEN=32,
                 TRAIN_BATCH_TOKENS=64, MICRO_BATCHES=2, WARMUP_STEPS=0, SLIDING_EVAL_STRIDE=16, VAL_LOSS_EVERY=0)
     if "bytejepa" in name:
         tiny |= dict(NUM_HEADS=2, NUM_KV_HEADS=1)
@@ -238,7 +261,7 @@ def evaluate() -> None:
                           {key: value for key, value in json.loads(lines[-1]).items() if "val" in key}))
 
 
-STAGES = dict(kernels=kernels, tests=tests, parity=parity, ceilings=ceilings, scans=scans,
+STAGES = dict(kernels=kernels, tests=tests, parity=parity, ceilings=ceilings, scans=scans, mlps=mlps,
               bench_bpe=lambda: bench("run_jepa_bpe.sh"), bench_byte=lambda: bench("run_jepa_byte.sh"),
               bench_b=lambda: bench("run_bytejepa.sh"), train=train, eval=evaluate)
 
