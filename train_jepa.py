@@ -2032,7 +2032,7 @@ FORMS = {  # in order of preference; mamba-ssm writes fp32 states: 2.5 GB a laye
 # sizes, forward and backward.
 CHECK_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 3e-2}  # largest difference / largest entry
 COSTS = {"head": "about +10 ms", "mixer": "about +17 ms by mamba-ssm, +32 ms by PyTorch",
-         "mlp": "about +2 ms", "snap": "about +2 ms"}  # modelled
+         "mlp": "about +1 ms", "snap": "about +2 ms"}  # modelled
 
 
 def random_tensors(device: torch.device, dtype: torch.dtype, *shapes) -> list[Tensor]:
