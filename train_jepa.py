@@ -1064,6 +1064,11 @@ def load_validation(config: Config) -> Tensor:
 # ------------------------------------------------------------------------------
 # SSD: the selective state-space scan of Mamba-2 and its convolution, in PyTorch
 # ------------------------------------------------------------------------------
+def as_new(t: Tensor) -> Tensor:
+    """A copy with the strides of a new tensor: torch.compile makes a graph for others."""
+    return t.clone(memory_format=torch.contiguous_format)
+
+
 def decay_between(logs: Tensor) -> Tensor:
     """exp(logs_i - logs_j) for j <= i, else 0; (..., n) -> (..., n, n)."""
     gaps = logs.unsqueeze(-1) - logs.unsqueeze(-2)
@@ -1150,7 +1155,7 @@ def causal_conv_silu(u: Tensor, weight: Tensor, bias: Tensor, *,
         padded = torch.cat((initial.to(u.dtype), u), dim=1)
     convolve = shifted_sums if u.is_cuda else EagerConv.apply
     out = convolve(padded, weight[:, 0].to(u.dtype), bias.to(u.dtype))
-    return F.silu(out), padded[:, u.size(1):].clone()  # a view would keep all inputs in memory
+    return F.silu(out), as_new(padded[:, u.size(1):])  # a view would keep all inputs in memory
 
 
 class EagerNorm(torch.autograd.Function):
@@ -1842,7 +1847,7 @@ def mamba_mix_triton(wide: Tensor, *parameters: Tensor, chunk: int = 64,
     needed = any(t is not None and t.requires_grad for t in inputs)
     out, final, *_ = _mix(*inputs, chunk, needed and torch.is_grad_enabled())
     tail = wide[:, length - reach:, len(gain):len(gain) + len(conv_bias)]
-    return out, (tail.clone(), final)  # a view would keep all of wide in memory
+    return out, (as_new(tail), final)  # a view would keep all of wide in memory
 
 
 # -- MLP: the activation as part of its two products ---------------------------
@@ -2456,7 +2461,7 @@ class LanguageModel(nn.Module):
 
     def trim_states(self, states: list, overlap: int) -> list:
         """The states with the last `overlap` positions of attention's keys and values."""
-        trim = lambda part: part[:, max(0, part.size(1) - overlap):]
+        trim = lambda part: as_new(part[:, max(0, part.size(1) - overlap):])
         return [tuple(map(trim, state)) if isinstance(block.mixer, Attention) else state
                 for block, state in zip(self.blocks, states)]
 
@@ -3823,7 +3828,7 @@ class Evaluator:
     def __init__(self, model: LanguageModel, tokens: Tensor, vocabulary: Vocabulary, seq_len: int,
                  batch_tokens: int, runtime: Runtime, forward: Callable | None = None):
         self.model, self.tokens, self.vocabulary = model, tokens, vocabulary
-        self.runtime, self.forward = runtime, forward or model
+        self.runtime, self.forward = runtime, model if forward is None else forward
         self.seq_len, self.sequences = seq_len, max(1, batch_tokens // seq_len)
         self.targets = len(tokens) - 1
         self.bytes = int(vocabulary.target_bytes(tokens[:-1], tokens[1:]).sum())
@@ -3925,7 +3930,7 @@ class Evaluator:
         that torch.compile makes one graph per pass; states after a padded piece are not real."""
         sequences, length = ids.shape
         if self.runtime.cuda:
-            ids = F.pad(ids, (0, shape[1] - length, 0, shape[0] - sequences))
+            ids = as_new(F.pad(ids, (0, shape[1] - length, 0, shape[0] - sequences)))
         h, states = self.forward(self.runtime.to_device(ids), self.runtime.dtype, states)
         return h[:sequences, :length], states
 

@@ -178,23 +178,26 @@ def no_curves() -> None:
     tj.plot_curves = lambda folder: None
 
 
-def on_gpu() -> None:
-    """The run takes this CPU for a GPU, and does all that it does there, but for Triton's kernels."""
+def on_gpu(branches: bool = True) -> None:
+    """The run takes this CPU for a GPU, and does all that it does there, but for Triton's kernels. branches: the model,
+    too; torch.compile does not trace that."""
     from gpu_stand_in import OnGpu, torch
 
     class Runtime(tj.Runtime):
         def __init__(self, config):
+            torch.cuda.is_available = lambda: True
             super().__init__(config)
+            torch.cuda.is_available = lambda: False  # torch's own code shall know
             self.device = torch.device("cpu")
 
         def to_device(self, tensor):
-            return tensor.as_subclass(OnGpu)
+            return tensor.as_subclass(OnGpu) if branches else tensor
 
-    answers = dict(is_available=True, device_count=1, set_device=None, get_device_name="a CPU", current_device=0,
-                   is_bf16_supported=True, synchronize=None, max_memory_allocated=1,
-                   get_device_properties=SimpleNamespace(total_memory=80e9))
+    answers = dict(device_count=1, set_device=None, get_device_name="a CPU", current_device=0, is_bf16_supported=True,
+                   synchronize=None, max_memory_allocated=1, get_device_properties=SimpleNamespace(total_memory=80e9))
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+    tj.matmul_dtype = lambda device_type: torch.float32
     tj.Runtime = Runtime
 
 

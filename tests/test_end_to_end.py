@@ -331,6 +331,23 @@ def test_a_run_on_a_gpu_does_what_one_on_a_cpu_does(base, knobs, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_compiled_run_on_a_gpu_makes_one_graph_per_pass(tmp_path):
+    """Training, Muon's halves and every way to score, compiled: a graph for sequences, for the first and for the later
+    pieces of a text, whatever text it is, and for the gradients of test-time training."""
+    knobs = dict(COMPILE_MODE="aot_eager", DTYPE="fp32", MIXER="ma", NUM_HEADS=4, NUM_KV_HEADS=2, ITERATIONS=2,
+                 TRAIN_SEQ_LEN=128, WARMUP_STEPS=0, EVAL_STATE="carry", ATTENTION_OVERLAP=16, TEMP_SCALING=1,
+                 VAL_BATCH_SIZE=2048, SLIDING_EVAL=1, SLIDING_EVAL_STRIDE=96, SLIDING_BATCH_SIZE=8, EVAL_ADAPT=1,
+                 ADAPT_CHUNK_TOKENS=1024)
+    counting = """
+from torch._dynamo.utils import counters
+atexit.register(lambda: print("graphs:", counters["stats"]["unique_graphs"]))"""
+    child = run(tmp_path, "on_gpu(branches=False)" + counting, timeout=300, DEVICE="cuda", **knobs)
+    assert child.code == 0, child.text()[-3000:]
+    scoring = dict(sequences=1, first_piece=1, later_pieces=1, gradients=1)
+    assert f"graphs: {1 + 2 + len(scoring)}" in child.text()  # and the losses, and Muon's halves
+
+
+@pytest.mark.slow
 def test_without_qat_the_storage_grid_can_still_be_chosen_after_the_training(tmp_path):
     knobs = dict(QAT_FRACTION=0, ITERATIONS=6, CHECKPOINT_EVERY=6)
     grids = dict(PROJ_GRID="int4s0.36", MLP_GRID="int4s0.46", EMBED_GRID="int6", QUANT_BITS=6)
