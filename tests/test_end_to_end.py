@@ -279,10 +279,17 @@ def test_bench_times_every_part_of_a_step_and_leaves_no_folder(tmp_path, knobs):
     assert report["host_ms_per_step"] == report["ms_per_step"] > 0  # on a CPU the host does it all
 
 
+def test_bench_on_a_gpu_says_that_no_profile_can_be_made_and_goes_on(tmp_path):
+    child = run(tmp_path, "on_gpu()", MODE="bench", DEVICE="cuda", DTYPE="fp32", ITERATIONS=4)
+    assert child.code == 0 and "kernels: no profile here (" in child.text(), child.text()[-2000:]
+    report = json.loads(child.text().splitlines()[-1])
+    assert "kernel_ms" not in report and 0 < report["host_ms_per_step"] <= 1.5 * report["ms_per_step"]
+
+
 def test_kernels_of_a_profile_are_summed_by_kind():
     names = {"nvjet_tst_256x128_64x4_2x1": "products", "sm90_xmma_gemm_bf16bf16_bf16f32": "products",
              "ssd_scan": "mixer", "conv_bwd": "mixer", "gate_norm_bwd": "mixer", "_chunk_scan_fwd_kernel": "mixer",
-             "head_rows": "head", "snap_rows": "snap", "triton_per_fused_add_mul_3": "generated",
+             "head_rows": "head", "mlp_product": "MLP", "snap_rows": "snap", "triton_per_fused_add_mul_3": "generated",
              "triton_poi_fused_conv_1": "generated", "void pytorch_flash::flash_bwd_kernel": "attention",
              "Memcpy HtoD (Pinned -> Device)": "copies", "void multi_tensor_apply_kernel<FusedAdam>": "other"}
     report = tj.by_kind([(float(index + 1), name) for index, name in enumerate(names)])
