@@ -5007,7 +5007,7 @@ def open_artifact(c: Config, runtime: Runtime) -> tuple[Config, LanguageModel, V
         low = role in (*MATRICES, EMBEDDING, HEAD)
         tensors[name] = tensors[name].to(runtime.device, runtime.dtype if low else torch.float32)
     model.load_state_dict(tensors, assign=True)
-    return own, model.requires_grad_(False).to(runtime.device), vocabulary, header
+    return own, model.to(runtime.device), vocabulary, header
 
 
 def evaluate_alone(c: Config) -> dict[str, Any]:

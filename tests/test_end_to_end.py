@@ -350,8 +350,15 @@ from torch._dynamo.utils import counters
 atexit.register(lambda: print("graphs:", counters["stats"]["unique_graphs"]))"""
     child = run(tmp_path, "on_gpu(branches=False)" + counting, timeout=300, DEVICE="cuda", **knobs)
     assert child.code == 0, child.text()[-3000:]
-    scoring = dict(sequences=1, first_piece=1, later_pieces=1, gradients=1)
-    assert f"graphs: {1 + 2 + len(scoring)}" in child.text()  # and the losses, and Muon's halves
+    scoring = len("sequences, first piece, later pieces, gradients".split(", "))
+    assert f"graphs: {1 + 2 + scoring}" in child.text()  # and the losses, and Muon's halves
+    alone = run(tmp_path, "on_gpu(branches=False)" + counting, timeout=300, DEVICE="cuda", MODE="eval",
+                ARTIFACT=tmp_path / "r/model.jepa", **knobs)
+    assert alone.code == 0 and f"graphs: {scoring}" in alone.text(), alone.text()[-3000:]
+    scores = [json.loads(line) for line in alone.text().splitlines() if line.startswith("{")][0]
+    result = json.loads((tmp_path / "r/result.json").read_text())
+    assert {key: result[key] for key in scores if key.endswith("bpb")} == \
+        {key: value for key, value in scores.items() if key.endswith("bpb")}
 
 
 @pytest.mark.slow
