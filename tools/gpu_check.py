@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT, TINY = Path(os.environ.get("OUT", "gpu_check")), os.environ.get("TINY") == "1"
 # Parts, their stages, and the seconds after which a stage is ended: a part fits into ten minutes.
 PARTS = {"correct": {"kernels": 120, "tests": 300, "parity": 150},
-         "bench": {"ceilings": 60, "scans": 90, "mlps": 60, "bench_bpe": 130, "bench_byte": 130, "bench_b": 130},
+         "bench": {"ceilings": 50, "scans": 80, "mlps": 60, "bench_bpe": 130, "bench_byte": 120, "bench_b": 120},
          "run": {"train": 360, "eval": 200}}
 PUBLISHED_MS = {"run_jepa_bpe.sh": 97.4, "run_jepa_byte.sh": 105}  # a step of 65,536 tokens per GPU
 # Least ms of a BPE step's parts: products at 800 TFLOP/s, the rest by the bytes that must move at 2.8 TB/s
