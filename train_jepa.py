@@ -1915,13 +1915,15 @@ def mlp_product(x, w, h, out, power, n, K, F, wk, wf, LEAK: tl.constexpr, BACK: 
 
 def _launch_mlp_product(x, w, h, out, power, leak, back):
     (n, K), F = x.shape, w.size(1)
-    tile = mlp_tile(F)
+    tile = mlp_tile(h)
     mlp_product[F // tile, triton.cdiv(n, 128)](
-        x, w, h, out, power, n, K, F, *w.stride(), LEAK=leak, BACK=back, BM=128, BN=tile, BK=64,
-        num_warps=8, num_stages=3)
+        x, w, h, out, power, n, K, F, *w.stride(), LEAK=leak, BACK=back, BM=128, BN=tile,
+        BK=128 // x.element_size(), num_warps=8, num_stages=3)
 
 
-mlp_tile = lambda hidden: 128 if hidden % 256 else 256  # columns of a program
+def mlp_tile(h: Tensor) -> int:
+    """Columns of a program; wider tiles of fp32 do not fit into shared memory."""
+    return 128 if h.size(1) % 256 or h.element_size() > 2 else 256
 
 
 def _mlp_outputs(x, up, down, leak, norm):
@@ -1933,7 +1935,7 @@ def _mlp_outputs(x, up, down, leak, norm):
 
 def _launch_mlp(z, power, h, square, x, up, down, leak, norm):
     x, up, down = contiguous(x, up, down)
-    parts = power.new_empty(2 * len(up) // mlp_tile(len(up)), len(x)) if norm else None
+    parts = power.new_empty(2 * len(up) // mlp_tile(h), len(x)) if norm else None
     _launch_mlp_product(x, up.T, h, square, parts, leak, back=False)
     if norm:
         torch.sum(parts, 0, out=power)

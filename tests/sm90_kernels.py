@@ -100,8 +100,8 @@ def mixer(H, width, T, initials=(False, True)):
             K.mamba_mix_triton(*inputs, state=state)
 
 
-def mlp(D, hidden, leak, eps):
-    inputs = (leaf(*shape, dtype=BF16) for shape in ((16, D), (hidden, D), (D, hidden)))
+def mlp(D, hidden, leak, eps, dtype=BF16):
+    inputs = (leaf(*shape, dtype=dtype) for shape in ((16, D), (hidden, D), (D, hidden)))
     K.mlp_fused(*inputs, leak, eps).sum().backward()
 
 
@@ -119,6 +119,7 @@ CASES = {
     "BPE mixer, rows of 1418": lambda: mixer(10, 1418, 1024, initials=(False,)),
     "BPE MLP": lambda: mlp(640, 2560, 0.0, 1e-6),
     "full-size preset's MLP": lambda: mlp(512, 1536, 0.5, 1e-6),
+    "BPE MLP in fp32, for the self-check": lambda: mlp(640, 2560, 0.0, 1e-6, torch.float32),
     "ByteJEPA MLP": lambda: mlp(512, 1024, 0.0, None),
     "byte mixer": lambda: mixer(12, 1680, 8192, initials=(True,)),
     **{f"BPE mamba-ssm chunk {c}": lambda c=c: mamba_ssm(10, 1024, c) for c in (64, 128, 256)},

@@ -218,7 +218,7 @@ def test_compiles_for_sm90(side_runs):
         "head_rows", "conv_fwd", "conv_bwd", "snap_rows", "ssd_scan", "ssd_bwd_bc", "gate_norm",
         "gate_norm_bwd", "mlp_product", "_chunk_scan_fwd_kernel", "_chunk_state_fwd_kernel",
         "_chunk_scan_chunk_state_bwd_dx_kernel", "_chunk_cumsum_bwd_kernel"}
-    assert len([line for line in lines if "launched" in line]) == 15
+    assert len([line for line in lines if "launched" in line]) == 16
     bad = [k for k in kernels if k["stack"] > 32 or k["shared"] > 227 * 1024]
     assert not bad, bad
 
