@@ -2228,20 +2228,19 @@ class Linear(nn.Module):
         for parameter in () if zero else self.parameters():
             nn.init.uniform_(parameter, -inputs ** -0.5, inputs ** -0.5)
 
+    def cast(self, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
+        """The weight in dtype, its rows times scale (out,)."""
+        return (self.weight if scale is None else scale[:, None] * self.weight).to(dtype)
+
     def forward(self, x: Tensor, scale: Tensor | None = None, pad: int = 0) -> Tensor:
         """scale (out,): factors of the outputs; pad: zeros to append to them. On a GPU the scale
         goes into the weights, which saves reading the outputs again for its gradient, and writing a
         gradient for the product."""
-        weight, bias, late = self.weight, self.bias, None
-        if scale is not None and x.is_cuda:
-            weight = scale[:, None] * weight
-        elif scale is not None:
-            late = scale.to(x.dtype)
-        weight = weight.to(x.dtype)
+        weight = self.cast(x.dtype, scale if x.is_cuda else None)
         if pad:
             weight = F.pad(weight, (0, 0, 0, pad))
-        y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-        return y if late is None else late * y
+        y = F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        return y if scale is None or x.is_cuda else scale.to(x.dtype) * y
 
 
 class Mamba2(nn.Module):
@@ -2370,8 +2369,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         if self.fused and torch.is_grad_enabled():
-            down = self.down.weight if scale is None else scale[:, None] * self.down.weight
-            up, down = self.up.weight.to(x.dtype), down.to(x.dtype)
+            up, down = self.up.cast(x.dtype), self.down.cast(x.dtype, scale)
             return mlp_fused(x, up, down, self.leak, self.eps)
         hidden = self.activation(self.up(x))
         return self.down(hidden if self.eps is None else rms_norm(hidden, self.eps), scale)
