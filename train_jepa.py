@@ -76,6 +76,7 @@ SIZE_LIMIT = 16_000_000  # bytes of artifact + this file
 EVAL_SECONDS = 600       # that the challenge allows for evaluation, apart from training
 HEADDIM = 64             # P: width of one Mamba-2 head, as in both published models
 GATE_EPS = 1e-5          # epsilon of the norm behind Mamba-2's gate, as in mamba_ssm
+MLP_EPS = 1e-6           # and of the norm over an MLP's hidden units
 
 
 class UserError(Exception):
@@ -2066,7 +2067,7 @@ def check_table(c: Config, device: torch.device, dtype: torch.dtype) -> dict[str
         return nll + 1e-2 * logits.logsumexp(1).square().mean(), nll.detach()
 
     def mlp(form, *inputs):
-        out = form(*inputs, LEAKS[c.activation], 1e-6 if c.mlp_norm else None)
+        out = form(*inputs, LEAKS[c.activation], MLP_EPS if c.mlp_norm else None)
         return (out,)
 
     def mlp_twin(x, up, down, leak, eps):
@@ -2360,7 +2361,7 @@ class MLP(nn.Module):
     def __init__(self, c: Config, kernels: Kernels):
         super().__init__()
         self.activation, ratio = ACTIVATIONS[c.activation]
-        self.eps, hidden = 1e-6 if c.mlp_norm else None, c.mlp_mult * c.model_dim
+        self.eps, hidden = MLP_EPS if c.mlp_norm else None, c.mlp_mult * c.model_dim
         self.leak = LEAKS.get(c.activation)
         whole = c.model_dim % 64 == 0 and hidden % 128 == 0  # tiles
         self.fused = kernels.mlp and self.leak is not None and whole
@@ -3755,13 +3756,10 @@ class Checkpoints:
 
     def probe(self) -> None:
         """Make the folder; UserError if no file can be made there."""
-        try:
+        with file_errors(f"CHECKPOINT_DIR={self.folder}", "cannot be written"):
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / ".probe").write_bytes(b"")
             (self.folder / ".probe").unlink()
-        except OSError as error:
-            fault = f"CHECKPOINT_DIR: {self.folder} cannot be written ({error.strerror})"
-            raise UserError(fault) from error
 
     def save(self, step: int, meta: dict, tensors: dict[str, Tensor]) -> None:
         """Copy the tensors, then write in a background thread; raises an earlier write's error."""
@@ -4138,9 +4136,9 @@ def linear_probe(h: Tensor, targets: Tensor, lengths: Tensor, vocab_size: int, s
 
 
 @torch.no_grad()
-def input_moments(model: nn.Module, batches: Iterable, forward: Callable) -> dict[str, Tensor]:
+def input_moments(model: LanguageModel, batches: Iterable, hidden: Callable) -> dict[str, Tensor]:
     """Mean of x x^T (C,C) in fp64 over the inputs x of every Linear layer, by the layer's name, and
-    of Attention for the three that it applies as one. `forward` must reach all of them."""
+    of Attention for the three that it applies as one. hidden(batch) gives h by the model."""
     sums, counts = {}, {}
 
     def add(name: str, _: nn.Module, inputs: tuple) -> None:
@@ -4151,7 +4149,7 @@ def input_moments(model: nn.Module, batches: Iterable, forward: Callable) -> dic
     hooks = [layer.register_forward_pre_hook(functools.partial(add, name))
              for name, layer in model.named_modules() if isinstance(layer, (Linear, Attention))]
     for batch in batches:
-        forward(batch)
+        model.features(hidden(batch))
     for hook in hooks:
         hook.remove()
     means = {name: total / counts[name] for name, total in sums.items()}
@@ -4765,10 +4763,8 @@ class Run:
         sizes, path, calibration = self.write_model(), self.folder.path / "model.jepa", None
         trainer.model.load_state_dict(whole_tensors(read_artifact(path)[1], path))
         if self.calibrates and self.unseen_position() is not None:
-            try:
-                calibration = runtime.main_first(lambda: self.next_tokens(CALIBRATION))
-            except UserError as error:
-                self.log(f"no temperature search: {error}")
+            read = lambda: self.next_tokens(CALIBRATION)
+            calibration = unless_unreadable(read, runtime, self.log)
         scores = final_scores(self.evaluator, c, calibration, self.log)
         seconds, moments = self.clock.seconds(), self.moments_seconds
         data_seconds = seconds + moments + scores["temperature_seconds"]
@@ -4841,8 +4837,8 @@ class Run:
         model, runtime = self.trainer.model, self.runtime
         self.trainer.weights.load("average", qat=True)
         sequences = self.next_tokens(count)[:-1].view(-1, self.config.train_seq_len)
-        forward = lambda x: model.features(model(runtime.to_device(x), runtime.dtype)[0])
-        return input_moments(model, sequences.split(self.evaluator.sequences), forward)
+        hidden = lambda x: model(runtime.to_device(x), runtime.dtype)[0]
+        return input_moments(model, sequences.split(self.evaluator.sequences), hidden)
 
     def compensate(self, tensors: dict[str, tuple[Tensor, Grid]]) -> dict[str, dict[str, Tensor]]:
         """Arrays of the INT matrices, rounded by their effect on the layer's output."""
@@ -4923,6 +4919,16 @@ def calibration_tokens(stream: TokenStream, position: int, seq_len: int,
                        count: int = CALIBRATION) -> Tensor:
     """About `count` training tokens from `position`, in whole sequences."""
     return torch.from_numpy(stream.read(position, max(count // seq_len, 1) * seq_len + 1))
+
+
+def unless_unreadable(read: Callable[[], Tensor], runtime: Runtime,
+                      log: Callable[[str], None]) -> Tensor | None:
+    """Training tokens for the temperature, read by rank 0; None and a line if that fails."""
+    try:
+        return runtime.main_first(read)
+    except UserError as error:
+        log(f"no temperature search: {error}; TEMP_CALIB sets a temperature")
+        return None
 
 
 def shapes_of(tensors: dict[str, Tensor]) -> dict[str, tuple]:
@@ -5022,11 +5028,9 @@ def evaluate_alone(c: Config) -> dict[str, Any]:
         evaluator = Evaluator(model, load_validation(own), vocabulary, own.train_seq_len,
                               max(1, own.val_batch_size // own.micro_batches), runtime, forward)
         if own.temp_scaling and not own.temp_calib and isinstance(position, int):
-            try:
-                stream = TokenStream(find_shards(own.data_path, "train"), own.vocab_size)
-                calibration = calibration_tokens(stream, position, own.train_seq_len)
-            except UserError as error:
-                log(f"no temperature search: {error}; TEMP_CALIB sets a temperature")
+            calibration = unless_unreadable(lambda: calibration_tokens(TokenStream(
+                find_shards(own.data_path, "train"), own.vocab_size), position,
+                own.train_seq_len), runtime, log)
         size, device = os.path.getsize(c.artifact), runtime.describe()["device"]
         log(f"artifact: {c.artifact} ({size:,} bytes), {count_parameters(model):,} parameters; "
             f"{evaluator.targets:,} validation tokens = {evaluator.bytes:,} bytes")

@@ -437,8 +437,7 @@ def test_the_gpus_branches_compute_what_the_cpus_do(knobs):
 def test_every_linear_layer_shows_its_inputs_on_a_gpu_too(knobs):
     """Compensated rounding needs them: a layer without moments would be rounded plainly, and nothing would say it."""
     model, tokens = build(**knobs), ids(2, 20)
-    moments = lambda tokens: tj.input_moments(
-        model, [tokens], lambda x: model.features(model(x, torch.float32)[0]))
+    moments = lambda tokens: tj.input_moments(model, [tokens], lambda x: model(x, torch.float32)[0])
     found, expected = moments(tokens.as_subclass(OnGpu)), moments(tokens)
     layers = {name for name, layer in model.named_modules() if isinstance(layer, tj.Linear)}
     assert found.keys() == expected.keys() == layers

@@ -138,7 +138,7 @@ def store(path: Path, runtime: jepa.Runtime) -> None:
     model, out = models["master"], path.parents[2] / "storage.jsonl"
     masters = {name: w.clone() for name, w in model.named_parameters()}
     rows = calibration(config)[:-1].view(-1, config.train_seq_len)
-    moments = jepa.input_moments(model, rows.split(8), lambda x: model.features(model(x, torch.float32)[0]))
+    moments = jepa.input_moments(model, rows.split(8), lambda x: model(x, torch.float32)[0])
     evaluators = {text: evaluator_of(model, config, text, runtime) for text in ("val", "alice")}
     for grid in ("none", *QUANT_GRIDS):
         c = dataclasses.replace(config, storage="intn", mlp_grid=grid, proj_grid=grid, dt_grid="", embed_grid="")
