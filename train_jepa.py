@@ -3821,6 +3821,9 @@ class Score(NamedTuple):
     bpb: float
 
 
+LANE = 1 << 20  # tokens of a lane of Evaluator.carried, at least
+
+
 class Evaluator:
     """Scores a model on tokens (n,) int64. Every token but the first is a target exactly once."""
 
@@ -3849,8 +3852,11 @@ class Evaluator:
     def carried(self, temperatures: Sequence[float] = (1.0,), overlap: int | None = None
                 ) -> list[Score]:
         """One sequential pass on rank 0, the recurrent state carried from piece to piece. With
-        `overlap` (models with attention), attention sees so many tokens before a piece."""
-        return self._score(temperatures, self._pieces, overlap)
+        `overlap` (models with attention), attention sees so many tokens before a piece. From 8 LANE
+        tokens on, the text is cut into eight lanes, each from empty states, for all ranks to share:
+        in a single sequence most of a GPU would idle."""
+        lanes = 8 if self.targets >= 8 * LANE else 1
+        return self._score(temperatures, self._pieces, overlap, lanes)
 
     def adapted(self, c: Config, temperature: float = 1.0) -> Score:
         """Score-first test-time training: each chunk is scored as the configuration asks, then
@@ -3879,49 +3885,54 @@ class Evaluator:
         return [Score(nll / self.targets, nll / math.log(2) / max(self.bytes, 1))
                 for nll in self.runtime.sum_host(total.to("cpu")).tolist()]
 
+    def _score_ends(self, add: Callable, windows: Tensor, last: int, batch: int) -> None:
+        """The last targets of windows (B,T+1)."""
+        h, _ = self._hidden(windows[:, :-1], (batch, self.seq_len))
+        add(h[:, self.seq_len - last:], windows[:, -last:])
+
     @torch.no_grad()
     def _windows(self, add: Callable, chunk: int, stride: int, batch: int) -> Iterator[int]:
         T, n, main = self.seq_len, self.targets, self.runtime.main
-        inputs, targets = (t.unfold(0, T, stride) for t in (self.tokens[:-1], self.tokens[1:]))
-
-        def score(inputs: Tensor, targets: Tensor, last: int) -> None:
-            h, _ = self._hidden(inputs, (batch, T))
-            add(h[:, T - last:], targets[:, T - last:])
-
+        windows = self.tokens.unfold(0, T + 1, stride)
         begun, step = int(stride < T), -(-chunk // (batch * stride)) * batch
         if begun and main:  # the first window scores all its tokens, later ones their last
-            score(inputs[:1], targets[:1], T)
-        for low in range(begun, len(inputs), step):
-            high = min(low + step, len(inputs))
+            self._score_ends(add, windows[:1], T, batch)
+        for low in range(begun, len(windows), step):
+            high = min(low + step, len(windows))
             first, stop = (low + bound for bound in self.share(high - low))
             for start in progress_bar(range(first, stop, batch), "evaluation batch", main):
-                part = slice(start, min(start + batch, stop))
-                score(inputs[part], targets[part], stride)
+                self._score_ends(add, windows[start:min(start + batch, stop)], stride, batch)
             yield T + (high - 1) * stride
         rest = (n - T) % stride
         if rest and main:
-            score(self.tokens[None, n - T:n], self.tokens[None, n + 1 - T:], rest)
+            self._score_ends(add, self.tokens[None, n - T:], rest, batch)
 
     @torch.no_grad()
-    def _pieces(self, add: Callable, chunk: int, overlap: int | None) -> Iterator[int]:
-        T, n, main, states, scored = self.seq_len, self.targets, self.runtime.main, None, 0
-        piece = self.sequences * T if overlap is None else T
+    def _pieces(self, add: Callable, chunk: int, overlap: int | None, lanes: int = 1
+                ) -> Iterator[int]:
+        T, main, states, scored = self.seq_len, self.runtime.main, None, 0
+        n, rest = divmod(self.targets, lanes)  # targets of a lane
+        inputs, targets = (t[:lanes * n].view(lanes, n)[slice(*self.share(lanes))]
+                           for t in (self.tokens[:-1], self.tokens[1:]))  # those of this rank
+        piece = T if overlap is not None else max(1, self.sequences // max(1, len(inputs))) * T
         later = piece if overlap is None or overlap >= T else T - overlap
         starts = [0, *range(piece, n, later)]
         for start, stop in progress_bar(list(zip(starts, [*starts[1:], n])), "carried", main):
-            if main:
-                shape = 1, later if start else piece  # only the last piece is padded
-                h, states = self._hidden(self.tokens[None, start:stop], shape, states)
+            if len(inputs):
+                shape = len(inputs), later if start else piece  # only the last piece is padded
+                h, states = self._hidden(inputs[:, start:stop], shape, states)
                 states = states if overlap is None else self.model.trim_states(states, overlap)
-                add(h, self.tokens[start + 1:stop + 1])
-            if stop - scored >= chunk or stop == n:
+                add(h, targets[:, start:stop])
+            if lanes == 1 and (stop - scored >= chunk or stop == n):
                 scored = stop
                 yield stop
+        if rest and main:
+            self._score_ends(add, self.tokens[None, self.targets - T:], rest, self.sequences)
 
     def share(self, count: int) -> tuple[int, int]:
-        """First and last + 1 of this rank's items out of `count`."""
+        """First and last + 1 of this rank's items out of `count`; of one item, that is rank 0."""
         rank, world = self.runtime.rank, self.runtime.world
-        return count * rank // world, count * (rank + 1) // world
+        return -(-count * rank // world), -(-count * (rank + 1) // world)
 
     def _hidden(self, ids: Tensor, shape: tuple[int, int], states: list | None = None
                 ) -> tuple[Tensor, list]:

@@ -123,8 +123,10 @@ def test_on_a_gpu_each_pass_has_one_shape_and_the_same_scores():
         assert padded.model.scored == plain.model.scored
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
-def test_any_number_of_ranks_scores_every_token_once(world):
+@pytest.mark.parametrize("world", [2, 3, 4, 12])
+@pytest.mark.parametrize("lane", [tj.LANE, 5])
+def test_any_number_of_ranks_scores_every_token_once(world, lane, monkeypatch):
+    monkeypatch.setattr(tj, "LANE", lane)
     for way in (lambda e: e.standard(), lambda e: e.sliding(3, 2), lambda e: e.carried()):
         whole = fake(40, 8)
         way(whole)
@@ -253,6 +255,29 @@ def test_carried_with_an_overlap_scores_every_token_once_in_pieces_of_a_sequence
     e.carried(overlap=overlap)
     assert e.model.scored == {t: [t] for t in range(1, n + 1)}
     assert lengths[0] == 8 and max(lengths[1:], default=0) <= (8 - overlap if overlap < 8 else 8)
+
+
+@pytest.mark.parametrize("n", [64, 160, 163, 167])
+def test_a_long_text_is_carried_in_eight_lanes_each_from_empty_states(n, monkeypatch):
+    """Positions in a lane count from its start; the few targets left over see the T tokens before them."""
+    monkeypatch.setattr(tj, "LANE", 8)
+    e, length = fake(n, 8, batch_tokens=32), n // 8
+    e.carried()
+    expected = {t: [(t - 1) % length + 1] for t in range(1, 8 * length + 1)}
+    assert e.model.scored == expected | {t: [8 - (n - t)] for t in range(8 * length + 1, n + 1)}
+
+
+@pytest.mark.parametrize("pattern, overlap", [("mm", None), ("mam", 160)])
+def test_lanes_equal_a_forward_of_each(pattern, overlap, monkeypatch):
+    monkeypatch.setattr(tj, "LANE", 24)
+    e = hybrid(pattern, 24 * 16 + 3)
+    lanes = torch.stack((e.tokens[:-1], e.tokens[1:]))[:, :24 * 16].view(2, 8, 48)
+    nll = lambda x, y: F.cross_entropy(e.model.logits(e.model(x, torch.float32)[0]).flatten(0, -2), y.flatten(),
+                                       reduction="none")
+    total = nll(*lanes).sum() + nll(e.tokens[None, -25:-1], e.tokens[-24:])[-3:].sum()
+    assert e.carried(overlap=overlap)[0].loss == pytest.approx(float(total) / e.targets, rel=2e-6)
+    monkeypatch.setattr(tj, "LANE", 1 << 20)
+    assert abs(e.carried(overlap=overlap)[0].loss - float(total) / e.targets) > 1e-5  # lanes begin without a past
 
 
 # -- test-time training -------------------------------------------------------------------------------------------
