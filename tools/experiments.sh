@@ -126,6 +126,7 @@ FORMS
         sed "s|\$| ${HORIZON//$'\n'/ }|" <<FORMS
 base $OFF
 best ${BEST_A//$'\n'/ } WARMDOWN_FRACTION=0.72
+best_off ${BEST_A//$'\n'/ } $OFF JEPA_COV=0
 published WARMDOWN_FRACTION=0.72
 hybrid1 $OFF MIXER=mmmmam $HEADS
 hybrid2 $OFF MIXER=mmamam $HEADS
