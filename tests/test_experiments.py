@@ -139,3 +139,22 @@ def test_a_stored_form_takes_the_weights_of_another_and_trains_nothing(tmp_path,
     logs = [(tmp_path / f"runs/experiments/storage/{form}-s1/log.txt").read_text() for form in result]
     assert [bool(re.search(r"^rounding: \d+ matrices compensated", log, re.M)) for log in logs] == [False, True]
     assert "compensated" in script("report", "storage", folder=tmp_path, PYTHON=str(python))
+
+
+def test_validations_of_long_runs_become_a_table_and_running_differences(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import horizon
+    for run, gap in (("base-s2", 0.0), ("hybrid1-s2", -0.5), ("best-s1", 1.0)):  # the last one has no partner
+        (tmp_path / run).mkdir()
+        lines = [dict(kind="train", step=7)] + [
+            dict(kind="validation", step=step, val_bpb=3 - step / 1000 + gap * step / 1000)
+            for step in range(0, 1600 if run == "base-s2" else 1400, 200)]
+        (tmp_path / run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    runs = horizon.read_validations(tmp_path)
+    steps, gaps = horizon.difference(runs["hybrid1-s2"], runs["base-s2"])
+    assert steps == [600, 800] and gaps == pytest.approx([-0.3, -0.4])  # common steps 200 to 1,200, means of five
+    pytest.importorskip("matplotlib")
+    horizon.draw_curves(tmp_path)
+    table = (tmp_path / "validation.csv").read_text().splitlines()
+    assert table[0] == "run,step,val_bpb" and len(table) == 1 + 8 + 7 + 7 and "base-s2,200,2.8000" in table
+    assert (tmp_path / "curves.png").stat().st_size > 10_000

@@ -3,6 +3,7 @@
     python tools/horizon.py data TEXT              data/datasets/horizon_bytes and horizon_docs
     python tools/horizon.py score RUN_FOLDER ...   scores.jsonl beside the run folders
     python tools/horizon.py store CHECKPOINT ...   storage.jsonl beside the run folders
+    python tools/horizon.py curves FOLDER          validation.csv and curves.png there, from its runs
 
 data   TEXT (plain or .xz) holds pieces separated by a line with one form feed. Technical
        documentation leaves the training text; about 200 kB of it are a text of a kind that no run
@@ -14,7 +15,9 @@ score  Checkpoints of MILESTONES and the artifact, on three texts: the corpus' v
        without a warmdown of its own. Scores that the file holds are not computed again.
 store  The masters of a checkpoint on the grids of QUANT_GRIDS, rounded to the nearest symbol and by
        GPTQ with moments of 65,536 training tokens: bytes of the artifact, BPB on val and Alice.
+curves Every validation during training, and what one choice changes at each step, by PAIRS.
 """
+import csv
 import dataclasses
 import json
 import random
@@ -185,6 +188,56 @@ def score_run(folder: Path, runtime: jepa.Runtime) -> None:
             print(json.dumps(line), flush=True)
 
 
+# What one choice changes: a form, the form without it, both scored alike; label and colour (Okabe and Ito).
+PAIRS = (("best", "best_off", "narrow latent", "#D55E00"),
+         ("published", "base", "published JEPA and SIGReg", "#E69F00"),
+         ("mlp_everywhere", "base", "MLPs of half the width everywhere", "#CC79A7"),
+         ("hybrid1", "base", "one attention block", "#56B4E9"), ("hybrid2", "base", "two attention blocks", "#0072B2"))
+WINDOW = 5  # validations of a running mean
+
+
+def read_validations(folder: Path) -> dict[str, dict[int, float]]:
+    """BPB of the validations of each run, by step."""
+    runs = {}
+    for path in sorted(folder.glob("*/metrics.jsonl")):
+        lines = map(json.loads, path.read_text().splitlines())
+        runs[path.parent.name] = {line["step"]: line["val_bpb"] for line in lines if line["kind"] == "validation"}
+    return runs
+
+
+def difference(form: dict[int, float], other: dict[int, float]) -> tuple[list[float], list[float]]:
+    """Steps and BPB of `form` less those of `other`, as running means over WINDOW common validations."""
+    steps = sorted(set(form) & set(other) - {0})
+    gaps = [form[step] - other[step] for step in steps]
+    mean = lambda values: [sum(values[i:i + WINDOW]) / WINDOW for i in range(len(values) - WINDOW + 1)]
+    return mean(steps), mean(gaps)
+
+
+def draw_curves(folder: Path) -> None:
+    """validation.csv and curves.png of the runs FORM-sSEED in a folder."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    runs = read_validations(folder)
+    with open(folder / "validation.csv", "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(("run", "step", "val_bpb"))
+        rows.writerows((run, step, f"{bpb:.4f}") for run, scores in runs.items() for step, bpb in scores.items())
+    figure, panel = plt.subplots(figsize=(9, 4.8), layout="constrained")
+    for form, other, label, color in PAIRS:
+        for run in runs:
+            name, seed = run.rsplit("-s", 1)
+            pair = f"{other}-s{seed}"
+            if name == form and pair in runs:
+                style = "-" if seed == "1" else "--"
+                panel.plot(*difference(runs[run], runs[pair]), style, color=color, label=f"{label}, seed {seed}")
+    panel.axhline(0, color="black", linewidth=0.8)
+    panel.set(xlabel="step", ylabel="difference in validation BPB", title="What one choice changes, by the horizon")
+    panel.grid(alpha=0.3)
+    panel.legend(frameon=False, fontsize=8)
+    figure.savefig(folder / "curves.png", dpi=120)
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["data"] and len(sys.argv) == 3:
         make_data(sys.argv[2])
@@ -196,5 +249,7 @@ if __name__ == "__main__":
         with jepa.Runtime(jepa.Config(device="cpu")) as the_runtime:
             for checkpoint in sys.argv[2:]:
                 store(Path(checkpoint), the_runtime)
+    elif sys.argv[1:2] == ["curves"] and len(sys.argv) == 3:
+        draw_curves(Path(sys.argv[2]))
     else:
         sys.exit(__doc__)
