@@ -69,6 +69,8 @@ off JEPA_WEIGHT=0 SIGREG_LAMBDA=0
 sigreg_alone JEPA_WEIGHT=0
 published
 narrow $NARROW_LATENT
+preset ${BEST_A//$'\n'/ }
+preset_off ${BEST_A//$'\n'/ } JEPA_WEIGHT=0 SIGREG_LAMBDA=0 JEPA_COV=0
 FORMS
         ;;
     collapse) cat <<FORMS
