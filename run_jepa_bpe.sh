@@ -11,7 +11,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/tools/launch.sh"
 start_run "demo_sp8192 fineweb10B_sp8192" "$@"
 
 if [[ $PRESET == best ]]; then
-    system_a_best MODEL_DIM=512 MLP_MULT=3 QUANT_K=0.385 TRAIN_SEQ_LEN=4096 ATTENTION_OVERLAP=1024
+    system_a_best MODEL_DIM=512 MLP_MULT=3 QUANT_K=0.385 TRAIN_SEQ_LEN=4096
 fi
 # The published 100,000-step run, and longer ones
 if [[ ${MAX_WALLCLOCK_SECONDS-600} =~ ^0*\.?0*$ && ${ITERATIONS-} =~ ^[0-9]{6,}$ ]]; then

@@ -11,8 +11,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/tools/launch.sh"
 start_run "demo_bytes fineweb10B_bytes fineweb10B_sp1024_bytes" "$@"
 
 if [[ $PRESET == best ]]; then
-    system_a_best MODEL_DIM=512 MLP_MULT=4 QUANT_K=0.396 ATTENTION_OVERLAP=2048 \
-        ADAPT_CHUNK_TOKENS=131072    # as much text as 32,768 pieces
+    # chunks of as much text as 32,768 pieces
+    system_a_best MODEL_DIM=512 MLP_MULT=4 QUANT_K=0.396 ADAPT_CHUNK_TOKENS=131072
 fi
 defaults <<'TABLE'
 # knob                  published  cpu

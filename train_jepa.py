@@ -313,8 +313,8 @@ class Config:
     temp_calib: float = knob(0.0, "temperature (0 = fit it)", "free result eval")
     eval_state: str = knob("reset|carry", "carry = one pass with the recurrent states carried",
                            "free eval")
-    attention_overlap: int = knob(1024, "earlier tokens that attention re-reads (EVAL_STATE=carry)",
-                                  "free result eval")
+    attention_overlap: int = knob(0, "earlier tokens that attention re-reads (EVAL_STATE=carry; "
+                                  "0: TRAIN_SEQ_LEN / 4)", "free result eval")
     eval_adapt: bool = knob(False, "1 = test-time training: score a chunk, train on it, go on",
                             "free eval")
     adapt_steps: int = knob(1, "SGD steps per chunk of EVAL_ADAPT", "free result eval", low=1)
@@ -431,10 +431,12 @@ class Config:
     in_lanes = property(lambda c: c.lanes or c.carry_state)
     micro_tokens = property(lambda c: c.train_batch_tokens // c.micro_batches)
     micro_sequences = property(lambda c: c.micro_tokens // c.train_seq_len)
-    # The mixer of each block as a letter; ATTENTION_OVERLAP, for models with attention.
+    # The mixer of each block as a letter; ATTENTION_OVERLAP, for models with attention: a span of
+    # more tokens than in training costs more than a longer past gains.
     pattern = property(lambda c: {"mamba2": "m" * c.num_layers,
                                   "attention": "a" * c.num_layers}.get(c.mixer, c.mixer))
-    overlap = property(lambda c: c.attention_overlap if "a" in c.pattern else None)
+    overlap = property(lambda c: (c.attention_overlap or c.train_seq_len // 4)
+                       if "a" in c.pattern else None)
 
     def named(self) -> dict[str, Any]:
         """All values by knob name."""

@@ -257,6 +257,20 @@ def test_carried_with_an_overlap_scores_every_token_once_in_pieces_of_a_sequence
     assert lengths[0] == 8 and max(lengths[1:], default=0) <= (8 - overlap if overlap < 8 else 8)
 
 
+def test_attention_re_reads_a_quarter_of_a_sequence_by_default_and_so_never_sees_more_than_in_training():
+    """In a hybrid of 10,000 steps, an overlap as long as its rows cost 0.03 BPB (RESULTS.md, long runs)."""
+    hybrid = dict(mixer="ma", num_layers=2, train_seq_len=64)
+    assert tj.Config(**hybrid).overlap == 16 and tj.Config(**hybrid, attention_overlap=40).overlap == 40
+    assert tj.Config(train_seq_len=64).overlap is None
+    spans = []
+    e = fake(200, 64)
+    e.model.trim_states = lambda states, overlap: min(states, overlap)  # the fake's state counts the tokens seen
+    forward = e.forward
+    e.forward = lambda ids, dtype, states: spans.append((states or 0) + ids.size(1)) or forward(ids, dtype, states)
+    e.carried(overlap=tj.Config(**hybrid).overlap)
+    assert max(spans) == 64 and len(spans) == 4
+
+
 @pytest.mark.parametrize("n", [64, 160, 163, 167])
 def test_a_long_text_is_carried_in_eight_lanes_each_from_empty_states(n, monkeypatch):
     """Positions in a lane count from its start; the few targets left over see the T tokens before them."""
