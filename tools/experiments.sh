@@ -39,6 +39,8 @@ SIGMA_BY_ROLE="PROJ_GRID=int4s0.36 MLP_GRID=int4s0.46"
 # The long runs: width 192, six blocks, rows of 1,024, a corpus without one of its kinds.
 HORIZON="DATA_PATH=data/datasets/horizon_bytes MODEL_DIM=192 NUM_LAYERS=6 TRAIN_SEQ_LEN=1024 LANES=1
 VAL_MAX_TOKENS=65536 VAL_BATCH_SIZE=8192 VAL_LOSS_EVERY=200 CHECKPOINT_EVERY=200 CHECKPOINT_KEEP=50"
+# A latent of 16 dimensions that keeps its rank: decorrelated, no gradient through the targets.
+NARROW_LATENT="JEPA_DIM=16 JEPA_COV=1 DETACH_TARGETS=1" ON="JEPA_WEIGHT=1 SIGREG_LAMBDA=1"
 OFF="JEPA_WEIGHT=0 SIGREG_LAMBDA=0 WARMDOWN_FRACTION=0.72" HEADS="NUM_HEADS=6 NUM_KV_HEADS=3"
 
 GROUPS_HERE="screen confirm collapse recipe_64 recipe_128 storage best_64 best_128 best_bpe horizon"
@@ -70,7 +72,7 @@ sigreg_alone JEPA_WEIGHT=0
 published
 narrow $NARROW_LATENT
 preset ${BEST_A//$'\n'/ }
-preset_off ${BEST_A//$'\n'/ } JEPA_WEIGHT=0 SIGREG_LAMBDA=0 JEPA_COV=0
+preset_latent ${BEST_A//$'\n'/ } $ON $NARROW_LATENT
 FORMS
         ;;
     collapse) cat <<FORMS
@@ -127,8 +129,8 @@ FORMS
     horizon)
         sed "s|\$| ${HORIZON//$'\n'/ }|" <<FORMS
 base $OFF
-best ${BEST_A//$'\n'/ } WARMDOWN_FRACTION=0.72
-best_off ${BEST_A//$'\n'/ } $OFF JEPA_COV=0
+preset ${BEST_A//$'\n'/ } WARMDOWN_FRACTION=0.72
+preset_latent ${BEST_A//$'\n'/ } $ON $NARROW_LATENT WARMDOWN_FRACTION=0.72
 published WARMDOWN_FRACTION=0.72
 hybrid1 $OFF MIXER=mmmmam $HEADS
 hybrid2 $OFF MIXER=mmamam $HEADS

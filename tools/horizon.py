@@ -189,7 +189,7 @@ def score_run(folder: Path, runtime: jepa.Runtime) -> None:
 
 
 # What one choice changes: a form, the form without it, both scored alike; label and colour (Okabe and Ito).
-PAIRS = (("best", "best_off", "narrow latent", "#D55E00"),
+PAIRS = (("preset_latent", "preset", "narrow latent", "#D55E00"),
          ("published", "base", "published JEPA and SIGReg", "#E69F00"),
          ("mlp_everywhere", "base", "MLPs of half the width everywhere", "#CC79A7"),
          ("hybrid1", "base", "one attention block", "#56B4E9"), ("hybrid2", "base", "two attention blocks", "#0072B2"))
