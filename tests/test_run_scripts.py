@@ -181,7 +181,7 @@ def test_best_is_published_but_for_what_the_experiments_tested(scripts, script, 
         return
     assert changed["MIXER"].count("a") == 1 and best["NUM_LAYERS"] == "10" and "CARRY_STATE" not in best
     assert {"WARMDOWN_FRACTION": "0.72", "ROUNDING": "compensated", "QAT_FRACTION": "0", "EVAL_STATE": "carry",
-            "JEPA_DIM": "16", "QUANT_STEP": "sigma", "EMBED_GRID": "int7",
+            "JEPA_WEIGHT": "0", "SIGREG_LAMBDA": "0", "QUANT_STEP": "sigma", "EMBED_GRID": "int7",
             "DT_GRID": "int8a"}.items() <= changed.items()
     section = (ROOT / "RESULTS.md").read_text().split("## `PRESET=best` at full size")[1].split("\n## ")[0]
     assert [k for k in changed if f"`{k}" not in section and f" {k}=" not in section] == []
