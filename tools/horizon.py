@@ -223,7 +223,7 @@ def draw_curves(folder: Path) -> None:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(("run", "step", "val_bpb"))
         rows.writerows((run, step, f"{bpb:.4f}") for run, scores in runs.items() for step, bpb in scores.items())
-    figure, panel = plt.subplots(figsize=(9, 4.8), layout="constrained")
+    figure, panel = plt.subplots(figsize=(10, 4.8), layout="constrained")
     for form, other, label, color in PAIRS:
         for run in runs:
             name, seed = run.rsplit("-s", 1)
@@ -234,7 +234,7 @@ def draw_curves(folder: Path) -> None:
     panel.axhline(0, color="black", linewidth=0.8)
     panel.set(xlabel="step", ylabel="difference in validation BPB", title="What one choice changes, by the horizon")
     panel.grid(alpha=0.3)
-    panel.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(folder / "curves.png", dpi=120)
 
 
