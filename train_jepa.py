@@ -3888,9 +3888,9 @@ class Evaluator:
                 for nll in self.runtime.sum_host(total.to("cpu")).tolist()]
 
     def _score_ends(self, add: Callable, windows: Tensor, last: int, batch: int) -> None:
-        """The last targets of windows (B,T+1)."""
+        """Add the last targets of at most `batch` windows (B,T+1), each from an empty context."""
         h, _ = self._hidden(windows[:, :-1], (batch, self.seq_len))
-        add(h[:, self.seq_len - last:], windows[:, -last:])
+        add(h[:, -last:], windows[:, -last:])
 
     @torch.no_grad()
     def _windows(self, add: Callable, chunk: int, stride: int, batch: int) -> Iterator[int]:
@@ -4777,7 +4777,7 @@ class Run:
         trainer.model.load_state_dict(whole_tensors(read_artifact(path)[1], path))
         if self.calibrates and self.unseen_position() is not None:
             read = lambda: self.next_tokens(CALIBRATION)
-            calibration = unless_unreadable(read, runtime, self.log)
+            calibration = read_calibration(read, runtime, self.log)
         scores = final_scores(self.evaluator, c, calibration, self.log)
         seconds, moments = self.clock.seconds(), self.moments_seconds
         data_seconds = seconds + moments + scores["temperature_seconds"]
@@ -4934,9 +4934,9 @@ def calibration_tokens(stream: TokenStream, position: int, seq_len: int,
     return torch.from_numpy(stream.read(position, max(count // seq_len, 1) * seq_len + 1))
 
 
-def unless_unreadable(read: Callable[[], Tensor], runtime: Runtime,
-                      log: Callable[[str], None]) -> Tensor | None:
-    """Training tokens for the temperature, read by rank 0; None and a line if that fails."""
+def read_calibration(read: Callable[[], Tensor], runtime: Runtime,
+                     log: Callable[[str], None]) -> Tensor | None:
+    """What rank 0 reads for the temperature, on every rank; None and a line if that fails."""
     try:
         return runtime.main_first(read)
     except UserError as error:
@@ -5041,9 +5041,9 @@ def evaluate_alone(c: Config) -> dict[str, Any]:
         evaluator = Evaluator(model, load_validation(own), vocabulary, own.train_seq_len,
                               max(1, own.val_batch_size // own.micro_batches), runtime, forward)
         if own.temp_scaling and not own.temp_calib and isinstance(position, int):
-            calibration = unless_unreadable(lambda: calibration_tokens(TokenStream(
-                find_shards(own.data_path, "train"), own.vocab_size), position,
-                own.train_seq_len), runtime, log)
+            stream = lambda: TokenStream(find_shards(own.data_path, "train"), own.vocab_size)
+            read = lambda: calibration_tokens(stream(), position, own.train_seq_len)
+            calibration = read_calibration(read, runtime, log)
         size, device = os.path.getsize(c.artifact), runtime.describe()["device"]
         log(f"artifact: {c.artifact} ({size:,} bytes), {count_parameters(model):,} parameters; "
             f"{evaluator.targets:,} validation tokens = {evaluator.bytes:,} bytes")

@@ -40,7 +40,9 @@ SIGMA_BY_ROLE="PROJ_GRID=int4s0.36 MLP_GRID=int4s0.46"
 HORIZON="DATA_PATH=data/datasets/horizon_bytes MODEL_DIM=192 NUM_LAYERS=6 TRAIN_SEQ_LEN=1024 LANES=1
 VAL_MAX_TOKENS=65536 VAL_BATCH_SIZE=8192 VAL_LOSS_EVERY=200 CHECKPOINT_EVERY=200 CHECKPOINT_KEEP=50"
 # A latent of 16 dimensions that keeps its rank: decorrelated, no gradient through the targets.
-NARROW_LATENT="JEPA_DIM=16 JEPA_COV=1 DETACH_TARGETS=1" ON="JEPA_WEIGHT=1 SIGREG_LAMBDA=1"
+NARROW_LATENT="JEPA_DIM=16 JEPA_COV=1 DETACH_TARGETS=1"
+NARROW_LATENT_ON="JEPA_WEIGHT=1 SIGREG_LAMBDA=1 $NARROW_LATENT"    # in a form that is without one
+PRESET_A=${BEST_A//$'\n'/ }
 OFF="JEPA_WEIGHT=0 SIGREG_LAMBDA=0 WARMDOWN_FRACTION=0.72" HEADS="NUM_HEADS=6 NUM_KV_HEADS=3"
 
 GROUPS_HERE="screen confirm collapse recipe_64 recipe_128 storage best_64 best_128 best_bpe horizon"
@@ -71,8 +73,8 @@ off JEPA_WEIGHT=0 SIGREG_LAMBDA=0
 sigreg_alone JEPA_WEIGHT=0
 published
 narrow $NARROW_LATENT
-preset ${BEST_A//$'\n'/ }
-preset_latent ${BEST_A//$'\n'/ } $ON $NARROW_LATENT
+preset $PRESET_A
+preset_latent $PRESET_A $NARROW_LATENT_ON
 FORMS
         ;;
     collapse) cat <<FORMS
@@ -123,14 +125,14 @@ FORMS
         sed "s|\$| $size MAX_WALLCLOCK_SECONDS=120|" <<FORMS
 published
 published_lanes LANES=1
-best ${BEST_A//$'\n'/ }
+best $PRESET_A
 FORMS
         ;;
     horizon)
         sed "s|\$| ${HORIZON//$'\n'/ }|" <<FORMS
 base $OFF
-preset ${BEST_A//$'\n'/ } WARMDOWN_FRACTION=0.72
-preset_latent ${BEST_A//$'\n'/ } $ON $NARROW_LATENT WARMDOWN_FRACTION=0.72
+preset $PRESET_A WARMDOWN_FRACTION=0.72
+preset_latent $PRESET_A $NARROW_LATENT_ON WARMDOWN_FRACTION=0.72
 published WARMDOWN_FRACTION=0.72
 hybrid1 $OFF MIXER=mmmmam $HEADS
 hybrid2 $OFF MIXER=mmamam $HEADS

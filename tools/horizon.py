@@ -28,6 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+import compare  # noqa: E402
 import prepare_data  # noqa: E402
 import torch  # noqa: E402
 
@@ -188,21 +189,17 @@ def score_run(folder: Path, runtime: jepa.Runtime) -> None:
             print(json.dumps(line), flush=True)
 
 
-# What one choice changes: a form, the form without it, both scored alike; label and colour (Okabe and Ito).
-PAIRS = (("preset_latent", "preset", "narrow latent", "#D55E00"),
-         ("published", "base", "published JEPA and SIGReg", "#E69F00"),
-         ("mlp_everywhere", "base", "MLPs of half the width everywhere", "#CC79A7"),
-         ("hybrid1", "base", "one attention block", "#56B4E9"), ("hybrid2", "base", "two attention blocks", "#0072B2"))
+# What one choice changes: a form, the form without it, both scored alike; its label.
+PAIRS = (("preset_latent", "preset", "narrow latent"), ("published", "base", "published JEPA and SIGReg"),
+         ("mlp_everywhere", "base", "MLPs of half the width everywhere"),
+         ("hybrid1", "base", "one attention block"), ("hybrid2", "base", "two attention blocks"))
 WINDOW = 5  # validations of a running mean
 
 
 def read_validations(folder: Path) -> dict[str, dict[int, float]]:
     """BPB of the validations of each run, by step."""
-    runs = {}
-    for path in sorted(folder.glob("*/metrics.jsonl")):
-        lines = map(json.loads, path.read_text().splitlines())
-        runs[path.parent.name] = {line["step"]: line["val_bpb"] for line in lines if line["kind"] == "validation"}
-    return runs
+    runs = [compare.read_run(path.parent) for path in sorted(folder.glob("*/metrics.jsonl"))]
+    return {run.path.name: dict(compare.validations(run)) for run in runs}
 
 
 def difference(form: dict[int, float], other: dict[int, float]) -> tuple[list[float], list[float]]:
@@ -224,7 +221,7 @@ def draw_curves(folder: Path) -> None:
         rows.writerow(("run", "step", "val_bpb"))
         rows.writerows((run, step, f"{bpb:.4f}") for run, scores in runs.items() for step, bpb in scores.items())
     figure, panel = plt.subplots(figsize=(10, 4.8), layout="constrained")
-    for form, other, label, color in PAIRS:
+    for (form, other, label), color in zip(PAIRS, compare.COLORS[1:]):
         for run in runs:
             name, seed = run.rsplit("-s", 1)
             pair = f"{other}-s{seed}"
