@@ -164,18 +164,14 @@ class Config:
     resume_after_divergence: bool = knob(
         False, "1 = go on from the last good state of a diverged run with lower rates", "free")
     overwrite: bool = knob(False, "1 = start over in the folder of an earlier run", "free")
-    json: bool = knob(False, "1 = describe, bench and eval print JSON last on a terminal, too",
-                      "free")
+    json: bool = knob(False, "1 = describe, bench, eval print JSON last on a terminal, too", "free")
     all: bool = knob(False, "1 = MODE=describe shows every knob", "free")
-    profile: str = knob("auto|gpu|cpu", "machine whose defaults hold, and that describe assumes",
-                        "free")
-    tracker: str = knob(
-         "none|tensorboard|wandb|trackio", "gets the metrics, too, if it is installed", "free")
+    profile: str = knob("auto|gpu|cpu", "machine whose defaults hold; describe assumes it", "free")
+    tracker: str = knob("none|tensorboard|wandb|trackio", "gets the metrics, if installed", "free")
     seed: int = knob(42, "seed of initial weights, SIGReg directions and positions")
     device: str = knob("auto|cpu|cuda", "device to compute on (auto: CUDA if it is found)", "free")
     dtype: str = knob("auto|fp32|bf16", "compute type (auto: bf16 on CUDA, fp32 on CPU)", "eval")
-    collective_timeout: int = knob(600, "seconds until a missing rank ends the run",
-                                   "free", low=1, high=10**7)
+    collective_timeout: int = knob(600, "seconds to wait for a rank", "free", low=1, high=10**7)
 
     tokenizer: str = knob("byte|bpe", "kind of tokens", "model", group="data")
     tokenizer_path: str = knob("", "SentencePiece model (TOKENIZER=bpe)", "free result")
@@ -187,8 +183,7 @@ class Config:
 
     model_dim: int = knob(512, "width D", "model size", low=1, group="model")
     num_layers: int = knob(12, "blocks: half encode, half decode", "model size", low=1, high=256)
-    mixer: str = knob("mamba2", "mamba2, attention, or a letter m or a per block (mmmmmmammm)",
-                      "model")
+    mixer: str = knob("mamba2", "mamba2, attention, or a letter m or a per block (mmmmam)", "model")
     d_state: int = knob(64, "state size N of the SSM", "model size", low=1)
     d_conv: int = knob(4, "kernel size of the causal convolution", "model size", low=1, high=64)
     expand: int = knob(2, "inner width of Mamba-2 / MODEL_DIM", "model size", low=1)
@@ -218,12 +213,10 @@ class Config:
     logit_softcap: float = knob(15.0, "cap of the logits (0 = off)", "model")
     softcap_type: str = knob("poly|tanh", "form of the cap", "model")
     projector_type: str = knob("linear|mlp|none", "map from h to the latent z (none: z = h)")
-    predictor_hidden_mult: int = knob(2, "hidden width of the predictor / latent width",
-                                      "size", low=1)
+    predictor_hidden_mult: int = knob(2, "hidden width of predictor / latent width", "size", low=1)
     predictor_norm: bool = knob(False, "1 = RMSNorm before the predictor, no biases (system B)")
 
-    loss_schedule: str = knob("joint|staged", "staged: JEPA alone, a bridge, cross-entropy alone",
-                              group="losses")
+    loss_schedule: str = knob("joint|staged", "staged: JEPA, bridge, cross-entropy", group="losses")
     jepa_weight: float = knob(1.0, "weight of the latent prediction")
     jepa_steps: int = knob(1, "horizons of the latent rollout (0 = off)", "size")
     jepa_dim: int = knob(0, "width of the latent (0 = MODEL_DIM)", "size")
@@ -244,8 +237,7 @@ class Config:
 
     train_seq_len: int = knob(4096, "tokens per sequence", "model size", low=1, group="training")
     train_batch_tokens: int = knob(524_288, "tokens per step, all ranks", "size", low=1)
-    micro_batches: int = knob(8, "micro-batches per step; the number of ranks must divide it",
-                              "eval size", low=1)
+    micro_batches: int = knob(8, "per step; a multiple of the number of ranks", "eval size", low=1)
     iterations: int = knob(10_000, "maximum number of steps", "free result", low=1)
     max_wallclock_seconds: float = knob(
         0.0, "time limit of all that reads training data (0 = none)", "free result")
@@ -281,8 +273,7 @@ class Config:
     beta2: float = knob(0.95, "Adam's second-moment decay", "rate", high=0.99999)
     adam_eps: float = knob(1e-8, "Adam's epsilon", "rate")
     grad_clip_norm: float = knob(1.0, "maximum global gradient norm (0 = off)", "rate")
-    swa_start: float = knob(1.0, "progress at which the EMA of weights starts (1 = off)",
-                            "rate", high=1)
+    swa_start: float = knob(1.0, "progress where the weights' EMA starts (1 = off)", "rate", high=1)
     swa_decay: float = knob(0.995, "decay of the EMA of weights per step", "rate", high=0.999999)
 
     storage: str = knob("intn|int8", "int8: system B's format", "grid", group="storage")
@@ -293,44 +284,34 @@ class Config:
     fp_storage: str = knob("BF16|FP8", "format of embedding and tie correction", "grid")
     mlp_grid: str = knob("", "grid of the MLP matrices: int4 to int7, int8a, int4s0.35 (step of "
                          "0.35 σ), fp8, bf16 (empty: QUANT_BITS and QUANT_STEP)", "grid")
-    proj_grid: str = knob("", "grid of all other matrices (empty: QUANT_BITS and QUANT_STEP)",
-                          "grid")
+    proj_grid: str = knob("", "grid of other matrices (empty: QUANT_BITS and QUANT_STEP)", "grid")
     dt_grid: str = knob("", "grid of the rows of in_proj that make dt (empty: as in_proj)", "grid")
     embed_grid: str = knob("", "grid of embedding and correction (empty: FP_STORAGE)", "grid")
     qat_fraction: float = knob(1.0, "last fraction of the run, trained on the storage grid", high=1)
-    rounding: str = knob("nearest|compensated", "rounding of the final weights (compensated: GPTQ)",
-                         "free result")
-    rounding_tokens: int = knob(65_536, "training tokens for the moments of GPTQ",
-                                "free result size", low=1)
-    fit: bool = knob(False, "1 = MODE=describe finds the largest MODEL_DIM and MLP_MULT that fit",
-                     "free")
+    rounding: str = knob("nearest|compensated", "final rounding (compensated: GPTQ)", "free result")
+    rounding_tokens: int = knob(65_536, "training tokens for GPTQ", "free result size", low=1)
+    fit: bool = knob(False, "1 = describe finds the largest MODEL_DIM or MLP_MULT that fit", "free")
 
-    sliding_eval: bool = knob(False, "1 = score with sliding windows after training",
-                              "free", group="evaluation")
+    sliding_eval: bool = knob(False, "1 = score with sliding windows", "free", group="evaluation")
     sliding_eval_stride: int = knob(16, "tokens scored per window", "free result", low=1)
     sliding_batch_size: int = knob(64, "windows per forward pass", "free eval size", low=1)
     temp_scaling: bool = knob(True, "1 = fit a temperature to training tokens", "free result")
     temp_calib: float = knob(0.0, "temperature (0 = fit it)", "free result eval")
-    eval_state: str = knob("reset|carry", "carry = one pass with the recurrent states carried",
-                           "free eval")
+    eval_state: str = knob("reset|carry", "carry = one pass with carried states", "free eval")
     attention_overlap: int = knob(0, "earlier tokens that attention re-reads (EVAL_STATE=carry; "
                                   "0: TRAIN_SEQ_LEN / 4)", "free result eval")
-    eval_adapt: bool = knob(False, "1 = test-time training: score a chunk, train on it, go on",
-                            "free eval")
+    eval_adapt: bool = knob(False, "1 = score-first test-time training, by chunk", "free eval")
     adapt_steps: int = knob(1, "SGD steps per chunk of EVAL_ADAPT", "free result eval", low=1)
     adapt_lr: float = knob(0.002, "LR of EVAL_ADAPT at the first chunk; cosine to 0 at the last",
                            "free result eval")
-    adapt_chunk_tokens: int = knob(32_768, "tokens per chunk of EVAL_ADAPT",
-                                   "free result eval", low=1)
+    adapt_chunk_tokens: int = knob(32_768, "tokens per EVAL_ADAPT chunk", "free result eval", low=1)
     adapt_params: str = knob("all", "what EVAL_ADAPT trains: all, or matrices, embedding, scalars",
                              "free result eval")
-    adapt_clip: float = knob(1.0, "maximum gradient norm of EVAL_ADAPT (0 = off)",
-                             "free result eval")
-    diagnostics: bool = knob(True, "1 = statistics of the latent at validations and at the end",
-                             "free")
+    adapt_clip: float = knob(1.0, "EVAL_ADAPT's gradient clip (0 = off)", "free result eval")
+    diagnostics: bool = knob(True, "1 = latent statistics at validations and at the end", "free")
     probe_steps: int = knob(200, "steps of the linear probe on frozen h (0 = none)", "free")
 
-    checkpoint_every: int = knob(0, "steps between checkpoints (0 = off)",
+    checkpoint_every: int = knob(0, "steps between checkpoints (0 = 10 minutes, in runs over 30)",
                                  "free", group="checkpoints")
     checkpoint_dir: str = knob("", "folder of checkpoints (empty: in the run's folder)", "free")
     checkpoint_keep: int = knob(2, "number of checkpoints kept", "free", low=1)
@@ -2296,6 +2277,20 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).to(x.dtype)
 
 
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of the last T of S positions: q (B,T,heads,width), k and v (B,S,kv heads,width).
+
+    Queries of the earlier positions are zeros, whose results are dropped: on CUDA grouped queries
+    have a fast kernel for square causal attention; with a mask they would take the fp32 one."""
+    earlier = k.size(1) - q.size(1) if q.size(1) > 1 else 0  # a single query sees all positions
+    if earlier:
+        q = F.pad(q, (0, 0, 0, 0, earlier, 0))
+    heads_first = (t.transpose(1, 2) for t in (q, k, v))
+    y = F.scaled_dot_product_attention(*heads_first, is_causal=q.size(1) > 1,
+                                       enable_gqa=q.size(2) != k.size(2)).transpose(1, 2)
+    return y[:, earlier:] if earlier else y
+
+
 class Attention(nn.Module):
     """Causal attention: grouped queries (https://arxiv.org/abs/2305.13245), RMS-normalized q and k,
     rotary positions, a gain per query head. State: keys (before rotation) and values so far."""
@@ -2306,7 +2301,7 @@ class Attention(nn.Module):
         super().__init__()
         dim, heads, kv_heads = c.model_dim, c.num_heads, c.num_kv_heads
         self.width, self.base, self.eps = dim // heads, c.rope_base, c.norm_eps
-        self.sizes, self.grouped = (heads, kv_heads), kv_heads != heads
+        self.sizes = heads, kv_heads
         self.q_proj = Linear(dim, dim)
         self.k_proj = Linear(dim, kv_heads * self.width)
         self.v_proj = Linear(dim, kv_heads * self.width)
@@ -2320,23 +2315,19 @@ class Attention(nn.Module):
         (heads, kv), layers = self.sizes, (self.q_proj, self.k_proj, self.v_proj)
         weight = torch.cat([layer.weight for layer in layers]).to(u.dtype)  # u is read once
         qk, v = F.linear(u, weight).unflatten(-1, (-1, self.width)).split((heads + kv, kv), dim=2)
-        qk, mask, start = rms_norm(qk, self.eps), None, 0
+        qk, start = rms_norm(qk, self.eps), 0
         k = qk[:, :, heads:]
         if state is not None:
             start = state[0].size(1)
             k, v = torch.cat((state[0], k), dim=1), torch.cat((state[1], v), dim=1)
-            mask = torch.ones(u.size(1), k.size(1), dtype=torch.bool, device=u.device).tril(start)
         length, table = k.size(1), self.table[:, :k.size(1)]
         if length > table.size(1):
             table = rotary_table(length, self.width, self.base, u.device)
         gain = torch.cat((self.q_gain, self.q_gain.new_ones(kv)))[:, None]
         gain = gain.expand(*qk.shape[:3], 1)  # the gradient's first sums are then over one head
         q, rotated = rotate(qk * gain, table[:, start:]).to(u.dtype).split(self.sizes, dim=2)
-        rotated = rotated if state is None else rotate(k, table)
-        heads_first = (t.transpose(1, 2) for t in (q, rotated, v))
-        y = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=mask is None,
-                                           enable_gqa=self.grouped)
-        return self.out_proj(y.transpose(1, 2).flatten(2), scale), (k, v)
+        y = causal_attention(q, rotated if state is None else rotate(k, table), v)
+        return self.out_proj(y.flatten(2), scale), (k, v)
 
 
 # By letter. forward: u (B,T,D), the state before it (None: empty), a scale of the output (D,)

@@ -271,6 +271,25 @@ def test_attention_is_an_independent_float64_form_with_its_gradients(kv_heads):
         assert off(a, b) <= 1e-5, name
 
 
+@pytest.mark.parametrize("cuts", [(1,), (4, 5, 9), (9, 10)])
+def test_attention_in_pieces_is_the_float64_form_and_takes_no_mask(cuts, monkeypatch):
+    """A mask beside grouped queries would rule out the fast kernel on CUDA (torch's docs of enable_gqa)."""
+    layer, u = attention(kv_heads=2), torch.randn(2, 13, 64, generator=torch.Generator().manual_seed(2))
+    masks, sdpa = [], F.scaled_dot_product_attention
+
+    def watched(*args, **options):
+        masks.append(options.get("attn_mask", args[3] if len(args) > 3 else None))
+        return sdpa(*args, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    state, outs, bounds = None, [], (0, *cuts, 13)
+    for start, stop in zip(bounds, bounds[1:]):
+        out, state = layer(u[:, start:stop], state)
+        outs.append(out)
+    assert off(torch.cat(outs, 1), naive_attention(copy.deepcopy(layer).double(), u.double())) <= 1e-5
+    assert masks == [None] * (len(cuts) + 1)
+
+
 def rotate(x, start):
     """x (B,heads,T,width) at positions start, start+1, ..."""
     return tj.rotate(x, tj.rotary_table(start + x.size(2), x.size(3), 10000.0, x.device)[:, start:])
