@@ -15,7 +15,7 @@
 #   TORCH_BUILD    cuda, cpu, or auto (default): cuda if nvidia-smi shows a GPU. A cluster's login
 #                  node without a GPU needs TORCH_BUILD=cuda
 #   TRAIN_SHARDS   training shards at most, or all (default: 53, up to 11 GB for each kind: what
-#                  10,000 steps read)
+#                  10,000 steps read; the run scripts take 75 under PRESET=best)
 #   FINEWEB_KINDS  what `fineweb` downloads (default: "sp8192 bytes"; sp1024 too)
 #   SOURCE_PATH, SOURCE_TOKENIZER, BYTES_PATH
 #                  `bytes`: folder of other SentencePiece shards, their model, output folder

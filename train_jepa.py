@@ -104,7 +104,7 @@ SCRIPT_KNOBS = {
     "NPROC_PER_NODE": "ranks that the run scripts start (default: the number of GPUs)",
     "TORCHRUN_ARGS": "arguments of torchrun instead of --standalone: several machines, restarts",
     "RUN_NICE": "niceness of a CPU run (default: -10 on a busy machine that allows it; 0: none)",
-    "TRAIN_SHARDS": "training shards that setup_jepa.sh downloads (default: 53; all: every one)"}
+    "TRAIN_SHARDS": "training shards to download (default: 53, PRESET=best 75; all: every one)"}
 
 # Later sections append checks of their own knobs: each yields one message per fault.
 CHECKS: list[Callable[[Config], Iterable[str]]] = []

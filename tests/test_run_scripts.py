@@ -33,7 +33,7 @@ fi
 
 SETUP_STUB = '''
 if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then
-    echo "$* kinds=${FINEWEB_KINDS-} ${FAIL_SETUP-}" >>setup.log
+    echo "$* kinds=${FINEWEB_KINDS-} shards=${TRAIN_SHARDS-} ${FAIL_SETUP-}" >>setup.log
     [[ -n "${FAIL_SETUP-}" ]] && exit 1
     if [[ "$1" != env ]]; then
         mkdir -p data/datasets/demo_sp8192 data/datasets/demo_bytes
@@ -183,6 +183,7 @@ def test_best_is_published_but_for_what_the_experiments_tested(scripts, script, 
     assert {"WARMDOWN_FRACTION": "0.72", "ROUNDING": "compensated", "QAT_FRACTION": "0", "EVAL_STATE": "carry",
             "JEPA_WEIGHT": "0", "SIGREG_LAMBDA": "0", "QUANT_STEP": "sigma", "EMBED_GRID": "int7",
             "DT_GRID": "int8a"}.items() <= changed.items()
+    assert int(best["ITERATIONS"]) * 0.035 > 600  # s, at a faster step than any model gives: the clock ends the run
     section = (ROOT / "RESULTS.md").read_text().split("## `PRESET=best` at full size")[1].split("\n## ")[0]
     assert [k for k in changed if f"`{k}" not in section and f" {k}=" not in section] == []
     knobs = pytest.importorskip("train_jepa").Config
@@ -367,11 +368,11 @@ def test_fresh_clone_sets_up_then_rests(fresh, scripts):
 
 
 def test_fresh_clone_on_gpus_asks_for_what_it_needs(fresh):
-    assert fresh("run_jepa_byte.sh", FAKE_GPUS="1")["calls"][1].strip() == "kinds=bytes"
+    assert fresh("run_jepa_byte.sh", FAKE_GPUS="1")["calls"][1].strip() == "kinds=bytes shards="
     for mode in ("bench", "sample"):   # they read no shards
         assert fresh("run_jepa_bpe.sh", FAKE_GPUS="1", MODE=mode)["calls"] == []
     # demo shards that are there, from the tests or a CPU run, do not stand in for FineWeb
-    assert fresh("run_jepa_bpe.sh", FAKE_GPUS="1")["calls"][0].strip() == "kinds=sp8192"
+    assert fresh("run_jepa_bpe.sh", FAKE_GPUS="1")["calls"][0].strip() == "kinds=sp8192 shards="
 
 
 def test_describe_needs_no_data(fresh, scripts):
@@ -399,6 +400,13 @@ def test_settings_of_set_up_may_be_arguments(fresh):
     got = fresh("run_jepa_bpe.sh", "TRAIN_SHARDS=all", "TORCH_BUILD=cpu", "SEED=1", FAKE_GPUS="1")
     assert got["args"] == ["train_jepa.py", "SEED=1"]
     assert (got["env"]["TRAIN_SHARDS"], got["env"]["TORCH_BUILD"]) == ("all", "cpu")
+
+
+def test_best_downloads_what_its_ten_minutes_read(fresh):
+    call = lambda **env: fresh("run_jepa_bpe.sh", FAKE_GPUS="1", **env)["calls"][-1].strip()
+    shards = int(call(PRESET="best").removeprefix("kinds=sp8192 shards="))
+    assert 13_700 * 524_288 / 1e8 < shards < 80
+    assert call(PRESET="best", TRAIN_SHARDS="2") == "kinds=sp8192 shards=2"
 
 
 def test_own_data_path_needs_no_set_up(fresh):

@@ -23,11 +23,12 @@ ADAPT_LR=0.01"
 
 # PRESET=best in the GPU profile, from what others measured at full size (RESULTS.md, "PRESET=best
 # at full size"): Mamba-2 blocks with one attention block, an MLP in each; storage with a step in
-# units of σ and error compensation, no training on that grid; a long warmdown; no latent.
+# units of σ and error compensation, no training on that grid; a long warmdown; no latent. By the
+# model of its step ten minutes hold 13,700 steps: the clock, not ITERATIONS, must end the run.
 BEST_A_FULL="JEPA_WEIGHT=0 SIGREG_LAMBDA=0 NUM_LAYERS=10 MIXER=mmmmmmammm EXPAND=2 MLP_EVERY=1
 ACTIVATION=leaky_relu2 QUANT_STEP=sigma DT_GRID=int8a EMBED_GRID=int7 QAT_FRACTION=0
 ROUNDING=compensated WARMDOWN_FRACTION=0.72 MIN_LR=0.1 MUON_BACKEND_STEPS=5 MUON_MOMENTUM=0.97
-GRAD_CLIP_NORM=0.3 EVAL_STATE=carry SLIDING_EVAL=0 EVAL_ADAPT=1"
+GRAD_CLIP_NORM=0.3 ITERATIONS=20000 EVAL_STATE=carry SLIDING_EVAL=0 EVAL_ADAPT=1"
 
 # system_a_best KNOB=VALUE ...: the preset; in the GPU profile with these knobs, its size.
 system_a_best() {
@@ -239,10 +240,14 @@ choose_data() {
 }
 
 fetch_data() {    # demo folder, FineWeb folders
+    local shards=${TRAIN_SHARDS-}
     if [[ $PROFILE == cpu ]]; then
         is_complete "$1" || bash setup_jepa.sh demo || exit
     elif ! first_complete "${@:2}" >/dev/null; then
-        FINEWEB_KINDS="${FINEWEB_KINDS-${2##*fineweb10B_}}" bash setup_jepa.sh || exit
+        # 13,700 steps of 524,288 tokens read 72 shards of 100 million
+        [[ $PRESET == best ]] && shards=${shards:-75}
+        FINEWEB_KINDS="${FINEWEB_KINDS-${2##*fineweb10B_}}" TRAIN_SHARDS=$shards \
+            bash setup_jepa.sh || exit
     fi
 }
 
