@@ -22,6 +22,10 @@ def test_all_stages_run_to_their_end_on_tiny_sizes(tmp_path, demo_data):
     assert kernels == dict(head="none", mixer="none", mlp="none")
     gaps = [row["largest_loss_gap"] for row in rows if row["stage"] == "parity" and "run" in row]
     assert len(gaps) == 3 and max(gaps) < 1e-3  # two steps in fp32, on kernels and without
-    trained, = (row["roundtrip_val_bpb"] for row in rows if row["stage"] == "train" and "steps" in row)
-    evaluated, = (row["roundtrip_val_bpb"] for row in rows if row["stage"] == "eval" and "roundtrip_val_bpb" in row)
-    assert evaluated == trained
+    for part in ("", "_best"):
+        trained, = (row for row in rows if row["stage"] == f"train{part}" and "steps" in row)
+        evaluated, = (row for row in rows if row["stage"] == f"eval{part}" and "roundtrip_val_bpb" in row)
+        assert evaluated["roundtrip_val_bpb"] == trained["roundtrip_val_bpb"]
+    assert 0 < evaluated["adapted_val_bpb"] < 20 and evaluated["carried_val_bpb"] != evaluated["roundtrip_val_bpb"]
+    speed, = (row for row in rows if row["stage"] == "eval_speed" and "ms_per_piece" in row)
+    assert speed["ms_per_piece"] > 0 and speed["piece_tokens"] == 24  # rows of 32, of which 8 are read again

@@ -16,7 +16,8 @@ OUT, TINY = Path(os.environ.get("OUT", "gpu_check")), os.environ.get("TINY") == 
 # Parts, their stages, and the seconds after which a stage is ended: a part fits into ten minutes.
 PARTS = {"correct": {"kernels": 120, "tests": 300, "parity": 150},
          "bench": {"ceilings": 50, "scans": 80, "mlps": 60, "bench_bpe": 130, "bench_byte": 120, "bench_b": 120},
-         "run": {"train": 360, "eval": 200}}
+         "run": {"train": 360, "eval": 200},
+         "best": {"bench_best": 130, "train_best": 300, "eval_best": 120, "eval_speed": 60}}
 PUBLISHED_MS = {"run_jepa_bpe.sh": 97.4, "run_jepa_byte.sh": 105}  # a step of 65,536 tokens per GPU
 # Least ms of a BPE step's parts: products at 800 TFLOP/s, the rest by the bytes that must move at 2.8 TB/s
 FLOOR_MS = {"products": 22.5, "mixer": 3.0, "snap": 0.1, "other": 0.5}
@@ -211,59 +212,103 @@ def script(name: str, **knobs) -> subprocess.CompletedProcess:
     return done
 
 
-def bench(name: str) -> None:
+# PRESET=best as it is at full size, in what --tiny shrinks
+TINY_BEST = dict(PRESET="best", MIXER="ma", NUM_HEADS=2, NUM_KV_HEADS=1, CARRY_STATE=0, QUANT_STEP="sigma", QUANT_K=0.4,
+                 DT_GRID="int8a", EMBED_GRID="int7", ROUNDING="compensated", ROUNDING_TOKENS=256, QAT_FRACTION=0,
+                 ADAPT_CHUNK_TOKENS=64)
+
+
+def bench(name: str, preset: str = "published") -> None:
     """MODE=bench of a configuration, one H100's share of a step; the tables of the log and the JSON line."""
     share = dict(PROFILE="gpu", TRAIN_BATCH_TOKENS=65536, MICRO_BATCHES=1, ITERATIONS=40, NPROC_PER_NODE=1)
-    done = script(name, MODE="bench", **({} if TINY else share))
+    share = ({} if preset == "published" else TINY_BEST) if TINY else share | dict(PRESET=preset)
+    done = script(name, MODE="bench", **share)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
-        note(stage="bench", script=name, error=(done.stderr or done.stdout)[-500:])
+        note(stage="bench", script=name, preset=preset, error=(done.stderr or done.stdout)[-500:])
         return
     report = json.loads(lines[-1])
-    sizes = json.loads(script(name, MODE="describe", **({} if TINY else share)).stdout.splitlines()[-1])
+    sizes = json.loads(script(name, MODE="describe", **share).stdout.splitlines()[-1])
     # forward and backward multiply each parameter three times; attention, scan and lookups left out
     floor = 6e3 * (sizes["eval_params"] + sizes["train_only_params"]) * report["tokens_per_step"] / 800e12
-    note(stage="bench", script=name, published_ms_on_h100=PUBLISHED_MS.get(name),
+    note(stage="bench", script=name, preset=preset,
+         published_ms_on_h100=PUBLISHED_MS.get(name) if preset == "published" else None,
          products_ms_at_800_tflops=floor, **report)
     for kind, ms in report.get("kernel_ms", {}).items():
-        note(stage="budget", script=name, part=kind, ms=ms,
-             floor_ms=FLOOR_MS.get(kind) if name == "run_jepa_bpe.sh" else None)
+        note(stage="budget", script=name, preset=preset, part=kind, ms=ms,
+             floor_ms=FLOOR_MS.get(kind) if (name, preset) == ("run_jepa_bpe.sh", "published") else None)
 
 
-def train() -> None:
+def train(preset: str = "published") -> None:
     """A short training on the demo corpus to its artifact."""
+    stage, run = ("train", "gpu_check") if preset == "published" else ("train_best", "gpu_check_best")
     knobs = dict(PROFILE="gpu", DATA_PATH="data/datasets/demo_sp8192", NPROC_PER_NODE=1,
                  TOKENIZER_PATH="data/demo/fineweb_8192_bpe.model", TRAIN_BATCH_TOKENS=65536, MICRO_BATCHES=1,
-                 ITERATIONS=200, MAX_WALLCLOCK_SECONDS=120, VAL_LOSS_EVERY=100)
+                 ITERATIONS=200, MAX_WALLCLOCK_SECONDS=120, VAL_LOSS_EVERY=100, PRESET=preset)
     if TINY:
         knobs = dict(DATA_PATH="data/datasets/demo_bytes", VAL_MAX_TOKENS=256, VAL_BATCH_SIZE=256, DIAGNOSTICS=0,
-                     SLIDING_EVAL=0, TEMP_SCALING=0)
+                     SLIDING_EVAL=0, TEMP_SCALING=0) | ({} if preset == "published" else TINY_BEST)
     name = "run_jepa_byte.sh" if TINY else "run_jepa_bpe.sh"
-    done = script(name, MODE="train", RUNS_DIR=OUT.resolve(), RUN_ID="gpu_check", OVERWRITE=1, **knobs)
-    result = OUT / "gpu_check/result.json"
+    done = script(name, MODE="train", RUNS_DIR=OUT.resolve(), RUN_ID=run, OVERWRITE=1, **knobs)
+    result = OUT / run / "result.json"
     if done.returncode or not result.exists():
-        note(stage="train", error=(done.stderr or done.stdout)[-500:])
+        note(stage=stage, error=(done.stderr or done.stdout)[-500:])
         return
     report = json.loads(result.read_text())
-    note(stage="train", **{key: report.get(key) for key in ("steps", "roundtrip_val_bpb", "ms_per_step", "total_bytes",
-                                                            "peak_memory_bytes")})
+    note(stage=stage, **{key: report.get(key) for key in ("steps", "roundtrip_val_bpb", "ms_per_step", "total_bytes",
+                                                          "peak_memory_bytes", "eval_seconds")})
 
 
-def evaluate() -> None:
-    """MODE=eval of that artifact: the score of the training's end again."""
+def evaluate(preset: str = "published") -> None:
+    """MODE=eval of that artifact: the scores of the training's end again."""
+    stage, run = ("eval", "gpu_check") if preset == "published" else ("eval_best", "gpu_check_best")
     name, data = ("run_jepa_byte.sh", "demo_bytes") if TINY else ("run_jepa_bpe.sh", "demo_sp8192")
     tiny = dict(VAL_MAX_TOKENS=256, VAL_BATCH_SIZE=256, SLIDING_EVAL=0, TEMP_SCALING=0)
-    sizes = tiny if TINY else dict(PROFILE="gpu")
-    done = script(name, MODE="eval", ARTIFACT=(OUT / "gpu_check/model.jepa").resolve(), NPROC_PER_NODE=1,
+    sizes = tiny | ({} if preset == "published" else TINY_BEST) if TINY else dict(PROFILE="gpu", PRESET=preset)
+    done = script(name, MODE="eval", ARTIFACT=(OUT / run / "model.jepa").resolve(), NPROC_PER_NODE=1,
                   DATA_PATH=f"data/datasets/{data}", **sizes)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    note(stage="eval", **({"error": (done.stderr or done.stdout)[-500:]} if done.returncode or not lines else
+    note(stage=stage, **({"error": (done.stderr or done.stdout)[-500:]} if done.returncode or not lines else
                           {key: value for key, value in json.loads(lines[-1]).items() if "val" in key}))
+
+
+FINEWEB_TOKENS = 40.5e6  # BPE pieces of the validation set
+
+
+def eval_speed() -> None:
+    """Milliseconds of a piece of carried scoring and of a step of EVAL_ADAPT, by the model of train_best, and what the
+    adapted pass over FineWeb's validation set would take on one GPU; eight share the steps, not the pieces."""
+    torch, tj = library()
+    run = OUT / "gpu_check_best"
+    knobs = {name.lower(): value for name, value in json.loads((run / "config.json").read_text()).items()}
+    given = tj.Config(**knobs | dict(mode="eval", artifact=str(run / "model.jepa"), tokenizer_path=""))
+    with tj.Runtime(given) as runtime:
+        c, model, vocabulary, _ = tj.open_artifact(given, runtime)
+        forward = tj.compiled(model, c.compile_mode) if runtime.cuda else model
+        length, later, chunk = c.train_seq_len, c.train_seq_len - c.overlap, c.adapt_chunk_tokens
+
+        def seconds(targets: int, adapted: bool) -> float:
+            tokens = torch.randint(1, c.vocab_size, (targets + 1,), generator=torch.Generator().manual_seed(0))
+            scorer = tj.Evaluator(model, tokens, vocabulary, length, length, runtime, forward)
+            began = time.time()
+            scorer.adapted(c) if adapted else scorer.carried(overlap=c.overlap)
+            return time.time() - began
+
+        pieces, steps = (10, 2) if TINY else (100, 4)
+        text = length + later * pieces, chunk * (steps + 1)
+        seconds(text[0], False), seconds(text[1], True)  # the first time compiles
+        piece = 1e3 * seconds(text[0], False) / (pieces + 1)
+        step = (1e3 * seconds(text[1], True) - piece * text[1] / later) / steps
+        whole = FINEWEB_TOKENS * (piece / later + step / chunk) / 1e3
+        note(stage="eval_speed", ms_per_piece=piece, piece_tokens=later, ms_per_step=step, chunk_tokens=chunk,
+             adapted_fineweb_seconds_on_one_gpu=whole)
 
 
 STAGES = dict(kernels=kernels, tests=tests, parity=parity, ceilings=ceilings, scans=scans, mlps=mlps,
               bench_bpe=lambda: bench("run_jepa_bpe.sh"), bench_byte=lambda: bench("run_jepa_byte.sh"),
-              bench_b=lambda: bench("run_bytejepa.sh"), train=train, eval=evaluate)
+              bench_b=lambda: bench("run_bytejepa.sh"), train=train, eval=evaluate,
+              bench_best=lambda: bench("run_jepa_bpe.sh", "best"), train_best=lambda: train("best"),
+              eval_best=lambda: evaluate("best"), eval_speed=eval_speed)
 
 
 def main(arguments: list[str]) -> int:

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# What a first session on a GPU should show, in at most three calls of ten minutes each:
-#   bash tools/gpu_check.sh [correct|bench|run] ...    nothing named: all three
+# What a first session on a GPU should show, in calls of at most ten minutes each:
+#   bash tools/gpu_check.sh [correct|bench|run|best] ...    nothing named: all four
 #   bash tools/gpu_check.sh --tiny ...                 the same path on a CPU, in Triton's interpreter
 # correct: kernels against PyTorch, tests marked cuda, five steps on CPU and GPU
 # bench:   ceilings of the GPU, forms of the scan, MODE=bench of three configurations with a profile
 # run:     a short training on the demo corpus to its artifact, and MODE=eval of it
+# best:    the same under PRESET=best, MODE=bench of it, and how long its evaluation of FineWeb takes
 # Results: a line on stdout and one of JSON in $OUT/gpu_check.jsonl (OUT: gpu_check) as each is known.
 # It needs no network and installs nothing: PYTHON (default python3) with torch and triton.
 set -euo pipefail
