@@ -212,16 +212,17 @@ def script(name: str, **knobs) -> subprocess.CompletedProcess:
     return done
 
 
-# PRESET=best as it is at full size, in what --tiny shrinks
-TINY_BEST = dict(PRESET="best", MIXER="ma", NUM_HEADS=2, NUM_KV_HEADS=1, CARRY_STATE=0, QUANT_STEP="sigma", QUANT_K=0.4,
-                 DT_GRID="int8a", EMBED_GRID="int7", ROUNDING="compensated", ROUNDING_TOKENS=256, QAT_FRACTION=0,
-                 ADAPT_CHUNK_TOKENS=64)
+# By preset: the end of its stages' names, and what --tiny adds so that best has the parts of its full-size form.
+SUFFIX = dict(published="", best="_best")
+SHRUNK = dict(published={}, best=dict(
+    MIXER="ma", NUM_HEADS=2, NUM_KV_HEADS=1, CARRY_STATE=0, QUANT_STEP="sigma", QUANT_K=0.4, DT_GRID="int8a",
+    EMBED_GRID="int7", ROUNDING="compensated", ROUNDING_TOKENS=256, QAT_FRACTION=0, ADAPT_CHUNK_TOKENS=64))
 
 
 def bench(name: str, preset: str = "published") -> None:
     """MODE=bench of a configuration, one H100's share of a step; the tables of the log and the JSON line."""
     share = dict(PROFILE="gpu", TRAIN_BATCH_TOKENS=65536, MICRO_BATCHES=1, ITERATIONS=40, NPROC_PER_NODE=1)
-    share = ({} if preset == "published" else TINY_BEST) if TINY else share | dict(PRESET=preset)
+    share = (SHRUNK[preset] if TINY else share) | dict(PRESET=preset)
     done = script(name, MODE="bench", **share)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
@@ -241,15 +242,15 @@ def bench(name: str, preset: str = "published") -> None:
 
 def train(preset: str = "published") -> None:
     """A short training on the demo corpus to its artifact."""
-    stage, run = ("train", "gpu_check") if preset == "published" else ("train_best", "gpu_check_best")
+    stage, run = f"train{SUFFIX[preset]}", f"gpu_check{SUFFIX[preset]}"
     knobs = dict(PROFILE="gpu", DATA_PATH="data/datasets/demo_sp8192", NPROC_PER_NODE=1,
                  TOKENIZER_PATH="data/demo/fineweb_8192_bpe.model", TRAIN_BATCH_TOKENS=65536, MICRO_BATCHES=1,
-                 ITERATIONS=200, MAX_WALLCLOCK_SECONDS=120, VAL_LOSS_EVERY=100, PRESET=preset)
+                 ITERATIONS=200, MAX_WALLCLOCK_SECONDS=120, VAL_LOSS_EVERY=100)
     if TINY:
         knobs = dict(DATA_PATH="data/datasets/demo_bytes", VAL_MAX_TOKENS=256, VAL_BATCH_SIZE=256, DIAGNOSTICS=0,
-                     SLIDING_EVAL=0, TEMP_SCALING=0) | ({} if preset == "published" else TINY_BEST)
+                     SLIDING_EVAL=0, TEMP_SCALING=0) | SHRUNK[preset]
     name = "run_jepa_byte.sh" if TINY else "run_jepa_bpe.sh"
-    done = script(name, MODE="train", RUNS_DIR=OUT.resolve(), RUN_ID=run, OVERWRITE=1, **knobs)
+    done = script(name, MODE="train", PRESET=preset, RUNS_DIR=OUT.resolve(), RUN_ID=run, OVERWRITE=1, **knobs)
     result = OUT / run / "result.json"
     if done.returncode or not result.exists():
         note(stage=stage, error=(done.stderr or done.stdout)[-500:])
@@ -261,11 +262,11 @@ def train(preset: str = "published") -> None:
 
 def evaluate(preset: str = "published") -> None:
     """MODE=eval of that artifact: the scores of the training's end again."""
-    stage, run = ("eval", "gpu_check") if preset == "published" else ("eval_best", "gpu_check_best")
+    stage, run = f"eval{SUFFIX[preset]}", f"gpu_check{SUFFIX[preset]}"
     name, data = ("run_jepa_byte.sh", "demo_bytes") if TINY else ("run_jepa_bpe.sh", "demo_sp8192")
     tiny = dict(VAL_MAX_TOKENS=256, VAL_BATCH_SIZE=256, SLIDING_EVAL=0, TEMP_SCALING=0)
-    sizes = tiny | ({} if preset == "published" else TINY_BEST) if TINY else dict(PROFILE="gpu", PRESET=preset)
-    done = script(name, MODE="eval", ARTIFACT=(OUT / run / "model.jepa").resolve(), NPROC_PER_NODE=1,
+    sizes = tiny | SHRUNK[preset] if TINY else dict(PROFILE="gpu")
+    done = script(name, MODE="eval", PRESET=preset, ARTIFACT=(OUT / run / "model.jepa").resolve(), NPROC_PER_NODE=1,
                   DATA_PATH=f"data/datasets/{data}", **sizes)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     note(stage=stage, **({"error": (done.stderr or done.stdout)[-500:]} if done.returncode or not lines else
@@ -279,7 +280,7 @@ def eval_speed() -> None:
     """Milliseconds of a piece of carried scoring and of a step of EVAL_ADAPT, by the model of train_best, and what the
     adapted pass over FineWeb's validation set would take on one GPU; eight share the steps, not the pieces."""
     torch, tj = library()
-    run = OUT / "gpu_check_best"
+    run = OUT / f"gpu_check{SUFFIX['best']}"
     knobs = {name.lower(): value for name, value in json.loads((run / "config.json").read_text()).items()}
     given = tj.Config(**knobs | dict(mode="eval", artifact=str(run / "model.jepa"), tokenizer_path=""))
     with tj.Runtime(given) as runtime:
