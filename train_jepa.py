@@ -73,6 +73,7 @@ brotli, zstandard = (importlib.import_module(name) if importlib.util.find_spec(n
                      for name in ("brotli", "zstandard"))  # optional codecs of the artifact
 
 SIZE_LIMIT = 16_000_000  # bytes of artifact + this file
+SIZE_SPARE = 100_000     # of those, what QUANT_FIT leaves free
 EVAL_SECONDS = 600       # that the challenge allows for evaluation, apart from training
 HEADDIM = 64             # P: width of one Mamba-2 head, as in both published models
 GATE_EPS = 1e-5          # epsilon of the norm behind Mamba-2's gate, as in mamba_ssm
@@ -290,6 +291,8 @@ class Config:
     qat_fraction: float = knob(1.0, "last fraction of the run, trained on the storage grid", high=1)
     rounding: str = knob("nearest|compensated", "final rounding (compensated: GPTQ)", "free result")
     rounding_tokens: int = knob(65_536, "training tokens for GPTQ", "free result size", low=1)
+    quant_fit: bool = knob(False, "1 = lengthens or shortens σ steps at the end until the file "
+                           "fills 16 MB (QAT_FRACTION=0)", "free result")
     fit: bool = knob(False, "1 = describe finds the largest MODEL_DIM or MLP_MULT that fit", "free")
 
     sliding_eval: bool = knob(False, "1 = score with sliding windows", "free", group="evaluation")
@@ -2822,6 +2825,11 @@ class SigmaGrid(RowGrid):
     k = property(lambda self: float(self.name.partition("s")[2]))
     fused = property(lambda self: ("sigma", self.k))
 
+    def times(self, factor: float) -> SigmaGrid:
+        """The grid with a step `factor` times as long, to four digits."""
+        k = min(10.0, max(0.001, self.k * factor))
+        return SigmaGrid(f"{self.name.partition('s')[0]}s{k:.4g}")
+
     def scales(self, rows: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
         rms = norm / math.sqrt(rows.shape[1])  # fp64: the same bf16 in any order of summing
@@ -2969,6 +2977,9 @@ def check_grids(c: Config) -> Iterator[str]:
             yield f"{name.upper()}={value}: needs STORAGE=intn"
         elif name.endswith("grid") and value and not any(kind(value).fused for kind in kinds):
             yield f"{name.upper()}={value}: must be int4 to int7, int8a, int4s0.35, fp8 or bf16"
+    if c.quant_fit and (c.qat_fraction or int8 or "sigma" != c.quant_step):
+        yield ("QUANT_FIT=1: needs QUANT_STEP=sigma and QAT_FRACTION=0; QUANT_FIT=0 keeps the grids "
+               "that are given")
 
 
 @torch.no_grad()
@@ -3682,14 +3693,34 @@ def artifact_streams(config: dict, tensors: dict, given: dict) -> tuple[dict, li
     return meta, streams, encoded
 
 
-def estimate_bytes(tensors: dict[str, tuple[Tensor, Grid]]) -> int:
-    """Artifact bytes predicted from the entropies of its streams, nothing compressed."""
-    meta, streams, _ = artifact_streams({}, tensors, {})
+def estimate_bytes(tensors: dict[str, tuple[Tensor, Grid]], given=None) -> int:
+    """Artifact bytes predicted from the entropies of its streams, nothing compressed; arguments as
+    of `write_artifact`."""
+    meta, streams, _ = artifact_streams({}, tensors, given or {})
     counts = [np.bincount(stream, minlength=256) for stream in streams]
     tables = zlib.compress(b"".join(frequencies(n).astype("<u2").tobytes() for n in counts), 9)
     header = zlib.compress(json.dumps(meta).encode(), 9)
     states = 4 * rans_coders(sum(map(len, streams)))
     return round(sum(map(entropy_bytes, streams)) + len(tables) + len(header) + 150 + states)
+
+
+def fit_steps(tensors: dict[str, tuple[Tensor, Grid]], budget: int,
+              rounded: Callable[[dict], dict] = lambda tensors: {}) -> tuple[dict, dict, float]:
+    """QUANT_FIT: tensors whose σ steps are all multiplied by one factor, from 1/2 to 2, so that the
+    estimate ends at most 0.3% below `budget` bytes; their rounded(tensors), and the factor."""
+    weights = sum(w.numel() for w, grid in tensors.values() if isinstance(grid, SigmaGrid))
+    factor = better = 1.0
+    for _ in range(8):  # two or three do: a step twice as long costs one bit per weight less
+        factor = better
+        scaled = {name: (w, grid.times(factor) if isinstance(grid, SigmaGrid) else grid)
+                  for name, (w, grid) in tensors.items()}
+        given = rounded(scaled)
+        spare = budget - estimate_bytes(scaled, given)
+        bits = 8 * (0.0015 * budget - spare) / max(weights, 1)
+        better = min(2.0, max(0.5, factor * 2.0 ** min(8, max(-8, bits))))
+        if 0 <= spare <= 0.003 * budget or better == factor:
+            break
+    return scaled, given, factor
 
 
 def write_artifact(path, config: dict, tensors: dict[str, tuple[Tensor, Grid]],
@@ -4811,10 +4842,19 @@ class Run:
         header = dict(model=c.model_config(), vocabulary=self.vocabulary.pack(),
                       position=self.unseen_position())
 
+        code = len(shipped_script(source_text()))
+
         def write() -> dict:
             tensors = artifact_tensors(((name, weights[name]) for name in plan), plan)
-            rounded = self.compensate(tensors) if c.rounding == "compensated" else None
-            return write_artifact(self.folder.path / "model.jepa", header, tensors, given=rounded)
+            rounded = self.compensation() if c.rounding == "compensated" else lambda tensors: {}
+            if c.quant_fit:
+                budget = SIZE_LIMIT - SIZE_SPARE - code
+                tensors, given, factor = fit_steps(tensors, budget, rounded)
+                self.log(f"storage: σ steps times {factor:.4g}, to leave {SIZE_SPARE:,} bytes free")
+            else:
+                given, factor = rounded(tensors), 1.0
+            path = self.folder.path / "model.jepa"
+            return dict(write_artifact(path, header, tensors, given=given), step_factor=factor)
 
         HEARTBEAT.doing = "coding the artifact"
         report = self.runtime.main_first(write)
@@ -4822,9 +4862,9 @@ class Run:
         listed = ", ".join(f"{name} {count:,}" for name, count in sizes.items())
         self.log(f"artifact: {size:,} bytes with {codec} ({listed}); "
                  f"entropy {report['entropy_bytes']:,}")
-        code = len(shipped_script(source_text()))
         return dict(artifact_bytes=size, code_bytes=code, total_bytes=size + code,
-                    fits=size + code <= SIZE_LIMIT, codec=codec, codec_bytes=sizes)
+                    fits=size + code <= SIZE_LIMIT, codec=codec, codec_bytes=sizes,
+                    step_factor=report["step_factor"])
 
     def unseen_position(self) -> int | None:
         """Start of unseen training tokens; None after an epoch: seen ones bias the temperature."""
@@ -4844,18 +4884,25 @@ class Run:
         hidden = lambda x: model(runtime.to_device(x), runtime.dtype)[0]
         return input_moments(model, sequences.split(self.evaluator.sequences), hidden)
 
-    def compensate(self, tensors: dict[str, tuple[Tensor, Grid]]) -> dict[str, dict[str, Tensor]]:
-        """Arrays of the INT matrices, rounded by their effect on the layer's output."""
+    def compensation(self) -> Callable[[dict], dict[str, dict[str, Tensor]]]:
+        """A function of `artifact_tensors` that gives the arrays of the INT matrices, rounded by
+        their effect on the layer's output; the training tokens that this takes are read here."""
         tokens, started = self.config.rounding_tokens, now()
         moments = self.layer_moments(tokens)
+        self.trainer.weights.load("average")
         self.runtime.synchronize()
         self.moments_seconds = now() - started
-        arrays, shares = compensated_arrays(tensors, moments)
-        self.trainer.weights.load("average")
-        self.log(f"rounding: {len(arrays)} matrices compensated on {tokens:,} training tokens in "
-                 f"{now() - started:.1f}s; output error x{np.median(shares or [1]):.3f} of plain "
-                 "rounding's (median)")
-        return arrays
+
+        def rounded(tensors: dict[str, tuple[Tensor, Grid]]) -> dict[str, dict[str, Tensor]]:
+            began = now()
+            arrays, shares = compensated_arrays(tensors, moments)
+            seconds = self.moments_seconds + now() - began
+            self.log(f"rounding: {len(arrays)} matrices compensated on {tokens:,} training tokens "
+                     f"in {seconds:.1f}s; output error x{np.median(shares or [1]):.3f} of plain "
+                     "rounding's (median)")
+            return arrays
+
+        return rounded
 
     @torch.no_grad()
     def latent_report(self) -> dict[str, float]:
@@ -5165,10 +5212,14 @@ def synthetic_weights(c: Config, model: nn.Module) -> Iterator[tuple[str, Tensor
             yield name, w + lr * scales.sum() ** 0.4 * (shift + normal(*w.shape))
 
 
-def estimated_bytes(c: Config, model: nn.Module | None = None) -> int:
-    """Expected bytes of this configuration's trained artifact, from entropies."""
+def estimated_bytes(c: Config, model: nn.Module | None = None, budget: int | None = None) -> int:
+    """Expected bytes of this configuration's trained artifact, from entropies. With a budget, as
+    QUANT_FIT fits it; the factor of its steps is printed."""
     model = model or build_models(c)[0]
     tensors = artifact_tensors(synthetic_weights(c, model), storage_plan(model, c))
+    if budget is not None:
+        tensors, _, factor = fit_steps(tensors, budget)
+        print(f"\nQUANT_FIT=1: σ steps times about {factor:.4g}")
     return estimate_bytes(tensors)
 
 
@@ -5210,11 +5261,12 @@ def describe(c: Config) -> dict[str, Any]:
         print(f"{kind:<32}{grid:<14}{len(sizes):>8}{sum(sizes):>14,}")
         by_storage[grid] = by_storage.get(grid, 0) + sum(sizes)
     stored, extra = count_parameters(model), count_parameters(jepa)
-    estimate, code = estimated_bytes(c, model), len(shipped_script(source_text()))
+    code = len(shipped_script(source_text()))
+    estimate = estimated_bytes(c, model, SIZE_LIMIT - SIZE_SPARE - code if c.quant_fit else None)
     fit = describe_fit(c, SIZE_LIMIT - code) if c.fit else None
     fits = estimate + code <= SIZE_LIMIT
     print(f"\nstored {stored:,} + training-only {extra:,} parameters; artifact about {estimate:,} "
-          f"bytes (entropy of weights as training leaves them) + code {code:,} bytes: "
+          f"bytes (entropy of weights as short runs leave them) + code {code:,} bytes: "
           f"{'FITS' if fits else 'OVER'} {SIZE_LIMIT:,}")
     return dict(eval_params=stored, train_only_params=extra, estimated_artifact_bytes=estimate,
                 code_bytes=code, fits=fits, parameters_by_storage=by_storage, largest_fit=fit)

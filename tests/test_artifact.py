@@ -197,6 +197,36 @@ def test_estimate_predicts_the_file(tmp_path):
         assert abs(estimate / real - 1) < 0.02, (grid, estimate, real)
 
 
+@pytest.mark.parametrize("share", (0.8, 0.97, 1.15))
+def test_fitted_steps_fill_the_budget_and_change_no_other_grid(tmp_path, share):
+    """A normal weight's entropy falls by the logarithm of the step: that says where the factor must end."""
+    g, parse = torch.Generator().manual_seed(2), tj.Grid.parse
+    tensors = {"a": (torch.randn(512, 400, generator=g), parse("int4s0.385")),
+               "b": (torch.randn(300, 200, generator=g), parse("int4s0.5")),
+               "c": (torch.randn(100, 200, generator=g), parse("int8a")), "d": (torch.randn(90), parse("bf16"))}
+    plain = tj.estimate_bytes(tensors)
+    budget, seen = int(share * plain), []
+    rounded = lambda scaled: seen.append(scaled) or {"a": tj.encode(*scaled["a"])}
+    fitted, given, factor = tj.fit_steps(tensors, budget, rounded)
+    assert fitted is seen[-1] and len(seen) <= 4
+    size = tj.write_artifact(tmp_path / "m", CONFIG, fitted, ("rans",), given=given)["bytes"]
+    assert abs(size - 0.9985 * budget) < 0.003 * budget
+    weights = 512 * 400 + 300 * 200
+    assert abs(math.log2(factor) - 8 * (plain - 0.9985 * budget) / weights) < 0.03
+    read = tj.read_artifact(tmp_path / "m")[2]
+    assert [str(read[name]) for name in "abcd"] == [f"int4s{0.385 * factor:.4g}", f"int4s{0.5 * factor:.4g}", "int8a",
+                                                    "bf16"]
+    same(fitted, tj.read_artifact(tmp_path / "m")[1])
+
+
+def test_fitted_steps_stop_at_half_and_at_twice_the_step_that_was_asked_for():
+    tensors = {"w": (torch.randn(64, 64, generator=torch.Generator().manual_seed(3)), tj.Grid.parse("int4s0.4"))}
+    for budget, factor in ((1, 2.0), (1 << 30, 0.5)):
+        fitted, _, found = tj.fit_steps(tensors, budget)
+        assert found == factor and str(fitted["w"][1]) == f"int4s{0.4 * factor:.4g}"
+    assert tj.fit_steps({"w": (torch.ones(8), tj.Grid.parse("bf16"))}, 10)[1:] == ({}, 2.0)
+
+
 @pytest.mark.parametrize("turn", (False, True))
 @pytest.mark.parametrize("grid", ("fp8", "int4"))
 def test_the_direction_of_unlike_statistics_is_found(tmp_path, grid, turn):

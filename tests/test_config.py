@@ -239,6 +239,8 @@ def test_choices_ignore_case_and_take_the_written_form():
     (dict(ANTICOLLAPSE="covariance", SIGREG_AXIS="time"), "SIGREG_AXIS"),
     (dict(STORAGE="int8", QUANT_BITS=8, QUANT_STEP="sigma"), "QUANT_STEP"),
     (dict(INT8_FLOOR=1), "INT8_FLOOR"),
+    (dict(QUANT_FIT=1, QUANT_STEP="sigma"), "QUANT_FIT"),  # training has seen its steps
+    (dict(QUANT_FIT=1, QAT_FRACTION=0), "QUANT_FIT"),
     (dict(MLP_GRID="int3"), "MLP_GRID"),
     (dict(DT_GRID="int8"), "DT_GRID"),  # system B's rows have no training kernel
     (dict(EMBED_GRID="int4", STORAGE="int8", QUANT_BITS=8), "EMBED_GRID"),
@@ -327,7 +329,7 @@ def test_the_tagged_knobs_are_those_that_artifacts_and_resumed_runs_rely_on():
                                      "DT_GRID EMBED_GRID").split()
     assert set(Config.tagged("result")) == set(
         "ITERATIONS MAX_WALLCLOCK_SECONDS RESERVE_SECONDS DATA_PATH TOKENIZER_PATH VAL_MAX_TOKENS SSD_KERNEL SSD_CHUNK "
-        "MLP_KERNEL COMPILE_MODE SLIDING_EVAL_STRIDE TEMP_SCALING TEMP_CALIB ROUNDING ROUNDING_TOKENS "
+        "MLP_KERNEL COMPILE_MODE SLIDING_EVAL_STRIDE TEMP_SCALING TEMP_CALIB ROUNDING ROUNDING_TOKENS QUANT_FIT "
         "ATTENTION_OVERLAP ADAPT_STEPS ADAPT_LR ADAPT_CHUNK_TOKENS ADAPT_PARAMS ADAPT_CLIP".split())
     assert set(Config.tagged("eval")) == set(
         "VAL_MAX_TOKENS VAL_BATCH_SIZE MICRO_BATCHES SLIDING_BATCH_SIZE EVAL_STATE TEMP_CALIB DTYPE SSD_KERNEL "

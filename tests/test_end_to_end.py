@@ -317,6 +317,27 @@ def test_compensated_rounding_scores_the_same_from_its_file_and_stores_other_sym
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rounding, share", (("compensated", 0.85), ("nearest", 1.1)))
+def test_a_run_fits_its_steps_to_the_bytes_that_are_left(tmp_path, rounding, share):
+    knobs = dict(QAT_FRACTION=0, ITERATIONS=6, QUANT_STEP="sigma", QUANT_K=0.4, DT_GRID="int8a", MODEL_DIM=128,
+                 ROUNDING=rounding, ROUNDING_TOKENS=2048)
+    child = run(tmp_path, RUN_ID="plain", **knobs)
+    assert child.code == 0, child.text()[-2000:]
+    plain = json.loads((tmp_path / "plain/result.json").read_text())
+    spare = 5_000
+    limit = plain["code_bytes"] + int(share * plain["artifact_bytes"]) + spare
+    child = run(tmp_path, f"tj.SIZE_LIMIT, tj.SIZE_SPARE = {limit}, {spare}", RUN_ID="fitted", QUANT_FIT=1, **knobs)
+    assert child.code == 0, child.text()[-2000:]
+    result = json.loads((tmp_path / "fitted/result.json").read_text())
+    assert result["fits"] and abs(limit - spare - result["total_bytes"]) < 0.01 * plain["artifact_bytes"]
+    assert plain["step_factor"] == 1 and (result["step_factor"] > 1) is (share < 1)
+    assert f"storage: σ steps times {result['step_factor']:.4g}, to leave 5,000 bytes free" in child.text()
+    assert result["val_bpb"] == plain["val_bpb"] and result["roundtrip_val_bpb"] != plain["roundtrip_val_bpb"]
+    alone = run(tmp_path, MODE="eval", ARTIFACT=tmp_path / "fitted/model.jepa")
+    assert json.loads(alone.text().splitlines()[-1])["roundtrip_val_bpb"] == result["roundtrip_val_bpb"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("base, knobs", [
     (TINY, dict(MIXER="ma", NUM_HEADS=4, NUM_KV_HEADS=2, ACTIVATION="leaky_relu2", EMBED_DIM=32, TIE_EMBEDDINGS=1,
                 QAT_FRACTION=0, ROUNDING="compensated", ROUNDING_TOKENS=512, SWA_START=0.5, TEMP_SCALING=1)),

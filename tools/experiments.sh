@@ -132,12 +132,14 @@ FORMS
         sed "s|\$| ${HORIZON//$'\n'/ }|" <<FORMS
 base $OFF
 preset $PRESET_A WARMDOWN_FRACTION=0.72
-preset_latent $PRESET_A $NARROW_LATENT_ON WARMDOWN_FRACTION=0.72
+preset_min_lr $PRESET_A MIN_LR=0.1 WARMDOWN_FRACTION=0.72
+preset_latent $PRESET_A MIN_LR=0.1 $NARROW_LATENT_ON WARMDOWN_FRACTION=0.72
 published WARMDOWN_FRACTION=0.72
 hybrid1 $OFF MIXER=mmmmam $HEADS
 hybrid2 $OFF MIXER=mmamam $HEADS
 mlp_everywhere $OFF MLP_EVERY=1 MLP_MULT=2
 warmdown_015 ${OFF/0.72/0.15}
+min_lr $OFF MIN_LR=0.1
 no_qat $OFF QAT_FRACTION=0
 $(stored_forms no_qat "$OFF QAT_FRACTION=0 TEMP_SCALING=1")
 FORMS

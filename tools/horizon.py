@@ -190,9 +190,9 @@ def score_run(folder: Path, runtime: jepa.Runtime) -> None:
 
 
 # What one choice changes: a form, the form without it, both scored alike; its label.
-PAIRS = (("preset_latent", "preset", "narrow latent"), ("published", "base", "published JEPA and SIGReg"),
-         ("mlp_everywhere", "base", "MLPs of half the width everywhere"),
-         ("hybrid1", "base", "one attention block"), ("hybrid2", "base", "two attention blocks"))
+PAIRS = (("preset_latent", "preset_min_lr", "narrow latent"), ("published", "base", "published JEPA and SIGReg"),
+         ("mlp_everywhere", "base", "MLPs of half the width everywhere"), ("hybrid1", "base", "one attention block"),
+         ("hybrid2", "base", "two attention blocks"), ("min_lr", "base", "learning rate ends at a tenth"))
 WINDOW = 5  # validations of a running mean
 
 

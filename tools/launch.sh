@@ -15,11 +15,10 @@ source ./setup_jepa.sh
 
 # PRESET=best in the CPU profile, which tools/experiments.sh measures: no latent, for none lowers
 # BPB in this recipe (RESULTS.md); states that are carried from step to step and through the
-# evaluation, one pass in place of sliding windows; the activation; a learning rate that ends at a
-# tenth; the storage grid for the last part only; an evaluation that learns from what it has scored.
+# evaluation, one pass in place of sliding windows; the activation; the storage grid for the last
+# part only; an evaluation that learns from what it has scored.
 BEST_A="JEPA_WEIGHT=0 SIGREG_LAMBDA=0 CARRY_STATE=1 EVAL_STATE=carry SLIDING_EVAL=0
-ACTIVATION=leaky_relu2 MIN_LR=0.1 QAT_FRACTION=0.3 EVAL_ADAPT=1 ADAPT_CHUNK_TOKENS=8192
-ADAPT_LR=0.01"
+ACTIVATION=leaky_relu2 QAT_FRACTION=0.3 EVAL_ADAPT=1 ADAPT_CHUNK_TOKENS=8192 ADAPT_LR=0.01"
 
 # PRESET=best in the GPU profile, from what others measured at full size (RESULTS.md, "PRESET=best
 # at full size"): Mamba-2 blocks with one attention block, an MLP in each; storage with a step in
@@ -27,8 +26,9 @@ ADAPT_LR=0.01"
 # model of its step ten minutes hold 13,700 steps: the clock, not ITERATIONS, must end the run.
 BEST_A_FULL="JEPA_WEIGHT=0 SIGREG_LAMBDA=0 NUM_LAYERS=10 MIXER=mmmmmmammm EXPAND=2 MLP_EVERY=1
 ACTIVATION=leaky_relu2 QUANT_STEP=sigma DT_GRID=int8a EMBED_GRID=int7 QAT_FRACTION=0
-ROUNDING=compensated WARMDOWN_FRACTION=0.72 MIN_LR=0.1 MUON_BACKEND_STEPS=5 MUON_MOMENTUM=0.97
-GRAD_CLIP_NORM=0.3 ITERATIONS=20000 EVAL_STATE=carry SLIDING_EVAL=0 EVAL_ADAPT=1"
+ROUNDING=compensated QUANT_FIT=1 WARMDOWN_FRACTION=0.72 MIN_LR=0.1 MUON_BACKEND_STEPS=5
+MUON_MOMENTUM=0.97 GRAD_CLIP_NORM=0.3 ITERATIONS=20000 EVAL_STATE=carry SLIDING_EVAL=0
+EVAL_ADAPT=1"
 
 # system_a_best KNOB=VALUE ...: the preset; in the GPU profile with these knobs, its size.
 system_a_best() {
