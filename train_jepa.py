@@ -2977,7 +2977,7 @@ def check_grids(c: Config) -> Iterator[str]:
             yield f"{name.upper()}={value}: needs STORAGE=intn"
         elif name.endswith("grid") and value and not any(kind(value).fused for kind in kinds):
             yield f"{name.upper()}={value}: must be int4 to int7, int8a, int4s0.35, fp8 or bf16"
-    if c.quant_fit and (c.qat_fraction or int8 or "sigma" != c.quant_step):
+    if c.quant_fit and (c.qat_fraction or c.quant_step != "sigma"):
         yield ("QUANT_FIT=1: needs QUANT_STEP=sigma and QAT_FRACTION=0; QUANT_FIT=0 keeps the grids "
                "that are given")
 
@@ -3705,22 +3705,22 @@ def estimate_bytes(tensors: dict[str, tuple[Tensor, Grid]], given=None) -> int:
 
 
 def fit_steps(tensors: dict[str, tuple[Tensor, Grid]], budget: int,
-              rounded: Callable[[dict], dict] = lambda tensors: {}) -> tuple[dict, dict, float]:
+              rounded: Callable[[dict], dict] = lambda tensors: {}) -> tuple[dict, dict, float, int]:
     """QUANT_FIT: tensors whose σ steps are all multiplied by one factor, from 1/2 to 2, so that the
-    estimate ends at most 0.3% below `budget` bytes; their rounded(tensors), and the factor."""
+    estimate ends at most 0.3% below `budget` bytes; their rounded(tensors), factor and estimate."""
     weights = sum(w.numel() for w, grid in tensors.values() if isinstance(grid, SigmaGrid))
-    factor = better = 1.0
+    exponent = better = 0.0  # of two, in the factor
     for _ in range(8):  # two or three do: a step twice as long costs one bit per weight less
-        factor = better
-        scaled = {name: (w, grid.times(factor) if isinstance(grid, SigmaGrid) else grid)
+        exponent = better
+        scaled = {name: (w, grid.times(2 ** exponent) if isinstance(grid, SigmaGrid) else grid)
                   for name, (w, grid) in tensors.items()}
         given = rounded(scaled)
-        spare = budget - estimate_bytes(scaled, given)
-        bits = 8 * (0.0015 * budget - spare) / max(weights, 1)
-        better = min(2.0, max(0.5, factor * 2.0 ** min(8, max(-8, bits))))
-        if 0 <= spare <= 0.003 * budget or better == factor:
+        size = estimate_bytes(scaled, given)
+        surplus = 8 * (size - 0.9985 * budget) / max(weights, 1)  # bits per weight
+        better = min(1.0, max(-1.0, exponent + surplus))
+        if 0.997 * budget <= size <= budget or better == exponent:
             break
-    return scaled, given, factor
+    return scaled, given, 2 ** exponent, size
 
 
 def write_artifact(path, config: dict, tensors: dict[str, tuple[Tensor, Grid]],
@@ -4841,7 +4841,6 @@ class Run:
         c, plan, weights = self.config, self.trainer.plan, self.trainer.weights.tensors("average")
         header = dict(model=c.model_config(), vocabulary=self.vocabulary.pack(),
                       position=self.unseen_position())
-
         code = len(shipped_script(source_text()))
 
         def write() -> dict:
@@ -4849,7 +4848,7 @@ class Run:
             rounded = self.compensation() if c.rounding == "compensated" else lambda tensors: {}
             if c.quant_fit:
                 budget = SIZE_LIMIT - SIZE_SPARE - code
-                tensors, given, factor = fit_steps(tensors, budget, rounded)
+                tensors, given, factor, _ = fit_steps(tensors, budget, rounded)
                 self.log(f"storage: σ steps times {factor:.4g}, to leave {SIZE_SPARE:,} bytes free")
             else:
                 given, factor = rounded(tensors), 1.0
@@ -5217,10 +5216,11 @@ def estimated_bytes(c: Config, model: nn.Module | None = None, budget: int | Non
     QUANT_FIT fits it; the factor of its steps is printed."""
     model = model or build_models(c)[0]
     tensors = artifact_tensors(synthetic_weights(c, model), storage_plan(model, c))
-    if budget is not None:
-        tensors, _, factor = fit_steps(tensors, budget)
-        print(f"\nQUANT_FIT=1: σ steps times about {factor:.4g}")
-    return estimate_bytes(tensors)
+    if budget is None:
+        return estimate_bytes(tensors)
+    *_, factor, size = fit_steps(tensors, budget)
+    print(f"\nQUANT_FIT=1: σ steps times about {factor:.4g}")
+    return size
 
 
 def largest_fit(c: Config, name: str, step: int, budget: int) -> int | None:

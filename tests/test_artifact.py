@@ -207,8 +207,8 @@ def test_fitted_steps_fill_the_budget_and_change_no_other_grid(tmp_path, share):
     plain = tj.estimate_bytes(tensors)
     budget, seen = int(share * plain), []
     rounded = lambda scaled: seen.append(scaled) or {"a": tj.encode(*scaled["a"])}
-    fitted, given, factor = tj.fit_steps(tensors, budget, rounded)
-    assert fitted is seen[-1] and len(seen) <= 4
+    fitted, given, factor, estimate = tj.fit_steps(tensors, budget, rounded)
+    assert fitted is seen[-1] and len(seen) <= 4 and estimate == tj.estimate_bytes(fitted, given)
     size = tj.write_artifact(tmp_path / "m", CONFIG, fitted, ("rans",), given=given)["bytes"]
     assert abs(size - 0.9985 * budget) < 0.003 * budget
     weights = 512 * 400 + 300 * 200
@@ -222,9 +222,9 @@ def test_fitted_steps_fill_the_budget_and_change_no_other_grid(tmp_path, share):
 def test_fitted_steps_stop_at_half_and_at_twice_the_step_that_was_asked_for():
     tensors = {"w": (torch.randn(64, 64, generator=torch.Generator().manual_seed(3)), tj.Grid.parse("int4s0.4"))}
     for budget, factor in ((1, 2.0), (1 << 30, 0.5)):
-        fitted, _, found = tj.fit_steps(tensors, budget)
+        fitted, _, found, _ = tj.fit_steps(tensors, budget)
         assert found == factor and str(fitted["w"][1]) == f"int4s{0.4 * factor:.4g}"
-    assert tj.fit_steps({"w": (torch.ones(8), tj.Grid.parse("bf16"))}, 10)[1:] == ({}, 2.0)
+    assert tj.fit_steps({"w": (torch.ones(8), tj.Grid.parse("bf16"))}, 10)[1:3] == ({}, 2.0)
 
 
 @pytest.mark.parametrize("turn", (False, True))
